@@ -1,0 +1,15 @@
+"""MosaicML's MPT language models in JAX with Equinox."""
+
+from mpt_eqx.checkpoint import checkpoint_info as checkpoint_info
+from mpt_eqx.checkpoint import from_pretrained as from_pretrained
+from mpt_eqx.checkpoint import save_pretrained as save_pretrained
+from mpt_eqx.config import AttnConfig as AttnConfig
+from mpt_eqx.config import FFNConfig as FFNConfig
+from mpt_eqx.config import InitConfig as InitConfig
+from mpt_eqx.config import MPTConfig as MPTConfig
+from mpt_eqx.errors import CheckpointError as CheckpointError
+from mpt_eqx.errors import ConfigError as ConfigError
+from mpt_eqx.errors import GenerationError as GenerationError
+from mpt_eqx.errors import MPTError as MPTError
+from mpt_eqx.model import MPT as MPT
+from mpt_eqx.model import KVCache as KVCache

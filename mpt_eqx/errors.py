@@ -1,0 +1,23 @@
+"""The errors a user can cause. Each message says what was expected, what was found, where, and what to do."""
+
+
+class MPTError(ValueError):
+    """Base of every error that a user of mpt_eqx can cause."""
+
+
+class ConfigError(MPTError):
+    """A configuration is not valid, or asks for something that is not supported."""
+
+
+class CheckpointError(MPTError):
+    """A checkpoint cannot be found, read or written, or does not fit its configuration."""
+
+
+class GenerationError(MPTError):
+    """A prompt or a generation argument is not valid, or the model produced no finite logits."""
+
+
+def first_of(values: list[str], *, limit: int = 10) -> str:
+    """Returns the first `limit` of `values` as text, and how many more there are."""
+    shown = ", ".join(values[:limit])
+    return shown if len(values) <= limit else f"{shown}, … and {len(values) - limit} more"

@@ -1,0 +1,47 @@
+"""The KV cache: keys and values of the tokens seen so far, as plain arrays."""
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from mpt_eqx.config import MPTConfig
+
+
+class LayerCache(eqx.Module):
+    """Keys and values of one layer, for S positions."""
+
+    k: Float[Array, "S N H"]
+    v: Float[Array, "S N H"]
+
+    def write(
+        self, k: Float[Array, "T N H"], v: Float[Array, "T N H"], positions: Int[Array, " T"]
+    ) -> "LayerCache":
+        """Returns the cache with T rows written at `positions`; those beyond the capacity are dropped."""
+        return LayerCache(
+            k=self.k.at[positions].set(k, mode="drop"),
+            v=self.v.at[positions].set(v, mode="drop"),
+        )
+
+
+class KVCache(eqx.Module):
+    """Keys and values of every layer, and how many tokens they stand for.
+
+    Rows from `length` on hold anything: causality hides them from every query until they are written.
+    """
+
+    layers: tuple[LayerCache, ...]
+    length: Int[Array, ""]
+
+    @classmethod
+    def empty(cls, config: MPTConfig, capacity: int, dtype: DTypeLike) -> "KVCache":
+        """Returns a cache for `capacity` tokens that holds none."""
+        rows = jnp.zeros((capacity, config.n_heads, config.head_size), dtype)
+        return cls(
+            layers=tuple(LayerCache(k=rows, v=rows) for _ in range(config.n_layers)),
+            length=jnp.zeros((), jnp.int32),
+        )
+
+    @property
+    def capacity(self) -> int:
+        """How many tokens fit."""
+        return self.layers[0].k.shape[-3]
