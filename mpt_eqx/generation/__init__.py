@@ -1,0 +1,6 @@
+"""Writing text with an MPT: sampling, the decode loop, and the calls people make."""
+
+from mpt_eqx.generation import sampling as sampling
+from mpt_eqx.generation.generate import GenerateResult as GenerateResult
+from mpt_eqx.generation.generate import generate as generate
+from mpt_eqx.generation.generate import stream as stream

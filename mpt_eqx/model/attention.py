@@ -13,13 +13,13 @@ from mpt_eqx.model.positions import alibi_bias, alibi_slopes
 
 
 def attention(
-    q: Float[Array, "T N H"],
-    k: Float[Array, "S N H"],
-    v: Float[Array, "S N H"],
+    q: Float[Array, "N T H"],
+    k: Float[Array, "N S H"],
+    v: Float[Array, "N S H"],
     bias: Float32[Array, "N T S"],
     mask: Bool[Array, "T S"],
     scale: float,
-) -> Float[Array, "T N H"]:
+) -> Float[Array, "N T H"]:
     """Returns softmax(scale · q kᵀ + bias, where masked) v for each of N heads.
 
     Scores are rounded to the type of q after the product and after the scale, then the float32 bias makes them
@@ -35,13 +35,13 @@ def attention(
 
     Source: llm-foundry 8c8dd48, llmfoundry/models/layers/attention.py, scaled_multihead_dot_product_attention.
     """
-    scores = jnp.einsum("TNH,SNH->NTS", q, k, preferred_element_type=jnp.float32).astype(q.dtype)
+    scores = jnp.einsum("NTH,NSH->NTS", q, k, preferred_element_type=jnp.float32).astype(q.dtype)
     scores = (scores.astype(jnp.float32) * scale).astype(q.dtype)
     scores = scores.astype(jnp.float32) + bias
     # The smallest number instead of −∞, so that a row without any visible key is not NaN.
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("NTS,SNH->TNH", weights, v, preferred_element_type=jnp.float32).astype(v.dtype)
+    return jnp.einsum("NTS,NSH->NTH", weights, v, preferred_element_type=jnp.float32).astype(v.dtype)
 
 
 class Attention(eqx.Module):
@@ -90,10 +90,10 @@ class Attention(eqx.Module):
         qkv = self.Wqkv(x)
         if self.clip_qkv is not None:
             qkv = jnp.clip(qkv, -self.clip_qkv, self.clip_qkv)
-        q, k, v = (part.reshape(x.shape[0], self.n_heads, -1) for part in jnp.split(qkv, 3, axis=-1))
+        q, k, v = jnp.moveaxis(qkv.reshape(x.shape[0], 3, self.n_heads, -1), 0, 2)
         if cache is not None:
             cache = cache.write(k, v, query_pos)
             k, v = cache.k, cache.v
         bias = alibi_bias(alibi_slopes(self.n_heads, self.alibi_bias_max), query_pos, key_pos)
         h = attention(q, k, v, bias, mask, self.scale)
-        return self.out_proj(h.reshape(x.shape)), cache
+        return self.out_proj(jnp.swapaxes(h, 0, 1).reshape(x.shape)), cache

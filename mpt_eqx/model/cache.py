@@ -8,18 +8,18 @@ from mpt_eqx.config import MPTConfig
 
 
 class LayerCache(eqx.Module):
-    """Keys and values of one layer, for S positions."""
+    """Keys and values of one layer, for S positions; heads come first, as the products of a decode step read them."""
 
-    k: Float[Array, "S N H"]
-    v: Float[Array, "S N H"]
+    k: Float[Array, "N S H"]
+    v: Float[Array, "N S H"]
 
     def write(
-        self, k: Float[Array, "T N H"], v: Float[Array, "T N H"], positions: Int[Array, " T"]
+        self, k: Float[Array, "N T H"], v: Float[Array, "N T H"], positions: Int[Array, " T"]
     ) -> "LayerCache":
         """Returns the cache with T rows written at `positions`; those beyond the capacity are dropped."""
         return LayerCache(
-            k=self.k.at[positions].set(k, mode="drop"),
-            v=self.v.at[positions].set(v, mode="drop"),
+            k=self.k.at[:, positions].set(k, mode="drop"),
+            v=self.v.at[:, positions].set(v, mode="drop"),
         )
 
 
@@ -35,7 +35,7 @@ class KVCache(eqx.Module):
     @classmethod
     def empty(cls, config: MPTConfig, capacity: int, dtype: DTypeLike) -> "KVCache":
         """Returns a cache for `capacity` tokens that holds none."""
-        rows = jnp.zeros((capacity, config.n_heads, config.head_size), dtype)
+        rows = jnp.zeros((config.n_heads, capacity, config.head_size), dtype)
         return cls(
             layers=tuple(LayerCache(k=rows, v=rows) for _ in range(config.n_layers)),
             length=jnp.zeros((), jnp.int32),
@@ -44,4 +44,4 @@ class KVCache(eqx.Module):
     @property
     def capacity(self) -> int:
         """How many tokens fit."""
-        return self.layers[0].k.shape[-3]
+        return self.layers[0].k.shape[-2]
