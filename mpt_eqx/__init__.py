@@ -1,5 +1,7 @@
 """MosaicML's MPT language models in JAX with Equinox."""
 
+from pathlib import Path as _Path
+
 from mpt_eqx.checkpoint import checkpoint_info as checkpoint_info
 from mpt_eqx.checkpoint import from_pretrained as from_pretrained
 from mpt_eqx.checkpoint import save_pretrained as save_pretrained
@@ -17,3 +19,6 @@ from mpt_eqx.generation import sampling as sampling
 from mpt_eqx.generation import stream as stream
 from mpt_eqx.model import MPT as MPT
 from mpt_eqx.model import KVCache as KVCache
+
+SHIPPED_MODEL = _Path(__file__).parent / "pydoc-3m"
+"""Directory of the small trained model that ships with the package; its README.md says what it is."""

@@ -56,6 +56,9 @@ def save_pretrained(model: MPT, directory: str | Path, *, max_shard_size: int | 
         config = {**model.config.to_dict(), "dtype": dtype, "torch_dtype": dtype}
         _write_json(directory / "config.json.tmp", config)
         for file in written:
+            # safetensors makes files that only their owner may read.
+            os.chmod(directory / f"{file}.tmp", (directory / "config.json.tmp").stat().st_mode)
+        for file in written:
             os.replace(directory / f"{file}.tmp", directory / file)
         for path in (*directory.glob("model*.safetensors"), directory / INDEX):
             if path.name not in written:

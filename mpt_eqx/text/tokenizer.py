@@ -1,0 +1,132 @@
+"""The tokenizer of a checkpoint: text to token ids and back, also piece by piece."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpt_eqx.checkpoint.hub import find_checkpoint
+from mpt_eqx.config_dialects import read_json_object
+from mpt_eqx.errors import CheckpointError, MPTError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json")
+
+
+class Tokenizer:
+    """A tokenizer.json and the tokens that end a text.
+
+    Attributes:
+        eos_token_ids: ids that end a text.
+        vocab_size: how many ids the tokenizer knows; an MPT's embedding may have more rows.
+    """
+
+    def __init__(self, backend: "tokenizers.Tokenizer", eos_token_ids: Sequence[int]):
+        """Wraps a tokenizer of the `tokenizers` library.
+
+        Args:
+            backend: the tokenizer.
+            eos_token_ids: ids that end a text.
+        """
+        self._backend = backend
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.vocab_size = backend.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the token ids of `text`; no beginning or end is added unless tokenizer.json says so."""
+        return self._backend.encode(text).ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Returns the text of token ids, special tokens left out."""
+        return self._backend.decode([int(token) for token in tokens])
+
+    def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
+        """Yields the text of token ids as it becomes certain: a character is never cut in half."""
+        from tokenizers.decoders import DecodeStream
+
+        decoder = DecodeStream(skip_special_tokens=True)
+        for token in tokens:
+            if piece := decoder.step(self._backend, int(token)):
+                yield piece
+
+
+def load_tokenizer(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Tokenizer:
+    """Returns the tokenizer of a checkpoint; arguments as in `from_pretrained`.
+
+    The end-of-text ids are those of generation_config.json, else of config.json, else the eos_token of
+    tokenizer_config.json.
+
+    Raises:
+        CheckpointError: no checkpoint is there, or it has no tokenizer.json that can be read.
+        MPTError: the extra `text` is not installed.
+    """
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise MPTError("the tokenizers library is needed for text; install it with pip install 'mpt_eqx[text]'") from error
+    directory = find_checkpoint(
+        source,
+        revision=revision,
+        subfolder=subfolder,
+        cache_dir=cache_dir,
+        token=token,
+        local_files_only=local_files_only,
+        patterns=FILES,
+    )
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(f"{directory}: expected tokenizer.json, found no such file; give token ids to generate instead")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise CheckpointError(f"{path}: expected a tokenizer, found something else ({error})") from None
+    return Tokenizer(backend, _eos_token_ids(directory, backend))
+
+
+def generation_config(directory: Path) -> dict[str, Any]:
+    """Returns the content of generation_config.json, or nothing where there is none."""
+    path = directory / "generation_config.json"
+    return read_json_object(path) if path.is_file() else {}
+
+
+def until_stop(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """Yields text up to the first of the stop strings, which may begin in one piece and end in another.
+
+    Text that could be the beginning of a stop string is held back until that is certain.
+    """
+    held = ""
+    for piece in pieces:
+        held += piece
+        found = [at for stop in stops if (at := held.find(stop)) >= 0]
+        if found:
+            if before := held[: min(found)]:
+                yield before
+            return
+        keep = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
+        if ready := held[: len(held) - keep]:
+            yield ready
+        held = held[len(held) - keep :]
+    if held:
+        yield held
+
+
+def _eos_token_ids(directory: Path, backend: "tokenizers.Tokenizer") -> list[int]:
+    for name in ("generation_config.json", "config.json"):
+        path = directory / name
+        ids = read_json_object(path).get("eos_token_id") if path.is_file() else None
+        if ids is not None:
+            return list(ids) if isinstance(ids, list) else [ids]
+    path = directory / "tokenizer_config.json"
+    token = read_json_object(path).get("eos_token") if path.is_file() else None
+    content = token.get("content") if isinstance(token, dict) else token
+    id_ = backend.token_to_id(content) if isinstance(content, str) else None
+    return [] if id_ is None else [id_]
