@@ -1,0 +1,75 @@
+"""What every test shares. The package is imported inside fixtures only: the type checks are hooked in before that."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def golden():
+    """Loads a case of reference data: its model, what is expected of it, and its case.json."""
+
+    def load(name: str, **kwargs) -> SimpleNamespace:
+        from safetensors import safe_open
+
+        from mpt_eqx import from_pretrained
+
+        directory = GOLDEN / name
+        with safe_open(directory / "expected.safetensors", "np") as f:
+            expected = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+        case = json.loads((directory / "case.json").read_text())
+        return SimpleNamespace(
+            directory=directory, model=from_pretrained(directory, **kwargs), expected=expected, case=case
+        )
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """Makes the configuration of a small model; keywords replace its values."""
+
+    def make(**kwargs):
+        from mpt_eqx import AttnConfig, MPTConfig
+
+        values = {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": 61, "max_seq_len": 256, "no_bias": True}
+        return MPTConfig(**{**values, "attn_config": AttnConfig(alibi=True), **kwargs})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_config):
+    """A small model whose logits are spread enough for greedy decoding to be stable."""
+    from mpt_eqx import MPT, InitConfig
+
+    config = tiny_config(init_config=InitConfig(emb_init_std=0.5))
+    return MPT(config, key=jax.random.key(3))
+
+
+@pytest.fixture(scope="session")
+def shipped():
+    """The model that ships with the package."""
+    from mpt_eqx import SHIPPED_MODEL, from_pretrained
+
+    return from_pretrained(SHIPPED_MODEL)
+
+
+@pytest.fixture
+def prompts():
+    """Draws prompts of the given lengths for the small model."""
+
+    def make(*lengths: int, seed: int = 0) -> list[list[int]]:
+        rng = np.random.default_rng(seed)
+        return [rng.integers(61, size=n).tolist() for n in lengths]
+
+    return make
