@@ -7,6 +7,14 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from jaxtyping import install_import_hook
+
+# Shapes are checked wherever they are annotated, but for the public border (config, generate, command line), which
+# checks its arguments itself and has its own messages for them tested.
+CHECKED = ("model", "checkpoint", "generation.decode", "generation.sampling", "train")
+install_import_hook(
+    [f"mpt_eqx.{room}" for room in CHECKED], "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")

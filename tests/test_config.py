@@ -154,7 +154,7 @@ def test_a_config_of_another_model_is_refused():
         ('{"d_model": 1, "d_model": 2}', "duplicate key 'd_model'"),
         ("[" * 100_000, "expected JSON, found something else"),
         ('{"x": "' + "y" * 1_000_000 + '"}', "expected at most 1000000 bytes, found 10000"),
-        ('{"n_heads": 3}', "d_model: expected a multiple of n_heads=3, found 2048"),
+        ('{"n_heads": 3, "attn_config": {"alibi": true}}', "d_model: expected a multiple of n_heads=3, found 2048"),
     ],
 )
 def test_files_that_are_no_config(tmp_path, content, message):

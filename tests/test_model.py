@@ -214,6 +214,7 @@ def test_a_few_steps_of_training_lower_the_loss(tiny_model):
     optimizer = optax.adamw(1e-2)
 
     @eqx.filter_jit
+    @jax.numpy_dtype_promotion("standard")  # for optax
     def step(model, state):
         loss, grads = eqx.filter_value_and_grad(next_token_loss)(model, tokens)
         updates, state = optimizer.update(grads, state, model)

@@ -3,7 +3,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float32, Int, Key
 
 from mpt_eqx.generation.sampling import SamplingOptions, choose
 from mpt_eqx.model import MPT, KVCache
@@ -64,7 +64,7 @@ def prefill(model: MPT, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], ca
 
 @eqx.filter_jit(donate="all-except-first")
 def decode(
-    model_options_keys: tuple[MPT, SamplingOptions, PRNGKeyArray, Int[Array, ""]],
+    model_options_keys: tuple[MPT, SamplingOptions, Key[Array, " B"], Int[Array, ""]],
     state: DecodeState,
     steps: int,
     with_logits: bool,

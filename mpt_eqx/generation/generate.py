@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from mpt_eqx.errors import GenerationError
 from mpt_eqx.generation.decode import Decoded, decode, prefill
@@ -181,6 +181,8 @@ class _Run:
             pad_token_id=np.asarray(pad_token_id, np.int32),
         )
         self.key = jax.random.key(0) if key is None else key
+        if not jax.dtypes.issubdtype(self.key.dtype, jax.dtypes.prng_key):  # from jax.random.PRNGKey
+            self.key = jax.random.wrap_key_data(self.key)
 
     def chunks(self, size: int, with_logits: bool) -> Iterator[Decoded]:
         """Yields the tokens of `size` steps at a time until every row has ended."""
@@ -208,7 +210,7 @@ class _Run:
 
 
 @jax.jit
-def _row_keys(key: PRNGKeyArray, rows: Int[np.ndarray, " B"]) -> PRNGKeyArray:
+def _row_keys(key: Key[Array, ""], rows: Int[Array, " B"]) -> Key[Array, " B"]:
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
 
 

@@ -6,7 +6,8 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int, Key
 
 
 class SamplingOptions(eqx.Module):
@@ -20,11 +21,11 @@ class SamplingOptions(eqx.Module):
         pad_token_id: what follows the end.
     """
 
-    temperature: Float32[Array, ""]
-    top_k: Int[Array, ""]
-    top_p: Float32[Array, ""]
-    eos_token_ids: Int[Array, " E"]
-    pad_token_id: Int[Array, ""]
+    temperature: Float32[Array | np.ndarray, ""]
+    top_k: Int[Array | np.ndarray, ""]
+    top_p: Float32[Array | np.ndarray, ""]
+    eos_token_ids: Int[Array | np.ndarray, " E"]
+    pad_token_id: Int[Array | np.ndarray, ""]
 
 
 def temperature(logits: Float[Array, " V"], t: float | Float32[Array, ""]) -> Float[Array, " V"]:
@@ -54,7 +55,7 @@ def top_p(logits: Float[Array, " V"], p: float | Float32[Array, ""]) -> Float[Ar
 
 
 def choose(
-    logits: Float32[Array, "B V"], options: SamplingOptions, keys: PRNGKeyArray, step: Int[Array, ""]
+    logits: Float32[Array, "B V"], options: SamplingOptions, keys: Key[Array, " B"], step: Int[Array, ""]
 ) -> Int[Array, " B"]:
     """Returns one token for each row; a row's choice depends on its own logits, key and step alone.
 
@@ -66,7 +67,7 @@ def choose(
     """
 
     def sample() -> Int[Array, " B"]:
-        def row(logits: Float32[Array, " V"], key: PRNGKeyArray) -> Int[Array, ""]:
+        def row(logits: Float32[Array, " V"], key: Key[Array, ""]) -> Int[Array, ""]:
             warped = temperature(logits, options.temperature)
             warped = top_p(top_k(warped, options.top_k), options.top_p)
             return jax.random.categorical(jax.random.fold_in(key, step), warped)

@@ -1,0 +1,392 @@
+"""Loading and saving: bit for bit, strict, and with one error that says what is wrong."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+CASES = ("hf_default", "hf_untied", "hf_sharded", "hf_bf16", "hf_fp16", "f_mha_alibi", "hf_clip_qkv")
+
+
+def tensors(directory):
+    found = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        if path.name != "expected.safetensors":
+            with safe_open(path, "np") as f:
+                found |= {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    return found
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of hf_default to break; `change` gets its tensors and may replace them."""
+
+    def make(change=lambda held: held, case="hf_default"):
+        directory = tmp_path / "copy"
+        shutil.copytree(GOLDEN / case, directory)
+        (directory / "expected.safetensors").unlink()
+        if case == "hf_default":
+            held = change(tensors(directory))
+            save_file(held, directory / "model.safetensors")
+        return directory
+
+    return make
+
+
+def without(held, *names):
+    return {name: tensor for name, tensor in held.items() if name not in names}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_leaves_are_the_files_tensors_bit_for_bit(golden, name):
+    from mpt_eqx.checkpoint.names import named_leaves
+
+    leaves, stored = named_leaves(golden(name).model), tensors(GOLDEN / name)
+    assert leaves.keys() == stored.keys()
+    for tensor, leaf in leaves.items():
+        assert leaf.dtype == stored[tensor].dtype
+        np.testing.assert_array_equal(np.asarray(leaf).view(np.uint8), stored[tensor].view(np.uint8))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("max_shard_size", ["5GB", "30KB", 1000])
+def test_save_and_load(golden, tmp_path, name, max_shard_size):
+    from mpt_eqx import checkpoint_info, from_pretrained, save_pretrained
+
+    model = golden(name).model
+    save_pretrained(model, tmp_path, max_shard_size=max_shard_size)
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert "config.json" in files and ("model.safetensors.index.json" in files) == (max_shard_size != "5GB")
+    assert all((tmp_path / file).stat().st_mode == (tmp_path / "config.json").stat().st_mode for file in files)
+    again = from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert jax.tree.structure(again) == jax.tree.structure(model)
+    for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(model), strict=True):
+        assert one.dtype == other.dtype and (one == other).all()
+    info = checkpoint_info(tmp_path)
+    assert info.problems == () and info.parameters == sum(t.size for t in info.tensors)
+    assert info.bytes == sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+
+
+def test_saving_replaces_what_an_earlier_save_left(golden, tmp_path):
+    from mpt_eqx import from_pretrained, save_pretrained
+
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for size in ("30KB", "5GB", "30KB"):
+        save_pretrained(golden("hf_default").model, tmp_path, max_shard_size=size)
+        assert (tmp_path / "model.safetensors").exists() == (size == "5GB")
+        assert (tmp_path / "tokenizer.json").exists() and not list(tmp_path.glob("*.tmp"))
+        from_pretrained(tmp_path)
+
+
+def test_arrays_that_are_not_contiguous_are_saved_rightly(golden, tmp_path):
+    """safetensors 0.8 writes the wrong bytes of a transposed numpy array."""
+    import equinox as eqx
+
+    from mpt_eqx import from_pretrained, save_pretrained
+
+    model = golden("hf_default").model
+    weight = np.asarray(model.wte.weight)
+    transposed = eqx.tree_at(lambda m: m.wte.weight, model, np.asfortranarray(weight))
+    save_pretrained(transposed, tmp_path)
+    np.testing.assert_array_equal(from_pretrained(tmp_path).wte.weight, weight)
+
+
+@pytest.mark.parametrize("size", ["5 parsecs", "0", "-1", 0, "1.5GB"])
+def test_sizes_that_are_none(tiny_model, tmp_path, size):
+    from mpt_eqx import CheckpointError, save_pretrained
+
+    with pytest.raises(CheckpointError, match="max_shard_size: expected bytes or a size such as '200MB'"):
+        save_pretrained(tiny_model, tmp_path / "x", max_shard_size=size)
+    assert not (tmp_path / "x").exists()
+
+
+def test_saving_where_nothing_can_be_written(tiny_model, tmp_path):
+    from mpt_eqx import CheckpointError, save_pretrained
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="file: cannot be written"):
+        save_pretrained(tiny_model, tmp_path / "file")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", jnp.bfloat16, np.float16])
+@pytest.mark.parametrize("name", ["hf_default", "hf_bf16"])
+def test_dtype_converts(golden, dtype, name):
+    stored = golden(name).model
+    model = golden(name, dtype=dtype).model
+    assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype(dtype)}
+    np.testing.assert_array_equal(model.wte.weight, stored.wte.weight.astype(dtype))
+
+
+def test_device(golden):
+    device = jax.devices()[0]
+    assert golden("hf_default", device=device).model.wte.weight.devices() == {device}
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float64", "half a float"])
+def test_other_dtypes_are_refused(golden, dtype):
+    from mpt_eqx import CheckpointError
+
+    with pytest.raises(CheckpointError, match=f"dtype: expected float32 or float16 or bfloat16, found '{dtype}'"):
+        golden("hf_default", dtype=dtype)
+
+
+FIRST = "transformer.blocks.0.norm_1.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "messages"),
+    [
+        (lambda held: without(held, FIRST), [r"1 missing: transformer.blocks.0.norm_1.weight \[32\]"]),
+        (lambda held: held | {"extra": held[FIRST]}, [r"1 unexpected: extra \[32\]"]),
+        (lambda held: held | {FIRST: held[FIRST][:5]}, [r"1 misshaped: .*norm_1.weight \(expected \[32\], found \[5\]\)"]),
+        (lambda held: held | {FIRST: held[FIRST].astype(np.int32)}, [r"1 of another type than .*norm_1.weight \(I32\)"]),
+        (
+            lambda held: without(held, FIRST) | {"extra": held[FIRST], "transformer.norm_f.weight": held[FIRST][:1]},
+            ["1 missing", "1 unexpected", "1 misshaped"],
+        ),
+        (lambda held: {"x": np.zeros(3, np.float32)}, [r"14 missing: .* … and 4 more", "1 unexpected: x"]),
+    ],
+)
+def test_tensors_that_do_not_fit_come_in_one_error(copy, change, messages):
+    import re
+
+    from mpt_eqx import CheckpointError, checkpoint_info, from_pretrained
+
+    directory = copy(change)
+    with pytest.raises(CheckpointError, match="the tensors do not fit config.json") as error:
+        from_pretrained(directory)
+    for message in messages:
+        assert re.search(message, str(error.value))
+    assert "\n" not in str(error.value)
+    assert len(checkpoint_info(directory).problems) == len(messages)
+
+
+def test_config_and_tensors_disagree(copy):
+    from mpt_eqx import CheckpointError, from_pretrained
+
+    directory = copy()
+    with pytest.raises(CheckpointError, match=r"6 missing: transformer.blocks.2.norm_1.weight"):
+        from_pretrained(directory, config_overrides={"n_layers": 3})
+    with pytest.raises(CheckpointError, match=r"7 unexpected|6 unexpected: transformer.blocks.1"):
+        from_pretrained(directory, config_overrides={"num_hidden_layers": 1})
+    with pytest.raises(CheckpointError, match=r"1 missing: lm_head.weight \[97, 32\]"):
+        from_pretrained(directory, config_overrides={"tie_word_embeddings": False})
+
+
+def test_config_overrides(golden):
+    case = golden("hf_default", config_overrides={"max_seq_len": 999, "attn_config": {"clip_qkv": 0.5}, "norm_eps": 0.1})
+    config = case.model.config
+    assert (config.max_seq_len, config.attn_config.clip_qkv, config.norm_eps) == (999, 0.5, 0.1)
+    assert config.attn_config.alibi
+
+
+def test_a_head_in_the_file_of_a_tied_model(copy):
+    from mpt_eqx import CheckpointError, from_pretrained
+
+    embedding = "transformer.wte.weight"
+    same = copy(lambda held: held | {"lm_head.weight": held[embedding]})
+    assert from_pretrained(same).lm_head is None
+    save_file(tensors(same) | {"lm_head.weight": 2 * tensors(same)[embedding]}, same / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lm_head.weight differs from transformer.wte.weight, although"):
+        from_pretrained(same)
+    assert from_pretrained(same, config_overrides={"tie_word_embeddings": False}).lm_head is not None
+
+
+def test_several_types_need_a_choice(copy):
+    from mpt_eqx import CheckpointError, from_pretrained
+
+    directory = copy(lambda held: held | {FIRST: held[FIRST].astype(np.float16)})
+    with pytest.raises(CheckpointError, match=r"expected tensors of one type, found .*float16\).*; pass dtype="):
+        from_pretrained(directory)
+    assert from_pretrained(directory, dtype="float32").wte.weight.dtype == jnp.float32
+
+
+def test_check_finite_names_the_tensor(copy):
+    from mpt_eqx import CheckpointError, from_pretrained
+
+    directory = copy(lambda held: held | {FIRST: np.where(np.arange(32) == 3, np.nan, held[FIRST]).astype(np.float32)})
+    from_pretrained(directory)
+    with pytest.raises(CheckpointError, match=f"model.safetensors: {FIRST} holds NaN or infinity"):
+        from_pretrained(directory, check_finite=True)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({"weight_map": {"x": "../out.safetensors"}}, "expected names of files beside it, found ../out.safetensors"),
+        ({"weight_map": {"x": "/etc/passwd"}}, "expected names of files beside it, found /etc/passwd"),
+        ({"weight_map": {"x": "none.safetensors"}}, "missing: none.safetensors"),
+        ({"weight_map": [1]}, "expected a 'weight_map' from tensor names to file names"),
+        ({}, "expected a 'weight_map' from tensor names to file names, found None"),
+        ([], "expected a JSON object, found list"),
+    ],
+)
+def test_an_index_that_is_wrong(copy, index, message):
+    from mpt_eqx import CheckpointError, from_pretrained
+
+    directory = copy(case="hf_sharded")
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=message):
+        from_pretrained(directory)
+
+
+def test_shards_that_disagree_with_the_index(copy):
+    from mpt_eqx import CheckpointError, from_pretrained
+
+    directory = copy(case="hf_sharded")
+    path = directory / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    first, second = sorted(set(index["weight_map"].values()))[:2]
+    name = next(name for name, file in index["weight_map"].items() if file == first)
+    path.write_text(json.dumps({"weight_map": index["weight_map"] | {name: second}}))
+    with pytest.raises(CheckpointError, match=rf"1 tensors not in the file that .* names: {name} \({second}\)"):
+        from_pretrained(directory)
+    shutil.copy(directory / first, directory / second)
+    with pytest.raises(CheckpointError, match=f"is in two files: {first} and {second}"):
+        from_pretrained(directory)
+    (directory / first).unlink()
+    with pytest.raises(CheckpointError, match=f"expected the files that model.safetensors.index.json names; missing: {first}"):
+        from_pretrained(directory)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 16, b"short"])
+def test_a_file_that_is_no_safetensors(copy, content):
+    from mpt_eqx import CheckpointError, from_pretrained
+
+    directory = copy()
+    (directory / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model.safetensors: expected a safetensors file, found something else"):
+        from_pretrained(directory)
+
+
+def test_a_file_that_was_cut_off(copy):
+    from mpt_eqx import CheckpointError, from_pretrained
+
+    path = copy() / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="expected a safetensors file, found something else or a part"):
+        from_pretrained(path.parent)
+
+
+def test_directories_without_weights(tmp_path):
+    from mpt_eqx import CheckpointError, ConfigError, from_pretrained
+
+    with pytest.raises(ConfigError, match="config.json: no such file"):
+        from_pretrained(tmp_path)
+    shutil.copy(GOLDEN / "hf_default" / "config.json", tmp_path)
+    with pytest.raises(CheckpointError, match=r"expected model.safetensors or .*index.json, found no weights"):
+        from_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"found pytorch_model.bin, which is not supported"):
+        from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("source", ["./none", "/none/at/all", "~/none-at-all", "a/b/c", "none", "tests/none"])
+def test_a_path_that_does_not_exist_is_no_repository(source):
+    from mpt_eqx import CheckpointError, from_pretrained
+
+    with pytest.raises(CheckpointError, match=f"^{source}: no such directory$"):
+        from_pretrained(source)
+
+
+def test_a_file_or_subfolder_instead_of_a_directory():
+    from mpt_eqx import CheckpointError, from_pretrained
+
+    with pytest.raises(CheckpointError, match="expected a directory, found a file; pass the directory that holds"):
+        from_pretrained(GOLDEN / "hf_default" / "config.json")
+    with pytest.raises(CheckpointError, match="no such directory; check subfolder='none'"):
+        from_pretrained(GOLDEN, subfolder="none")
+    from_pretrained(GOLDEN, subfolder="hf_default")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Replaces the download; records what it was asked for, and answers with a directory or an error."""
+    import huggingface_hub
+
+    asked = {}
+
+    def answer_with(answer):
+        def snapshot_download(repo_id, **kwargs):
+            asked.update(kwargs, repo_id=repo_id)
+            if isinstance(answer, Exception):
+                raise answer
+            return str(answer)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        return asked
+
+    return answer_with
+
+
+def test_a_hub_repository(hub):
+    from mpt_eqx import from_pretrained
+
+    asked = hub(GOLDEN / "hf_default")
+    model = from_pretrained("owner/name", revision="v1", token="t", cache_dir="/c", local_files_only=True)
+    assert model.config.d_model == 32
+    expected = {"repo_id": "owner/name", "revision": "v1", "token": "t", "cache_dir": "/c", "local_files_only": True}
+    assert expected.items() <= asked.items()
+    assert {"config.json", "model*.safetensors", "tokenizer.json"} <= set(asked["allow_patterns"])
+    asked = hub(GOLDEN)
+    from_pretrained("owner/name", subfolder="hf_default")
+    assert all(pattern.startswith("hf_default/") for pattern in asked["allow_patterns"])
+
+
+def test_what_can_go_wrong_with_a_hub_repository(hub):
+    import httpx2
+    from huggingface_hub import errors
+
+    from mpt_eqx import CheckpointError, from_pretrained
+
+    response = httpx2.Response(404, request=httpx2.Request("GET", "https://hub.example"))
+    for error, message in (
+        (errors.RepositoryNotFoundError("x", response=response), "no such repository on the Hub .*mosaicml/mpt-.* gone"),
+        (errors.GatedRepoError("x", response=response), "the repository is gated; ask for access"),
+        (errors.RevisionNotFoundError("x", response=response), "the repository has no revision 'v9'"),
+        (errors.LocalEntryNotFoundError("x"), "not completely in the Hub's local cache"),
+        (errors.HFValidationError("x"), "not a repository id, which looks like owner/name"),
+        (errors.HfHubHTTPError("x y", response=response), "the Hub cannot be reached"),
+        (OSError("no route\nto host"), r"the Hub cannot be reached \(no route to host\)"),
+    ):
+        hub(error)
+        with pytest.raises(CheckpointError, match=message):
+            from_pretrained("owner/name", revision="v9")
+
+
+def test_offline_with_a_cached_repository(tmp_path):
+    """A cache as huggingface_hub lays it out, in a process of its own: it reads its environment once."""
+    repository = tmp_path / "hub" / "models--owner--name"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    shutil.copytree(GOLDEN / "hf_default", snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    script = (
+        "from mpt_eqx import from_pretrained, CheckpointError\n"
+        "print(from_pretrained('owner/name').config.d_model)\n"
+        "try: from_pretrained('owner/other')\n"
+        "except CheckpointError as error: print(error)\n"
+    )
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert run.stdout.startswith("32\nowner/other: no such directory, and not completely in the Hub's local cache"), run
+
+
+def test_progress_goes_to_stderr_only_if_asked(capsys):
+    from mpt_eqx import from_pretrained
+
+    from_pretrained(GOLDEN / "hf_default")
+    assert capsys.readouterr() == ("", "")
+    from_pretrained(GOLDEN / "hf_default", progress=True)
+    out, err = capsys.readouterr()
+    assert out == "" and "loading hf_default" in err

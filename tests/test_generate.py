@@ -1,0 +1,264 @@
+"""generate and stream: exact, independent of the batch, compiled once, and with an error for each bad argument."""
+
+import contextlib
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+SAMPLED = {"temperature": 1.0, "top_k": 20, "top_p": 0.9}
+
+
+@contextlib.contextmanager
+def counting_compiles():
+    """Counts what XLA compiles inside the block."""
+    from jax._src import monitoring
+
+    events: list[str] = []
+
+    def listen(event: str, *_, **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            events.append(event)
+
+    monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield events
+    finally:
+        monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("sampling", [{}, {**SAMPLED, "key": jax.random.key(5)}], ids=["greedy", "sampled"])
+def test_a_row_alone_equals_the_row_in_a_batch(tiny_model, prompts, sampling):
+    from mpt_eqx import generate
+
+    rows = prompts(3, 17, 1, 40)
+    together = generate(tiny_model, rows, max_new_tokens=12, **sampling)
+    alone = generate(tiny_model, rows[:1], max_new_tokens=12, **sampling)
+    np.testing.assert_array_equal(alone.tokens, together.tokens[:1])
+    np.testing.assert_allclose(alone.logprobs, together.logprobs[:1], atol=1e-5)
+    others = generate(tiny_model, [rows[0], [7], [8], [9]], max_new_tokens=12, **sampling)
+    np.testing.assert_array_equal(others.tokens[0], together.tokens[0])
+
+
+def test_the_scan_equals_a_python_loop_over_the_full_forward(tiny_model, prompts):
+    from mpt_eqx import generate
+
+    key, (prompt,) = jax.random.key(2), prompts(5)
+    result = generate(tiny_model, prompt, max_new_tokens=20, temperature=0.8, key=key, return_logits=True)
+    tokens = list(prompt)
+    for step in range(20):
+        logits = tiny_model(jnp.asarray(tokens))[-1]
+        np.testing.assert_allclose(result.logits[0, step], logits, atol=2e-5)
+        draw = jax.random.fold_in(jax.random.fold_in(key, 0), step)
+        tokens.append(int(jax.random.categorical(draw, logits / 0.8)))
+        assert result.tokens[0, step] == tokens[-1]
+        np.testing.assert_allclose(result.logprobs[0, step], jax.nn.log_softmax(logits)[tokens[-1]], atol=2e-5)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 8, 50])
+@pytest.mark.parametrize("sampling", [{}, {**SAMPLED, "key": jax.random.key(1)}], ids=["greedy", "sampled"])
+def test_stream_gives_the_tokens_of_generate(tiny_model, prompts, chunk_size, sampling):
+    from mpt_eqx import generate, stream
+
+    (prompt,) = prompts(9)
+    whole = generate(tiny_model, prompt, max_new_tokens=21, **sampling).tokens[0].tolist()
+    assert list(stream(tiny_model, prompt, max_new_tokens=21, chunk_size=chunk_size, **sampling)) == whole
+    eos = whole[10]
+    ended = list(stream(tiny_model, prompt, max_new_tokens=21, chunk_size=chunk_size, eos_token_ids=[eos], **sampling))
+    assert ended == whole[: whole.index(eos) + 1]
+
+
+def test_the_end_of_a_row(tiny_model, prompts):
+    from mpt_eqx import generate
+
+    rows = prompts(4, 6)
+    free = generate(tiny_model, rows, max_new_tokens=40)
+    eos = int(free.tokens[0, 5])
+    result = generate(tiny_model, rows, max_new_tokens=40, eos_token_ids=[eos], pad_token_id=60, return_logits=True)
+    for row in range(2):
+        at = np.flatnonzero(free.tokens[row] == eos)
+        length = at[0] + 1 if len(at) else 40
+        assert result.lengths[row] == length and result.finish_reasons[row] == ("stop" if len(at) else "length")
+        np.testing.assert_array_equal(result.tokens[row, :length], free.tokens[row, :length])
+        assert (result.tokens[row, length:] == 60).all()
+        assert (result.logprobs[row, length:] == 0).all() and (result.logits[row, length:] == 0).all()
+    assert result.finish_reasons[0] == "stop" and result.logits.shape == (2, 40, 61)
+
+
+def test_an_end_equal_to_the_padding_counts_once(tiny_model, prompts):
+    from mpt_eqx import generate
+
+    (prompt,) = prompts(4)
+    eos = int(generate(tiny_model, prompt, max_new_tokens=8).tokens[0, 2])
+    result = generate(tiny_model, prompt, max_new_tokens=8, eos_token_ids=[eos], pad_token_id=eos)
+    assert result.lengths[0] <= 3 and result.finish_reasons == ["stop"]
+
+
+def test_keys(tiny_model, prompts):
+    from mpt_eqx import generate
+
+    (prompt,) = prompts(4)
+    one, again, other = (
+        generate(tiny_model, [prompt, prompt], max_new_tokens=16, temperature=1.0, key=jax.random.key(k)).tokens
+        for k in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(one, again)
+    assert (one != other).any() and (one[0] != one[1]).any()
+    legacy = generate(tiny_model, [prompt, prompt], max_new_tokens=16, temperature=1.0, key=jax.random.PRNGKey(1))
+    np.testing.assert_array_equal(legacy.tokens, one)
+
+
+def test_nothing_compiles_again(tiny_model, prompts):
+    """For another prompt of the same bucket, another temperature, other filters, ends, seeds and lengths."""
+    from mpt_eqx import generate
+
+    a, b, c = prompts(5, 30, 17)
+    generate(tiny_model, [a, b], max_new_tokens=20)
+    with counting_compiles() as compiles:
+        generate(tiny_model, [b, c], max_new_tokens=20)
+        generate(tiny_model, [c, a], max_new_tokens=25, temperature=0.5, key=jax.random.key(9))
+        generate(tiny_model, [c, a], max_new_tokens=20, temperature=1.7, top_k=3, top_p=0.5, key=jax.random.key(1))
+        generate(tiny_model, [c, a], max_new_tokens=20, eos_token_ids=[1, 2, 3], pad_token_id=4)
+    assert compiles == []
+    with counting_compiles() as compiles:
+        generate(tiny_model, [a, b, c], max_new_tokens=20)
+    assert compiles
+
+
+def test_the_cache_is_updated_in_place(tiny_model):
+    """The cache is donated, and a decode step of several rows needs little memory besides it."""
+    from mpt_eqx.generation.decode import decode, prefill
+    from mpt_eqx.generation.sampling import SamplingOptions
+
+    state = prefill(tiny_model, np.zeros((4, 32), np.int32), np.full(4, 3, np.int32), 4096)
+    options = SamplingOptions(
+        temperature=np.float32(0)[()] * jnp.ones(()), top_k=jnp.asarray(61), top_p=jnp.ones(()),
+        eos_token_ids=jnp.full(8, -1), pad_token_id=jnp.asarray(0),
+    )  # fmt: skip
+    fixed = (tiny_model, options, jax.random.split(jax.random.key(0), 4), jnp.asarray(8))
+    memory = decode.lower(fixed, state, 8, False).compile().compiled.memory_analysis()
+    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache))
+    assert memory.alias_size_in_bytes > 0.99 * cache_bytes
+    assert memory.temp_size_in_bytes < 0.25 * cache_bytes
+
+
+def test_no_prompts_no_rows(tiny_model):
+    from mpt_eqx import generate
+
+    result = generate(tiny_model, [], max_new_tokens=3)
+    assert result.tokens.shape == (0, 3) and result.finish_reasons == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": [[1], []]}, r"prompts\[1\]: expected at least one token, found an empty prompt"),
+        ({"prompts": [[1, -1]]}, r"prompts\[0\]: expected token ids from 0 to 60, found .*-1"),
+        ({"prompts": [[61]]}, r"prompts\[0\]: expected token ids from 0 to 60, found .*61"),
+        ({"prompts": [[2**31 - 1]]}, r"prompts\[0\]: expected token ids from 0 to 60"),
+        ({"prompts": "text"}, "prompts: expected token ids, found text; encode it with mpt_eqx.text.load_tokenizer"),
+        ({"prompts": ["text"]}, "prompts: expected token ids, found text"),
+        ({"prompts": [[1.5]]}, r"prompts\[0\]: expected a list of whole numbers, found an array of shape \(1,\)"),
+        ({"prompts": [[[1]]]}, r"prompts\[0\]: expected a list of whole numbers"),
+        ({"prompts": [[1] * 200], "max_new_tokens": 57}, r"200 tokens and max_new_tokens=57 exceed max_seq_len=256; .*"
+         r"config_overrides={'max_seq_len': 257}"),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected a whole number ≥ 1, found 0"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens: expected a whole number ≥ 1, found 1.5"),
+        ({"temperature": -1}, "temperature: expected a finite number ≥ 0, found -1"),
+        ({"temperature": float("nan")}, "temperature: expected a finite number ≥ 0, found nan"),
+        ({"temperature": float("inf")}, "temperature: expected a finite number ≥ 0, found inf"),
+        ({"temperature": "hot"}, "temperature: expected a finite number ≥ 0, found 'hot'"),
+        ({"temperature": 1.0}, r"key: expected a key, such as jax.random.key\(0\), with temperature=1.0"),
+        ({"top_k": 0}, "top_k: expected a whole number ≥ 1, found 0"),
+        ({"top_p": 0}, "top_p: expected a number with 0 < top_p ≤ 1, found 0"),
+        ({"top_p": 1.1}, "top_p: expected a number with 0 < top_p ≤ 1, found 1.1"),
+        ({"eos_token_ids": [61]}, "eos_token_ids: expected token ids from 0 to 60, found 61"),
+        ({"pad_token_id": -1}, "pad_token_id: expected token ids from 0 to 60, found -1"),
+    ],
+)  # fmt: skip
+def test_bad_arguments(tiny_model, arguments, message):
+    from mpt_eqx import GenerationError, generate
+
+    with pytest.raises(GenerationError, match=message):
+        generate(tiny_model, **{"prompts": [[1]], "max_new_tokens": 4, **arguments})
+
+
+def test_bad_arguments_of_stream_are_found_at_once(tiny_model):
+    from mpt_eqx import GenerationError, stream
+
+    with pytest.raises(GenerationError, match="chunk_size: expected a whole number ≥ 1, found 0"):
+        stream(tiny_model, [1], max_new_tokens=4, chunk_size=0)
+    with pytest.raises(GenerationError, match="found an empty prompt"):
+        stream(tiny_model, [], max_new_tokens=4)
+    with pytest.raises(GenerationError, match="prompt: expected the token ids of one prompt, found list in it"):
+        stream(tiny_model, [[1], [2]], max_new_tokens=4)
+
+
+def test_logits_that_are_not_finite_are_an_error_and_not_a_token(tiny_model):
+    from mpt_eqx import GenerationError, generate
+
+    broken = eqx.tree_at(lambda m: m.norm_f.weight, tiny_model, replace_fn=lambda w: w.at[3].set(jnp.nan))
+    with pytest.raises(GenerationError, match="logits of new token 0 are not finite; .*check_finite=True"):
+        generate(broken, [[1, 2]], max_new_tokens=4)
+
+
+logit_rows = st.lists(st.integers(-40, 40), min_size=2, max_size=30).map(lambda v: np.array(v, np.float32) / 8)
+
+
+@settings(max_examples=50, deadline=None)
+@given(logit_rows, st.integers(1, 40))
+def test_top_k_keeps_the_largest_and_what_equals_the_last_of_them(logits, k):
+    from mpt_eqx import sampling
+
+    kept = np.asarray(sampling.top_k(jnp.asarray(logits), k))
+    threshold = np.sort(logits)[::-1][min(k, len(logits)) - 1]
+    np.testing.assert_array_equal(kept, np.where(logits >= threshold, logits, -np.inf))
+
+
+@settings(max_examples=50, deadline=None)
+@given(logit_rows, st.floats(0, 1))
+def test_top_p_keeps_the_fewest_with_that_probability(logits, p):
+    from mpt_eqx import sampling
+
+    kept = np.isfinite(sampling.top_p(jnp.asarray(logits), p))
+    probs = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum()
+    assert kept.any() and probs[kept].sum() >= p - 1e-6
+    assert kept.sum() == 1 or probs[kept].sum() - probs[kept].min() < p + 1e-6
+    assert not (~kept).any() or probs[kept].min() >= probs[~kept].max() - 1e-12
+
+
+def test_temperature_divides():
+    from mpt_eqx import sampling
+
+    np.testing.assert_allclose(sampling.temperature(jnp.array([1.0, 3.0]), 2.0), [0.5, 1.5])
+
+
+def test_drawn_tokens_have_the_warped_frequencies(tiny_model):
+    """A chi-square test of 4,000 first tokens against the softmax after temperature and top_k."""
+    from mpt_eqx import generate
+
+    n = 4000
+    result = generate(
+        tiny_model, [[5, 6]] * n, max_new_tokens=1, temperature=2.0, top_k=6, key=jax.random.key(0), return_logits=True
+    )
+    logits = result.logits[0, 0].astype(np.float64) / 2.0
+    likeliest = np.argsort(logits)[::-1][:6]
+    probs = np.exp(logits[likeliest]) / np.exp(logits[likeliest]).sum()
+    counts = np.array([(result.tokens[:, 0] == token).sum() for token in likeliest])
+    assert counts.sum() == n
+    chi_square = ((counts - n * probs) ** 2 / (n * probs)).sum()
+    assert chi_square < 20.5  # the 0.999 quantile with five degrees of freedom
+
+
+def test_limits_of_sampling_are_greedy(tiny_model, prompts):
+    from mpt_eqx import generate
+
+    rows = prompts(3, 8)
+    greedy = generate(tiny_model, rows, max_new_tokens=10).tokens
+    for options in ({"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-4}):
+        drawn = generate(tiny_model, rows, max_new_tokens=10, key=jax.random.key(3), **{"temperature": 1.0, **options})
+        np.testing.assert_array_equal(drawn.tokens, greedy)
