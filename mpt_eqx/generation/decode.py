@@ -28,11 +28,11 @@ class DecodeState(eqx.Module):
 
 
 class Decoded(eqx.Module):
-    """What a number of steps N brought; the leading axis is the step."""
+    """What one step brought, or N of them with a leading axis."""
 
-    tokens: Int[Array, "N B"]
-    logprobs: Float32[Array, "N B"]
-    logits: Float32[Array, "N B V"] | None
+    tokens: Int[Array, "*N B"]
+    logprobs: Float32[Array, "*N B"]
+    logits: Float32[Array, "*N B V"] | None
 
 
 @eqx.filter_jit

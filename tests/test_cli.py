@@ -1,0 +1,115 @@
+"""The command line, in processes of its own: text on stdout, the rest on stderr, exit codes, one line for an error."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import GOLDEN
+
+
+def run(*args, stdin="", **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "mpt_eqx", *map(str, args)],
+        input=stdin, capture_output=True, text=True, timeout=240, env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+    )  # fmt: skip
+
+
+def test_generate_writes_text_and_speed():
+    done = run("generate", "The zip() function", "--max-new-tokens", 24, "--seed", 3)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("The zip() function ") and done.stdout.endswith("\n")
+    *before, last = done.stderr.splitlines()
+    assert before == [] and " prompt tokens, " in last and last.endswith(" tokens/s")
+
+
+def test_generate_is_the_librarys_generate():
+    import jax
+
+    from mpt_eqx import SHIPPED_MODEL, from_pretrained, generate
+    from mpt_eqx.text import load_tokenizer
+
+    model, tokenizer = from_pretrained(SHIPPED_MODEL, dtype="float32"), load_tokenizer(SHIPPED_MODEL)
+    prompt = "Return a list of"
+    result = generate(
+        model, tokenizer.encode(prompt), max_new_tokens=20, temperature=0.9, top_k=50, top_p=0.8,
+        key=jax.random.key(7), eos_token_ids=tokenizer.eos_token_ids,
+    )  # fmt: skip
+    done = run(
+        "generate", "--max-new-tokens", 20, "--temperature", 0.9, "--top-k", 50, "--top-p", 0.8, "--seed", 7,
+        "--dtype", "float32", "--json", stdin=prompt,
+    )  # fmt: skip
+    record = json.loads(done.stdout)
+    tokens = result.tokens[0, : result.lengths[0]].tolist()
+    assert record == {
+        "prompt": prompt, "text": tokenizer.decode(tokens), "tokens": tokens,
+        "finish_reason": result.finish_reasons[0],
+    }  # fmt: skip
+
+
+def test_stop():
+    whole = json.loads(run("generate", "def", "--temperature", 0, "--json", "--max-new-tokens", 30).stdout)["text"]
+    stop = whole[8:11]
+    done = run("generate", "def", "--temperature", 0, "--json", "--max-new-tokens", 30, "--stop", stop)
+    assert json.loads(done.stdout)["text"] == whole[: whole.index(stop)]
+    assert json.loads(done.stdout)["finish_reason"] == "stop"
+
+
+def test_inspect():
+    done = run("inspect", GOLDEN / "hf_sharded")
+    assert done.returncode == 0 and done.stderr == ""
+    for text in ("safetensors, 5 files", "27,808 in 14 tensors", "float32", "transformer.wte.weight", "ALiBi"):
+        assert text in done.stdout
+
+
+def test_inspect_what_is_wrong(tmp_path):
+    shutil.copytree(GOLDEN / "hf_default", tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"n_layers": 3}))
+    done = run("inspect", tmp_path / "m")
+    assert done.returncode == 1
+    assert done.stderr.startswith("mpt-eqx: problem: 6 missing: transformer.blocks.2.")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["generate", "x", "--model", "./none"], "./none: no such directory"),
+        (["generate", "x", "--model", "owner/name"], "owner/name: no such directory, and not completely in the Hub's"),
+        (["generate", "x", "--model", GOLDEN / "hf_default"], "expected tokenizer.json, found no such file"),
+        (["generate", ""], "PROMPT: expected some text, found an empty prompt"),
+        (["generate", "x", "--temperature", "-1"], "temperature: expected a finite number ≥ 0, found -1.0"),
+        (["generate", "x", "--temperature", "nan"], "temperature: expected a finite number ≥ 0, found nan"),
+        (["generate", "x", "--top-p", "2"], "top_p: expected a number with 0 < top_p ≤ 1, found 2.0"),
+        (["generate", "x", "--max-new-tokens", "2000"], "exceed max_seq_len=1024; shorten them, or load the model with"),
+        (["generate", "x", "--dtype", "int4"], "dtype: expected float32 or float16 or bfloat16, found 'int4'"),
+        (["generate", "x", "--stop", ""], "--stop: expected some text, found an empty string"),
+        (["inspect", "./none"], "./none: no such directory"),
+    ],
+)
+def test_an_error_is_one_line(args, message):
+    done = run(*args)
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("mpt-eqx: error: ") and message in line
+
+
+def test_a_config_that_is_not_json(tmp_path):
+    (tmp_path / "config.json").write_text("not json")
+    done = run("inspect", tmp_path)
+    assert done.returncode == 1 and "config.json: expected JSON, found something else" in done.stderr
+    assert "Traceback" in run("inspect", tmp_path, "--debug").stderr
+
+
+def test_bad_use_is_exit_code_2():
+    for args in ([], ["frobnicate"], ["generate", "x", "--max-new-tokens", "many"]):
+        done = run(*args)
+        assert done.returncode == 2 and done.stderr.startswith("usage: mpt-eqx")
+
+
+def test_help_teaches():
+    assert "mpt-eqx generate" in run("--help").stdout
+    for text in ("--temperature T", "generation_config.json", "--seed S"):
+        assert text in run("generate", "--help").stdout

@@ -1,0 +1,153 @@
+"""The package as a whole: what it imports, its house rules, the README, and the model that ships with it."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "mpt_eqx"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+HEAVY = ("torch", "transformers", "flax", "tokenizers", "fastapi", "matplotlib")
+
+
+def python(script):
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_brings_nothing_heavy_and_starts_nothing():
+    out = python(
+        "import os, sys; before = dict(os.environ); import mpt_eqx\n"
+        f"print([m for m in {HEAVY!r} if m in sys.modules], dict(os.environ) == before)\n"
+        "from jax._src import xla_bridge; print(xla_bridge.backends_are_initialized())"
+    )
+    assert out.split("\n")[:2] == ["[] True", "False"]
+
+
+def test_generating_brings_no_torch():
+    out = python(
+        "import sys; from mpt_eqx.cli import main\n"
+        "main(['generate', 'The', '--max-new-tokens', '4'])\n"
+        "print([m for m in ('torch', 'transformers', 'flax') if m in sys.modules])"
+    )
+    assert out.endswith("\n[]\n")
+
+
+def test_shapes_are_checked_in_the_tests():
+    """Every module that annotates shapes is checked here, but for the border with messages of its own."""
+    import jaxtyping
+    from conftest import CHECKED
+
+    from mpt_eqx.model.positions import alibi_bias
+
+    with pytest.raises(jaxtyping.TypeCheckError):
+        alibi_bias(jnp.ones((2, 2)), jnp.arange(3), jnp.arange(3))
+    with pytest.raises(jaxtyping.TypeCheckError):
+        alibi_bias(jnp.ones(2), jnp.ones(3), jnp.arange(3))
+    rooms = tuple(str(PACKAGE.joinpath(*room.split("."))) for room in CHECKED)
+    for path in MODULES:
+        if re.search(r"(Float|Float32|Int|Bool)\[", path.read_text()) and path.name != "generate.py":
+            assert str(path).startswith(rooms), path
+
+
+def test_shapes_are_not_checked_for_users():
+    out = python(
+        "import jax.numpy as jnp; from mpt_eqx.model.positions import alibi_bias\n"
+        "print(alibi_bias(jnp.ones(2), jnp.ones(3), jnp.arange(3)).shape)"
+    )
+    assert out == "(2, 3, 3)\n"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_house_rules(path):
+    """No stringified annotations (they hide shapes), no torch, imports that point one way, docstrings."""
+    order = ("errors", "config", "model", "checkpoint", "generation", "train", "text", "cli")
+    beside = {("text", "generation"), ("train", "checkpoint"), ("train", "generation"), ("text", "train")}
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree)
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py").split("_")[0]
+    for node in ast.walk(tree):
+        modules = [node.module] if isinstance(node, ast.ImportFrom) else []
+        modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for module in modules:
+            assert module != "__future__" and module.split(".")[0] not in ("torch", "transformers", "flax")
+            if module.startswith("mpt_eqx.") and room in order:
+                imported = module.split(".")[1].split("_")[0]
+                assert order.index(imported) <= order.index(room) and (room, imported) not in beside
+
+
+def readme_blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(readme_blocks("python"))))
+def test_the_readmes_python_runs(number):
+    python(readme_blocks("python")[number])
+
+
+def test_the_readmes_table_of_places_is_true():
+    rows = re.findall(r"^\|[^|]*\| `(mpt_eqx/[\w/]+\.py)`(?:, `(\w+)`)?", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) > 5
+    for file, name in rows:
+        assert re.search(rf"^(def|class) {name}\b|^{name} = ", (ROOT / file).read_text(), re.MULTILINE), (file, name)
+
+
+def test_the_readmes_figures_are_the_committed_ones():
+    from mpt_eqx import SHIPPED_MODEL
+
+    figures = json.loads((SHIPPED_MODEL / "training.json").read_text())["test_nats_per_byte"]
+    readme, card = (ROOT / "README.md").read_text(), (SHIPPED_MODEL / "README.md").read_text()
+    for name in ("nats", "gzip", "xz", "xz_after"):
+        assert f"{figures[name]:.3f}" in card
+    for name in ("nats", "gzip", "xz"):
+        assert f"{figures[name]:.2f}" in readme
+
+
+def test_the_shipped_model(shipped):
+    from mpt_eqx import SHIPPED_MODEL
+
+    assert {leaf.dtype.name for leaf in (shipped.wte.weight, shipped.norm_f.weight)} == {"bfloat16"}
+    assert 2e6 <= shipped.config.num_parameters() <= 5e6
+    assert sum(path.stat().st_size for path in SHIPPED_MODEL.iterdir()) <= 8_000_000
+    names = {path.name for path in SHIPPED_MODEL.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "README.md"} <= names
+
+
+def test_the_shipped_model_has_learned_to_write_documentation(shipped):
+    """Its loss on text nobody trained on is far below what gzip needs (1.99 nats per byte on such documents)."""
+    from mpt_eqx import SHIPPED_MODEL
+    from mpt_eqx.text import load_tokenizer
+    from mpt_eqx.train import next_token_loss
+
+    text = (
+        "Return a new list containing all items from the iterable in ascending order. If the optional argument is "
+        "given, it must be a function of one argument that is called for each element; the default value is None."
+    )
+    tokens = [0, *load_tokenizer(SHIPPED_MODEL).encode(text)]
+    nats = float(next_token_loss(shipped, jnp.asarray([tokens]))) * (len(tokens) - 1)
+    assert nats / len(text.encode()) < 0.9
+
+
+def test_the_pretraining_example_runs(tmp_path):
+    """A hundredth of an epoch, written as a checkpoint that loads and generates."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "pretrain.py", tmp_path / "m", "--epochs", "0.005", "--length", "64"],
+        capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    from mpt_eqx import from_pretrained, generate
+
+    model = from_pretrained(tmp_path / "m")
+    assert generate(model, [1, 2], max_new_tokens=2).tokens.shape == (1, 2)
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert "nats per byte" in card and "{" not in card
+    assert (tmp_path / "m" / "loss_curve.png").stat().st_size > 5000
+    assert np.isfinite(json.loads((tmp_path / "m" / "training.json").read_text())["test_nats_per_byte"]["nats"])
