@@ -25,6 +25,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from pydoc_data import topics
 
 import equinox as eqx
 import jax
@@ -33,7 +34,6 @@ import numpy as np
 import optax
 import tokenizers
 from jaxtyping import Array, Float32, Int
-from pydoc_data import topics
 from tqdm import tqdm
 
 from mpt_eqx import MPT, AttnConfig, InitConfig, MPTConfig, save_pretrained
@@ -226,7 +226,9 @@ def write(args, model, tokenizer, curve, minutes, parts, test_rows) -> None:
     config = model.config
     save_pretrained(model, args.directory)
     tokenizer.save(str(args.directory / "tokenizer.json"))
-    write_json(args.directory / "tokenizer_config.json", {"eos_token": END, "tokenizer_class": "PreTrainedTokenizerFast"})
+    write_json(
+        args.directory / "tokenizer_config.json", {"eos_token": END, "tokenizer_class": "PreTrainedTokenizerFast"}
+    )
     sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.95}
     write_json(args.directory / "generation_config.json", {"eos_token_id": 0, "pad_token_id": 0, **sampling})
 
@@ -266,7 +268,9 @@ def plot(path: Path, curve: list[dict[str, float]], figures: dict[str, float]) -
     for name, style in (("gzip", ":"), ("xz", "--"), ("xz_after", "-.")):
         label = {"xz_after": "xz -9 after the training text"}.get(name, f"{name} -9")
         axes.axhline(figures[name], color="gray", linestyle=style, label=f"{label} (test documents)")
-    axes.set(xlabel="step", ylabel="nats per byte", title="pydoc-3m: loss on documents it was not trained on", ylim=(0, None))
+    axes.set(
+        xlabel="step", ylabel="nats per byte", title="pydoc-3m: loss on documents it was not trained on", ylim=(0, None)
+    )
     axes.legend()
     figure.savefig(path)
 
@@ -290,18 +294,31 @@ def main() -> None:
     texts = documents()
     train, validation, test = split(texts)
     tokenizer = train_tokenizer(train, vocab_size=4096)
-    rows, val_rows, test_rows = ([[*e.ids, 0] for e in tokenizer.encode_batch(part)] for part in (train, validation, test))
+    rows, val_rows, test_rows = (
+        [[*e.ids, 0] for e in tokenizer.encode_batch(part)] for part in (train, validation, test)
+    )
     args.tokens = n_tokens = sum(map(len, rows))
     steps = max(int(args.epochs * n_tokens / (args.batch * args.length)), 1)
-    print(f"{len(texts)} documents, {sum(len(t.encode()) for t in texts):,} bytes; {n_tokens:,} training tokens, "
-          f"{steps} steps of {args.batch * args.length} tokens", file=sys.stderr)
+    print(
+        f"{len(texts)} documents, {sum(len(t.encode()) for t in texts):,} bytes; {n_tokens:,} training tokens, "
+        f"{steps} steps of {args.batch * args.length} tokens",
+        file=sys.stderr,
+    )
 
     config = MPTConfig(
-        d_model=192, n_heads=6, n_layers=6, vocab_size=tokenizer.get_vocab_size(), max_seq_len=1024, no_bias=True,
-        attn_config=AttnConfig(alibi=True), init_config=InitConfig(emb_init_std=0.02),
+        d_model=192,
+        n_heads=6,
+        n_layers=6,
+        vocab_size=tokenizer.get_vocab_size(),
+        max_seq_len=1024,
+        no_bias=True,
+        attn_config=AttnConfig(alibi=True),
+        init_config=InitConfig(emb_init_std=0.02),
     )
     model = MPT(config, key=jax.random.key(args.seed))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, args.learning_rate, min(100, steps // 10), steps, 0.02 * args.learning_rate)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, args.learning_rate, min(100, steps // 10), steps, 0.02 * args.learning_rate
+    )
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=0.1, mask=lambda m: jax.tree.map(lambda x: x.ndim > 1, m)),
@@ -317,7 +334,9 @@ def main() -> None:
         recent.append(float(loss))
         if step % max(steps // 16, 1) == 0 or step == steps:
             nats = held_out_nats(model, val_rows, args.length) / val_bytes
-            curve.append({"step": step, "train_nats_per_token": float(np.mean(recent)), "validation_nats_per_byte": nats})
+            curve.append(
+                {"step": step, "train_nats_per_token": float(np.mean(recent)), "validation_nats_per_byte": nats}
+            )
             tqdm.write(json.dumps(curve[-1] | {"seconds": round(time.monotonic() - started)}), file=sys.stderr)
             recent = []
             if nats < best:

@@ -62,10 +62,14 @@ def _parser() -> argparse.ArgumentParser:
         help="0 for the likeliest tokens, more for variety (default: the checkpoint's generation_config.json, else 0)",
     )  # fmt: skip
     generate.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens only")
-    generate.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens of probability P only")
+    generate.add_argument(
+        "--top-p", type=float, metavar="P", help="draw from the likeliest tokens of probability P only"
+    )
     generate.add_argument("--seed", type=int, default=0, metavar="S", help="another seed, another text (default: 0)")
     generate.add_argument("--dtype", metavar="D", help="float32, bfloat16 or float16 (default: as stored)")
-    generate.add_argument("--stop", action="append", default=[], metavar="S", help="end before this text; may be repeated")
+    generate.add_argument(
+        "--stop", action="append", default=[], metavar="S", help="end before this text; may be repeated"
+    )
     generate.add_argument("--json", action="store_true", help="one JSON object instead of streamed text")
     generate.set_defaults(run=_generate)
 
@@ -167,9 +171,18 @@ def _inspect(args: argparse.Namespace) -> int:
         ("format", f"{info.format}, {len(files)} file{'s' * (len(files) != 1)}, {info.bytes / 1e6:,.1f} MB"),
         ("parameters", f"{info.parameters:,} in {len(info.tensors)} tensors"),
         ("types", ", ".join(sorted({tensor.dtype for tensor in info.tensors}))),
-        ("layers", f"{config.n_layers} of width {config.d_model}, {config.n_heads} heads, FFN {config.ffn_hidden_size}"),
-        ("vocabulary", f"{config.vocab_size:,}, output matrix {'tied' if config.tie_word_embeddings else 'of its own'}"),
-        ("positions", f"ALiBi, alibi_bias_max {config.attn_config.alibi_bias_max:g}, max_seq_len {config.max_seq_len:,}"),
+        (
+            "layers",
+            f"{config.n_layers} of width {config.d_model}, {config.n_heads} heads, FFN {config.ffn_hidden_size}",
+        ),
+        (
+            "vocabulary",
+            f"{config.vocab_size:,}, output matrix {'tied' if config.tie_word_embeddings else 'of its own'}",
+        ),
+        (
+            "positions",
+            f"ALiBi, alibi_bias_max {config.attn_config.alibi_bias_max:g}, max_seq_len {config.max_seq_len:,}",
+        ),
         ("tokenizer", "tokenizer.json" if (Path(info.directory) / "tokenizer.json").is_file() else "none"),
     ]
     for name, value in rows:

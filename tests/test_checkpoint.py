@@ -148,8 +148,14 @@ FIRST = "transformer.blocks.0.norm_1.weight"
     [
         (lambda held: without(held, FIRST), [r"1 missing: transformer.blocks.0.norm_1.weight \[32\]"]),
         (lambda held: held | {"extra": held[FIRST]}, [r"1 unexpected: extra \[32\]"]),
-        (lambda held: held | {FIRST: held[FIRST][:5]}, [r"1 misshaped: .*norm_1.weight \(expected \[32\], found \[5\]\)"]),
-        (lambda held: held | {FIRST: held[FIRST].astype(np.int32)}, [r"1 of another type than .*norm_1.weight \(I32\)"]),
+        (
+            lambda held: held | {FIRST: held[FIRST][:5]},
+            [r"1 misshaped: .*norm_1.weight \(expected \[32\], found \[5\]\)"],
+        ),
+        (
+            lambda held: held | {FIRST: held[FIRST].astype(np.int32)},
+            [r"1 of another type than .*norm_1.weight \(I32\)"],
+        ),
         (
             lambda held: without(held, FIRST) | {"extra": held[FIRST], "transformer.norm_f.weight": held[FIRST][:1]},
             ["1 missing", "1 unexpected", "1 misshaped"],
@@ -184,7 +190,9 @@ def test_config_and_tensors_disagree(copy):
 
 
 def test_config_overrides(golden):
-    case = golden("hf_default", config_overrides={"max_seq_len": 999, "attn_config": {"clip_qkv": 0.5}, "norm_eps": 0.1})
+    case = golden(
+        "hf_default", config_overrides={"max_seq_len": 999, "attn_config": {"clip_qkv": 0.5}, "norm_eps": 0.1}
+    )
     config = case.model.config
     assert (config.max_seq_len, config.attn_config.clip_qkv, config.norm_eps) == (999, 0.5, 0.1)
     assert config.attn_config.alibi
@@ -255,7 +263,9 @@ def test_shards_that_disagree_with_the_index(copy):
     with pytest.raises(CheckpointError, match=f"is in two files: {first} and {second}"):
         from_pretrained(directory)
     (directory / first).unlink()
-    with pytest.raises(CheckpointError, match=f"expected the files that model.safetensors.index.json names; missing: {first}"):
+    with pytest.raises(
+        CheckpointError, match=f"expected the files that model.safetensors.index.json names; missing: {first}"
+    ):
         from_pretrained(directory)
 
 
@@ -351,7 +361,10 @@ def test_what_can_go_wrong_with_a_hub_repository(hub):
 
     response = httpx2.Response(404, request=httpx2.Request("GET", "https://hub.example"))
     for error, message in (
-        (errors.RepositoryNotFoundError("x", response=response), "no such repository on the Hub .*mosaicml/mpt-.* gone"),
+        (
+            errors.RepositoryNotFoundError("x", response=response),
+            "no such repository on the Hub .*mosaicml/mpt-.* gone",
+        ),
         (errors.GatedRepoError("x", response=response), "the repository is gated; ask for access"),
         (errors.RevisionNotFoundError("x", response=response), "the repository has no revision 'v9'"),
         (errors.LocalEntryNotFoundError("x"), "not completely in the Hub's local cache"),

@@ -13,8 +13,12 @@ from conftest import GOLDEN
 def run(*args, stdin="", **environment):
     return subprocess.run(
         [sys.executable, "-m", "mpt_eqx", *map(str, args)],
-        input=stdin, capture_output=True, text=True, timeout=240, env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
-    )  # fmt: skip
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+    )
 
 
 def test_generate_writes_text_and_speed():
@@ -83,7 +87,10 @@ def test_inspect_what_is_wrong(tmp_path):
         (["generate", "x", "--temperature", "-1"], "temperature: expected a finite number ≥ 0, found -1.0"),
         (["generate", "x", "--temperature", "nan"], "temperature: expected a finite number ≥ 0, found nan"),
         (["generate", "x", "--top-p", "2"], "top_p: expected a number with 0 < top_p ≤ 1, found 2.0"),
-        (["generate", "x", "--max-new-tokens", "2000"], "exceed max_seq_len=1024; shorten them, or load the model with"),
+        (
+            ["generate", "x", "--max-new-tokens", "2000"],
+            "exceed max_seq_len=1024; shorten them, or load the model with",
+        ),
         (["generate", "x", "--dtype", "int4"], "dtype: expected float32 or float16 or bfloat16, found 'int4'"),
         (["generate", "x", "--stop", ""], "--stop: expected some text, found an empty string"),
         (["inspect", "./none"], "./none: no such directory"),

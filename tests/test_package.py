@@ -94,7 +94,9 @@ def test_the_readmes_python_runs(number):
 
 
 def test_the_readmes_table_of_places_is_true():
-    rows = re.findall(r"^\|[^|]*\| `(mpt_eqx/[\w/]+\.py)`(?:, `(\w+)`)?", (ROOT / "README.md").read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\|[^|]*\| `(mpt_eqx/[\w/]+\.py)`(?:, `(\w+)`)?", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
     assert len(rows) > 5
     for file, name in rows:
         assert re.search(rf"^(def|class) {name}\b|^{name} = ", (ROOT / file).read_text(), re.MULTILINE), (file, name)

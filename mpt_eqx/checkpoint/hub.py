@@ -47,12 +47,14 @@ def find_checkpoint(
             raise CheckpointError(f"{directory}: no such directory; check subfolder={subfolder!r}")
         return directory
     if directory.exists():
-        raise CheckpointError(f"{source}: expected a directory, found a file; pass the directory that holds config.json")
+        raise CheckpointError(
+            f"{source}: expected a directory, found a file; pass the directory that holds config.json"
+        )
     if _looks_like_a_path(source):
         raise CheckpointError(f"{source}: no such directory")
 
-    from huggingface_hub import snapshot_download
     from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
 
     try:
         snapshot = snapshot_download(

@@ -109,7 +109,9 @@ def _weight_files(directory: Path) -> tuple[list[Path], Any]:
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"{path}: expected a 'weight_map' from tensor names to file names, found {weight_map!r:.80}")
+        raise CheckpointError(
+            f"{path}: expected a 'weight_map' from tensor names to file names, found {weight_map!r:.80}"
+        )
     names = sorted(set(weight_map.values()))
     # The name is checked, not where it leads: the Hub's cache is made of links.
     if strange := [name for name in names if name != Path(name).name or name in ("", ".", "..") or "\\" in name]:
@@ -135,7 +137,9 @@ def _read_header(file: Path) -> Iterator[TensorInfo]:
                 dtype = part.get_dtype()
                 yield TensorInfo(name, tuple(part.get_shape()), DTYPES.get(dtype, dtype), file.name)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: expected a safetensors file, found something else or a part ({error})") from None
+        raise CheckpointError(
+            f"{file}: expected a safetensors file, found something else or a part ({error})"
+        ) from None
 
 
 def _differences(config: MPTConfig, tensors: tuple[TensorInfo, ...]) -> Iterator[str]:

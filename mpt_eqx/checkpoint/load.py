@@ -61,12 +61,12 @@ def from_pretrained(
         raise CheckpointError(f"{info.directory}: the tensors do not fit config.json: {'; '.join(info.problems)}")
     target = _target_dtype(info, dtype)
     arrays = _read(info, target, device, check_finite, progress)
-    if HEAD in arrays and info.config.tie_word_embeddings:
-        if not np.array_equal(arrays[HEAD], arrays[EMBEDDING]):
-            raise CheckpointError(
-                f"{info.directory}: {HEAD} differs from {EMBEDDING}, although config.json ties them; "
-                f"load with config_overrides={{'tie_word_embeddings': False}} to use both"
-            )
+    head_is_tied = HEAD in arrays and info.config.tie_word_embeddings
+    if head_is_tied and not np.array_equal(arrays[HEAD], arrays[EMBEDDING]):
+        raise CheckpointError(
+            f"{info.directory}: {HEAD} differs from {EMBEDDING}, although config.json ties them; "
+            f"load with config_overrides={{'tie_word_embeddings': False}} to use both"
+        )
     skeleton = eqx.filter_eval_shape(MPT, info.config, key=jax.random.key(0))
     return jax.tree.unflatten(jax.tree.structure(skeleton), [arrays[name] for name in named_leaves(skeleton)])
 

@@ -35,9 +35,11 @@ def save_pretrained(model: MPT, directory: str | Path, *, max_shard_size: int | 
     directory = Path(directory)
     leaves = named_leaves(model)
     shards = _shards({name: leaf.size * leaf.dtype.itemsize for name, leaf in leaves.items()}, limit)
-    files = [WEIGHTS] if len(shards) == 1 else [
-        f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)
-    ]
+    files = (
+        [WEIGHTS]
+        if len(shards) == 1
+        else [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    )
     dtype = next(iter(leaves.values())).dtype.name
     written: list[str] = []
     try:

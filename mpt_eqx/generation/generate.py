@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
@@ -75,7 +76,7 @@ def generate(
     logprobs = np.zeros((rows, max_new_tokens), np.float32)
     logits = np.zeros((rows, max_new_tokens, v), np.float32) if return_logits else None
     start = 0
-    for chunk in run.chunks(CHUNK, return_logits):
+    for chunk in run.chunks(min(CHUNK, _power_of_two(max_new_tokens)), return_logits):
         n = min(len(chunk.tokens), max_new_tokens - start)
         tokens[:, start : start + n] = np.asarray(chunk.tokens)[:n].T
         logprobs[:, start : start + n] = np.asarray(chunk.logprobs)[:n].T
@@ -83,12 +84,12 @@ def generate(
             logits[:, start : start + n] = np.swapaxes(np.asarray(chunk.logits)[:n], 0, 1)
         start += n
     ends = np.isin(tokens, run.eos_token_ids)
-    stopped = ends.any(axis=1)
-    lengths = np.where(stopped, ends.argmax(axis=1) + 1, max_new_tokens)
+    stopped = np.any(ends, axis=1)
+    lengths = np.where(stopped, np.argmax(ends, axis=1) + 1, max_new_tokens)
     return GenerateResult(
         tokens=tokens,
         lengths=lengths,
-        finish_reasons=["stop" if stop else "length" for stop in stopped],
+        finish_reasons=["stop" if stop else "length" for stop in stopped.tolist()],
         logprobs=logprobs,
         logits=logits,
     )
@@ -108,10 +109,21 @@ def stream(
 ) -> Iterator[int]:
     """Returns an iterator over the tokens that `generate` would write for one prompt, as they are made.
 
-    Args:
-        chunk_size: how many tokens are made between looks at them, ≥ 1: fewer come sooner, more come faster.
+    Arguments are checked at once, not at the first token.
 
-    Other arguments, and errors, as in `generate`; arguments are checked at once, not at the first token.
+    Args:
+        model: the model.
+        prompt: token ids.
+        max_new_tokens: as in `generate`, like the following.
+        chunk_size: how many tokens are made between looks at them, ≥ 1: fewer come sooner, more come faster.
+        temperature: as in `generate`.
+        top_k: as in `generate`.
+        top_p: as in `generate`.
+        eos_token_ids: as in `generate`.
+        key: as in `generate`.
+
+    Raises:
+        GenerationError: as in `generate`.
     """
     if len(prompt) and not isinstance(prompt[0], int | np.integer):
         raise GenerationError(f"prompt: expected the token ids of one prompt, found {_kind(prompt[0])} in it")
@@ -173,12 +185,13 @@ class _Run:
                 )
         # One shape for up to eight ends, so that their number does not compile again.
         places = max(8, _power_of_two(len(self.eos_token_ids)))
+        ends = [*self.eos_token_ids, *[-1] * (places - len(self.eos_token_ids))]
         self.options = SamplingOptions(
-            temperature=np.asarray(temperature, np.float32),
-            top_k=np.asarray(v if top_k is None else min(top_k, v), np.int32),
-            top_p=np.asarray(1.0 if top_p is None else top_p, np.float32),
-            eos_token_ids=np.asarray([*self.eos_token_ids, *[-1] * (places - len(self.eos_token_ids))], np.int32),
-            pad_token_id=np.asarray(pad_token_id, np.int32),
+            temperature=jnp.asarray(np.float32(temperature)),
+            top_k=jnp.asarray(np.int32(v if top_k is None else min(top_k, v))),
+            top_p=jnp.asarray(np.float32(1.0 if top_p is None else top_p)),
+            eos_token_ids=jnp.asarray(np.asarray(ends, np.int32)),
+            pad_token_id=jnp.asarray(np.int32(pad_token_id)),
         )
         self.key = jax.random.key(0) if key is None else key
         if not jax.dtypes.issubdtype(self.key.dtype, jax.dtypes.prng_key):  # from jax.random.PRNGKey
@@ -194,9 +207,9 @@ class _Run:
         for row, prompt in zip(tokens, self.prompts, strict=True):
             row[: len(prompt)] = prompt
         lengths = np.asarray([len(prompt) for prompt in self.prompts], np.int32)
-        keys = _row_keys(self.key, np.arange(len(self.prompts)))
-        state = prefill(self.model, tokens, lengths, capacity)
-        fixed = (self.model, self.options, keys, np.asarray(self.max_new_tokens, np.int32))
+        keys = _row_keys(self.key, jnp.asarray(np.arange(len(self.prompts))))
+        state = prefill(self.model, jnp.asarray(tokens), jnp.asarray(lengths), capacity)
+        fixed = (self.model, self.options, keys, jnp.asarray(np.int32(self.max_new_tokens)))
         while True:
             state, decoded = decode(fixed, state, size, with_logits)
             if (bad := int(state.first_bad_step)) >= 0:
@@ -251,5 +264,6 @@ def _check_number(name: str, value: object, expected: str, valid) -> None:
 
 
 def _kind(value: object) -> str:
-    shape = getattr(value, "shape", None)
-    return type(value).__name__ if shape is None else f"an array of shape {shape} and type {value.dtype}"
+    if isinstance(value, np.ndarray):
+        return f"an array of shape {value.shape} and type {value.dtype}"
+    return type(value).__name__

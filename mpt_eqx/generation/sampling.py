@@ -6,7 +6,6 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Key
 
 
@@ -21,11 +20,11 @@ class SamplingOptions(eqx.Module):
         pad_token_id: what follows the end.
     """
 
-    temperature: Float32[Array | np.ndarray, ""]
-    top_k: Int[Array | np.ndarray, ""]
-    top_p: Float32[Array | np.ndarray, ""]
-    eos_token_ids: Int[Array | np.ndarray, " E"]
-    pad_token_id: Int[Array | np.ndarray, ""]
+    temperature: Float32[Array, ""]
+    top_k: Int[Array, ""]
+    top_p: Float32[Array, ""]
+    eos_token_ids: Int[Array, " E"]
+    pad_token_id: Int[Array, ""]
 
 
 def temperature(logits: Float[Array, " V"], t: float | Float32[Array, ""]) -> Float[Array, " V"]:

@@ -13,9 +13,7 @@ class LayerCache(eqx.Module):
     k: Float[Array, "N S H"]
     v: Float[Array, "N S H"]
 
-    def write(
-        self, k: Float[Array, "N T H"], v: Float[Array, "N T H"], positions: Int[Array, " T"]
-    ) -> "LayerCache":
+    def write(self, k: Float[Array, "N T H"], v: Float[Array, "N T H"], positions: Int[Array, " T"]) -> "LayerCache":
         """Returns the cache with T rows written at `positions`; those beyond the capacity are dropped."""
         return LayerCache(
             k=self.k.at[:, positions].set(k, mode="drop"),

@@ -91,8 +91,8 @@ class MPT(eqx.Module):
         x = self.wte(tokens)
         layers = []
         for block, layer in zip(self.blocks, cache.layers, strict=True):
-            x, layer = block(x, query_pos, key_pos, visible, layer)
-            layers.append(layer)
+            x, written = block(x, query_pos, key_pos, visible, layer)
+            layers.append(written)
         return self.norm_f(x), KVCache(layers=tuple(layers), length=cache.length + tokens.shape[0])
 
     def unembed(self, x: Float[Array, "T D"]) -> Float[Array, "T V"]:

@@ -72,7 +72,9 @@ def load_tokenizer(
     try:
         import tokenizers
     except ImportError as error:
-        raise MPTError("the tokenizers library is needed for text; install it with pip install 'mpt_eqx[text]'") from error
+        raise MPTError(
+            "the tokenizers library is needed for text; install it with pip install 'mpt_eqx[text]'"
+        ) from error
     directory = find_checkpoint(
         source,
         revision=revision,
@@ -84,7 +86,9 @@ def load_tokenizer(
     )
     path = directory / "tokenizer.json"
     if not path.is_file():
-        raise CheckpointError(f"{directory}: expected tokenizer.json, found no such file; give token ids to generate instead")
+        raise CheckpointError(
+            f"{directory}: expected tokenizer.json, found no such file; give token ids to generate instead"
+        )
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
