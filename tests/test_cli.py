@@ -64,7 +64,7 @@ def test_stop():
 def test_inspect():
     done = run("inspect", GOLDEN / "hf_sharded")
     assert done.returncode == 0 and done.stderr == ""
-    for text in ("safetensors, 5 files", "27,808 in 14 tensors", "float32", "transformer.wte.weight", "ALiBi"):
+    for text in ("safetensors, 5 files", "27,840 in 14 tensors", "float32", "transformer.wte.weight", "ALiBi"):
         assert text in done.stdout
 
 

@@ -92,6 +92,7 @@ class MPT(eqx.Module):
         layers = []
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             x, written = block(x, query_pos, key_pos, visible, layer)
+            assert written is not None  # because a cache went in
             layers.append(written)
         return self.norm_f(x), KVCache(layers=tuple(layers), length=cache.length + tokens.shape[0])
 
