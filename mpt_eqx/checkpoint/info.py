@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def checkpoint_info(
     )
 
 
-def _weight_files(directory: Path) -> tuple[list[Path], Any]:
+def _weight_files(directory: Path) -> tuple[list[Path], Callable[[tuple[TensorInfo, ...]], tuple[str, ...]]]:
     """Returns the files that hold the weights, and a function from their tensors to what the index has wrong."""
     if (directory / WEIGHTS).is_file():
         return [directory / WEIGHTS], lambda tensors: ()
