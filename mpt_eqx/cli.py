@@ -10,6 +10,8 @@ from pathlib import Path
 from mpt_eqx import SHIPPED_MODEL
 from mpt_eqx.errors import GenerationError, MPTError
 
+CHUNK = 8  # tokens between two looks at what has been made
+
 EXAMPLES = """examples:
   mpt-eqx generate "The zip() function"                      the small model that ships with mpt_eqx
   mpt-eqx generate "Once" --model ./mpt-7b --temperature 0    a local checkpoint, likeliest tokens
@@ -106,12 +108,13 @@ def _generate(args: argparse.Namespace) -> int:
 
     note = _Note()
     note.show("compiling …")
+    started = time.monotonic()
     new_tokens: list[int] = []
     moments: list[float] = []
 
     def noted():
         for token in stream(
-            model, tokens, max_new_tokens=args.max_new_tokens, eos_token_ids=tokenizer.eos_token_ids,
+            model, tokens, max_new_tokens=args.max_new_tokens, chunk_size=CHUNK, eos_token_ids=tokenizer.eos_token_ids,
             key=jax.random.key(args.seed), **options,
         ):  # fmt: skip
             note.clear()
@@ -139,7 +142,7 @@ def _generate(args: argparse.Namespace) -> int:
         print(json.dumps(record))
     else:
         print("" if text else prompt)
-    print(_speed(len(tokens), moments), file=sys.stderr)
+    print(_speed(len(tokens), started, moments), file=sys.stderr)
     return 0
 
 
@@ -154,11 +157,12 @@ def _sampling(args: argparse.Namespace, defaults: dict) -> dict:
     return options
 
 
-def _speed(prompt_tokens: int, moments: list[float]) -> str:
-    """Returns a line on the tokens after the first, whose time is reading and compiling."""
-    seconds = moments[-1] - moments[0] if moments else 0.0
-    rate = f", {(len(moments) - 1) / seconds:.1f} tokens/s" if seconds > 0 else ""
-    return f"{prompt_tokens} prompt tokens, {len(moments)} new tokens{rate}"
+def _speed(prompt_tokens: int, started: float, moments: list[float]) -> str:
+    """Returns a line on how fast it went: after the first chunk, or over all where that one was the only one."""
+    counts = f"{prompt_tokens} prompt tokens, {len(moments)} new tokens"
+    if len(moments) > CHUNK:
+        return f"{counts}, {(len(moments) - CHUNK) / (moments[-1] - moments[0]):.1f} tokens/s"
+    return f"{counts}, {len(moments) / (time.monotonic() - started):.1f} tokens/s with compilation"
 
 
 def _inspect(args: argparse.Namespace) -> int:

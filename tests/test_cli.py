@@ -29,6 +29,13 @@ def test_generate_writes_text_and_speed():
     assert before == [] and " prompt tokens, " in last and last.endswith(" tokens/s")
 
 
+def test_the_speed_of_a_short_text_counts_the_compilation():
+    done = run("generate", "The zip() function", "--max-new-tokens", 3)
+    assert done.stderr.startswith("4 prompt tokens, 3 new tokens, ") and done.stderr.endswith(
+        " tokens/s with compilation\n"
+    )
+
+
 def test_generate_is_the_librarys_generate():
     import jax
 
