@@ -236,8 +236,7 @@ def _check_int(name: str, value: object, *, low: int = 1, high: int = 2**31 - 1)
 def _check_number(name: str, value: object, *, low: float = 0.0, optional: bool = False) -> None:
     if optional and value is None:
         return
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not low < value < math.inf:  # type: ignore[operator]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low < value < math.inf:
         above = "a finite number" if low == -math.inf else f"a finite number > {low:g}"
         raise ConfigError(f"{name}: expected {above}{' or null' if optional else ''}, found {value!r}")
 

@@ -132,7 +132,7 @@ def _read_header(file: Path) -> Iterator[TensorInfo]:
 
     try:
         with safe_open(file, framework="np") as opened:
-            for name in opened.keys():  # noqa: SIM118 (not a dict)
+            for name in sorted(opened.keys()):
                 part = opened.get_slice(name)
                 dtype = part.get_dtype()
                 yield TensorInfo(name, tuple(part.get_shape()), DTYPES.get(dtype, dtype), file.name)
