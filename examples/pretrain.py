@@ -203,7 +203,7 @@ documents, at step {step}.
 
 ![loss curve](loss_curve.png)
 
-**Figures** on the {test_bytes:,} bytes of the test documents, which nothing was chosen on:
+**Figures** on the {test_bytes:,} bytes of the test documents (one between two of them), which nothing was chosen on:
 
 | | nats per byte |
 |---|---|
@@ -221,7 +221,7 @@ processor rounds otherwise.
 
 def write(args, model, tokenizer, curve, minutes, parts, test_rows) -> None:
     """Writes the checkpoint in bfloat16, its tokenizer, its card and the loss curve; measures what was written."""
-    train, validation, test = ("\0".join(part).encode() for part in parts)
+    train, _, test = ("\0".join(part).encode() for part in parts)
     model = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
     config = model.config
     save_pretrained(model, args.directory)
@@ -247,7 +247,7 @@ def write(args, model, tokenizer, curve, minutes, parts, test_rows) -> None:
     card = CARD.format(
         parameters=config.num_parameters(), layers=config.n_layers, width=config.d_model, heads=config.n_heads,
         vocab=config.vocab_size, python=platform.python_version(), documents=sum(map(len, parts)),
-        bytes=len(train) + len(validation) + len(test), tokens=args.tokens, epochs=args.epochs,
+        bytes=sum(len(text.encode()) for part in parts for text in part), tokens=args.tokens, epochs=args.epochs,
         batch=args.batch, length=args.length, rate=args.learning_rate, minutes=minutes, step=best["step"],
         test_bytes=len(test), seed=args.seed, **figures,
     )  # fmt: skip

@@ -130,8 +130,8 @@ def _generate(args: argparse.Namespace) -> int:
                 print(prompt + piece if text == piece else piece, end="", flush=True)
     finally:
         note.clear()
-    ended = len(new_tokens) > 0 and new_tokens[-1] in tokenizer.eos_token_ids
-    stopped = ended or len(new_tokens) < args.max_new_tokens
+    ended = new_tokens[-1] in tokenizer.eos_token_ids
+    stopped = ended or any(stop in tokenizer.decode(new_tokens) for stop in args.stop)
     if args.json:
         record = {
             "prompt": prompt,

@@ -65,7 +65,11 @@ def test_stop():
     stop = whole[8:11]
     done = run("generate", "def", "--temperature", 0, "--json", "--max-new-tokens", 30, "--stop", stop)
     assert json.loads(done.stdout)["text"] == whole[: whole.index(stop)]
-    assert json.loads(done.stdout)["finish_reason"] == "stop"
+    record = json.loads(done.stdout)
+    assert record["finish_reason"] == "stop"
+    n = len(record["tokens"])  # the stop string is complete with the very last token that is allowed
+    done = run("generate", "def", "--temperature", 0, "--json", "--max-new-tokens", n, "--stop", stop)
+    assert json.loads(done.stdout) == record
 
 
 def test_inspect():

@@ -142,7 +142,7 @@ def test_the_shipped_model_has_learned_to_write_documentation(shipped):
 
 
 def test_the_pretraining_example_runs(tmp_path):
-    """A hundredth of an epoch, written as a checkpoint that loads and generates."""
+    """A two-hundredth of an epoch, written as a checkpoint that loads and generates."""
     done = subprocess.run(
         [sys.executable, ROOT / "examples" / "pretrain.py", tmp_path / "m", "--epochs", "0.005", "--length", "64"],
         capture_output=True, text=True, timeout=400,

@@ -176,7 +176,7 @@ class _Run:
             name = f"prompts[{number}]"
             if not len(prompt):
                 raise GenerationError(f"{name}: expected at least one token, found an empty prompt")
-            _check_ids(name, prompt, v)
+            _check_ids(name, prompt.tolist(), v)
             if len(prompt) + max_new_tokens > model.config.max_seq_len:
                 raise GenerationError(
                     f"{name}: {len(prompt)} tokens and max_new_tokens={max_new_tokens} exceed "
@@ -247,7 +247,7 @@ def _as_rows(prompts: Sequence[Sequence[int]] | Sequence[int]) -> list[np.ndarra
     return rows
 
 
-def _check_ids(name: str, ids: Sequence[int] | np.ndarray, vocab_size: int) -> None:
+def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
     for token in ids:
         if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token < vocab_size:
             raise GenerationError(f"{name}: expected token ids from 0 to {vocab_size - 1}, found {token!r}")
