@@ -5,10 +5,15 @@ from pathlib import Path as _Path
 from mpt_eqx.checkpoint import checkpoint_info as checkpoint_info
 from mpt_eqx.checkpoint import from_pretrained as from_pretrained
 from mpt_eqx.checkpoint import save_pretrained as save_pretrained
+from mpt_eqx.config import ActFnConfig as ActFnConfig
 from mpt_eqx.config import AttnConfig as AttnConfig
+from mpt_eqx.config import BlockOverride as BlockOverride
 from mpt_eqx.config import FFNConfig as FFNConfig
 from mpt_eqx.config import InitConfig as InitConfig
 from mpt_eqx.config import MPTConfig as MPTConfig
+from mpt_eqx.config import RopeHFConfig as RopeHFConfig
+from mpt_eqx.config import TemperatureTuning as TemperatureTuning
+from mpt_eqx.config import count_flops as count_flops
 from mpt_eqx.errors import CheckpointError as CheckpointError
 from mpt_eqx.errors import ConfigError as ConfigError
 from mpt_eqx.errors import GenerationError as GenerationError

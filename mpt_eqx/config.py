@@ -1,7 +1,7 @@
 """MPTConfig: the numbers that decide an MPT, under llm-foundry's own names.
 
-This file holds the canonical form and what makes it valid; how the dialects of config.json are brought into that
-form stands in `config_dialects`.
+This file holds the canonical form, what makes it valid and what follows from it by counting; its nested parts stand in
+`config_parts`, how the dialects of config.json are brought into this form in `config_dialects`, and the configurations of known models in `config_presets`.
 """
 
 import dataclasses
@@ -10,128 +10,72 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mpt_eqx.config_dialects import read_json_object, to_canonical, to_config_json
+from mpt_eqx.config_checks import check_bool, check_choice, check_int, check_number, check_part, check_probability
+from mpt_eqx.config_dialects import from_canonical, read_json_object, to_canonical, to_config_json
+from mpt_eqx.config_parts import MOE_TYPES
+from mpt_eqx.config_parts import ActFnConfig as ActFnConfig
+from mpt_eqx.config_parts import AttnConfig as AttnConfig
+from mpt_eqx.config_parts import BlockOverride as BlockOverride
+from mpt_eqx.config_parts import FFNConfig as FFNConfig
+from mpt_eqx.config_parts import InitConfig as InitConfig
+from mpt_eqx.config_parts import RopeHFConfig as RopeHFConfig
+from mpt_eqx.config_parts import TemperatureTuning as TemperatureTuning
+from mpt_eqx.config_presets import PRESETS
 from mpt_eqx.errors import ConfigError
 
-NORM_TYPES = ("low_precision_layernorm", "layernorm")
-INIT_NAMES = (
-    "kaiming_normal_",
-    "kaiming_uniform_",
-    "baseline_",
-    "small_init_",
-    "neox_init_",
-    "xavier_normal_",
-    "xavier_uniform_",
-    "default_",
-)
+LAYERNORMS = ("low_precision_layernorm", "layernorm")
+RMSNORMS = ("low_precision_rmsnorm", "rmsnorm", "triton_rmsnorm")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AttnConfig:
-    """Attention: `attn_config` of config.json.
+class LayerConfig:
+    """What one block's attention is, after block_overrides.
 
-    Args:
-        alibi: positions as a linear bias on the attention scores. Must be True: other schemes are not supported yet.
-        alibi_bias_max: exponent of the steepest-to-flattest range of ALiBi slopes, > 0; 8 in most models.
-        clip_qkv: q, k and v are clamped to [-clip_qkv, clip_qkv]; > 0, or None for no clamping.
-        softmax_scale: factor on q·k, > 0; None means 1/√(d_model/n_heads).
+    Attributes:
+        sliding_window_size: tokens before itself that a query sees; None for all.
+        attn_temperature_tuning: None for none.
+        nope: neither rotation nor ALiBi.
+        kv_from: the block whose keys and values this one reads, if not its own.
+        kv_x_from: the block whose input this one computes its keys and values from, if not its own.
     """
 
-    alibi: bool = False
-    alibi_bias_max: float = 8
-    clip_qkv: float | None = None
-    softmax_scale: float | None = None
-
-    def __post_init__(self) -> None:
-        _check_bool("attn_config.alibi", self.alibi)
-        if not self.alibi:
-            raise ConfigError(
-                "attn_config.alibi: expected true, found false; learned, rotary and no positions are not supported yet"
-            )
-        _check_number("attn_config.alibi_bias_max", self.alibi_bias_max)
-        _check_number("attn_config.clip_qkv", self.clip_qkv, optional=True)
-        _check_number("attn_config.softmax_scale", self.softmax_scale, optional=True)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FFNConfig:
-    """Feed-forward network: `ffn_config` of config.json.
-
-    Args:
-        ffn_type: "mptmlp", two linear maps with an exact GELU between them.
-    """
-
-    ffn_type: str = "mptmlp"
-
-    def __post_init__(self) -> None:
-        _check_choice("ffn_config.ffn_type", self.ffn_type, ("mptmlp",))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class InitConfig:
-    """Initialisation of new weights: `init_config` of config.json. It has no effect on a loaded model.
-
-    Args:
-        name: scheme for matrices; see `mpt_eqx.model.init`.
-        fan_mode: "fan_in" or "fan_out", the fan of the kaiming schemes.
-        init_nonlinearity: gain of the kaiming schemes: "relu", "leaky_relu" or "linear".
-        init_gain: negative slope of leaky_relu for the kaiming schemes, factor for the xavier schemes.
-        init_div_is_residual: divisor of out_proj and down_proj: True for √(2·n_layers), False for 1, or a number > 0.
-        init_std: standard deviation of "baseline_".
-        emb_init_std: standard deviation of the embedding, instead of the scheme's.
-        emb_init_uniform_lim: bounds (low, high) of a uniform embedding, or one bound for (-bound, bound).
-    """
-
-    name: str = "kaiming_normal_"
-    fan_mode: str = "fan_in"
-    init_nonlinearity: str = "relu"
-    init_gain: float = 0.0
-    init_div_is_residual: bool | float = True
-    init_std: float | None = None
-    emb_init_std: float | None = None
-    emb_init_uniform_lim: float | tuple[float, float] | None = None
-
-    def __post_init__(self) -> None:
-        _check_choice("init_config.name", self.name, INIT_NAMES)
-        _check_choice("init_config.fan_mode", self.fan_mode, ("fan_in", "fan_out"))
-        _check_choice("init_config.init_nonlinearity", self.init_nonlinearity, ("relu", "leaky_relu", "linear"))
-        _check_number("init_config.init_gain", self.init_gain, low=-math.inf)
-        if not isinstance(self.init_div_is_residual, bool):
-            _check_number("init_config.init_div_is_residual", self.init_div_is_residual)
-        _check_number("init_config.init_std", self.init_std, low=-math.inf, optional=True)
-        _check_number("init_config.emb_init_std", self.emb_init_std, low=-math.inf, optional=True)
-        lim = self.emb_init_uniform_lim
-        if isinstance(lim, tuple):
-            if len(lim) != 2:
-                raise ConfigError(
-                    f"init_config.emb_init_uniform_lim: expected one bound or (low, high), found {list(lim)}"
-                )
-            for bound in lim:
-                _check_number("init_config.emb_init_uniform_lim", bound, low=-math.inf)
-        else:
-            _check_number("init_config.emb_init_uniform_lim", lim, low=-math.inf, optional=True)
-        if self.name == "baseline_" and self.init_std is None:
-            raise ConfigError("init_config.init_std: expected a number with name 'baseline_', found null")
+    sliding_window_size: int | None
+    attn_temperature_tuning: TemperatureTuning | None
+    nope: bool
+    kv_from: int | None
+    kv_x_from: int | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MPTConfig:
     """Everything that decides an MPT's modules and maths. Frozen and hashable.
 
-    Names, meanings and defaults are those of llm-foundry's `MPTConfig` (commit 8c8dd48,
-    llmfoundry/models/mpt/configuration_mpt.py), so that a config.json reads the same here and there.
+    Names, meanings and defaults are those of llm-foundry's `MPTConfig` (0.22, llmfoundry/models/mpt/
+    configuration_mpt.py), so that a config.json reads the same here and there.
 
     Args:
         d_model: width of the residual stream; a multiple of n_heads.
         n_heads: attention heads.
         n_layers: blocks.
-        expansion_ratio: FFN width over d_model; the product must be a whole number.
-        max_seq_len: tokens the model was made for; longer inputs are refused. ALiBi models may be given more.
+        head_dim: width of a head if not d_model/n_heads; other values need fused_qkv False.
+        expansion_ratio: FFN width over d_model, unless ffn_config says the width; their product must be whole.
+        max_seq_len: tokens the model was made for; longer inputs are refused. Models without learned positions may
+            be given more.
         vocab_size: rows of the embedding; may exceed the tokenizer's size.
-        no_bias: True when no Linear and no norm has a bias. Must be True: biases are not supported yet.
-        norm_type: "low_precision_layernorm" or "layernorm"; outside mixed precision they are the same.
-        norm_eps: added to the variance in every norm, > 0.
+        resid_pdrop: dropout in training on what attention and FFN add to the residual stream, a probability.
+        emb_pdrop: dropout in training on the embedding, a probability.
+        learned_pos_emb: positions as learned vectors; it counts only where neither alibi nor rope is on.
+        logit_scale: factor on the logits, or "inv_sqrt_d_model"; None for none.
+        final_logit_softcapping: logits become c·tanh(logits/c), after logit_scale, c > 0; None for none.
+        no_bias: True when no Linear and no norm has a bias.
+        attention_bias: whether the projections to q, k and v have a bias; None means as no_bias says.
+        embedding_fraction: share of the gradient that reaches the embedding from the input side, 0 < f ≤ 1.
+        pad_token_id: token whose embedding starts at 0 and gets no gradient from the input side.
+        norm_type: "low_precision_layernorm", "layernorm", "low_precision_rmsnorm", "rmsnorm" or "triton_rmsnorm";
+            the first two are the same outside mixed precision, and so are the last three.
+        norm_eps: added to the variance in every norm but q_ln and k_ln, > 0.
         tie_word_embeddings: the output matrix is the embedding; False gives the model an lm_head.
+        block_overrides: what each block has otherwise, one entry for each, or None.
         attn_config, ffn_config, init_config: the nested parts.
 
     Raises:
@@ -141,74 +85,211 @@ class MPTConfig:
     d_model: int = 2048
     n_heads: int = 16
     n_layers: int = 24
+    head_dim: int | None = None
     expansion_ratio: float = 4
     max_seq_len: int = 2048
     vocab_size: int = 50368
+    resid_pdrop: float = 0.0
+    emb_pdrop: float = 0.0
+    learned_pos_emb: bool = True
+    logit_scale: float | str | None = None
+    final_logit_softcapping: float | None = None
     no_bias: bool = False
+    attention_bias: bool | None = None
+    embedding_fraction: float = 1.0
+    pad_token_id: int | None = None
     norm_type: str = "low_precision_layernorm"
     norm_eps: float = 1e-5
     tie_word_embeddings: bool = True
-    attn_config: AttnConfig = dataclasses.field(default_factory=AttnConfig)
-    ffn_config: FFNConfig = dataclasses.field(default_factory=FFNConfig)
-    init_config: InitConfig = dataclasses.field(default_factory=InitConfig)
+    block_overrides: tuple[BlockOverride, ...] | None = None
+    attn_config: AttnConfig = AttnConfig()
+    ffn_config: FFNConfig = FFNConfig()
+    init_config: InitConfig = InitConfig()
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_heads", "max_seq_len", "vocab_size"):
-            _check_int(name, getattr(self, name))
+            check_int(name, getattr(self, name))
         # A bound of its own, because every block is an object in memory: a hostile file must not make us build 10⁹.
-        _check_int("n_layers", self.n_layers, high=1024)
+        check_int("n_layers", self.n_layers, high=1024)
+        for name, part in (("attn_config", AttnConfig), ("ffn_config", FFNConfig), ("init_config", InitConfig)):
+            check_part(name, getattr(self, name), part)
+        check_probability("resid_pdrop", self.resid_pdrop)
+        check_probability("emb_pdrop", self.emb_pdrop)
+        for name in ("learned_pos_emb", "no_bias", "tie_word_embeddings"):
+            check_bool(name, getattr(self, name))
+        if self.attention_bias is not None:
+            check_bool("attention_bias", self.attention_bias)
+        if self.logit_scale != "inv_sqrt_d_model":
+            if isinstance(self.logit_scale, str):
+                raise ConfigError(
+                    f"logit_scale: expected a number, 'inv_sqrt_d_model' or null, found {self.logit_scale!r}"
+                )
+            check_number("logit_scale", self.logit_scale, low=-math.inf, optional=True)
+        check_number("final_logit_softcapping", self.final_logit_softcapping, optional=True)
+        check_number("embedding_fraction", self.embedding_fraction)
+        if self.embedding_fraction > 1:
+            raise ConfigError(f"embedding_fraction: expected a number with 0 < f ≤ 1, found {self.embedding_fraction}")
+        check_int("pad_token_id", self.pad_token_id, low=0, high=self.vocab_size - 1, optional=True)
+        check_number("norm_eps", self.norm_eps)
+        check_choice("norm_type", self.norm_type, (*LAYERNORMS, *RMSNORMS))
+        self._check_sizes()
+        if self.block_overrides is not None:
+            self._check_overrides(self.block_overrides)
+
+    def _check_sizes(self) -> None:
+        attn = self.attn_config
         if self.d_model % self.n_heads:
             raise ConfigError(f"d_model: expected a multiple of n_heads={self.n_heads}, found {self.d_model}")
-        _check_number("expansion_ratio", self.expansion_ratio)
-        if self.d_model * self.expansion_ratio != int(self.d_model * self.expansion_ratio):
-            raise ConfigError(
-                f"expansion_ratio: expected d_model·expansion_ratio to be a whole number, "
-                f"found {self.d_model}·{self.expansion_ratio}"
-            )
-        _check_number("norm_eps", self.norm_eps)
-        _check_choice("norm_type", self.norm_type, NORM_TYPES)
-        _check_bool("tie_word_embeddings", self.tie_word_embeddings)
-        _check_bool("no_bias", self.no_bias)
-        if not self.no_bias:
-            raise ConfigError("no_bias: expected true, found false; biases are not supported yet")
-        for name, part in (("attn_config", AttnConfig), ("ffn_config", FFNConfig), ("init_config", InitConfig)):
-            if not isinstance(getattr(self, name), part):
+        check_int("head_dim", self.head_dim, optional=True)
+        if self.head_dim not in (None, self.d_model // self.n_heads):
+            if attn.fused_qkv:
                 raise ConfigError(
-                    f"{name}: expected {part.__name__}, found {type(getattr(self, name)).__name__}; "
-                    f"MPTConfig.from_dict takes plain dicts"
+                    f"head_dim: expected d_model/n_heads={self.d_model // self.n_heads} or null with fused_qkv, "
+                    f"found {self.head_dim}"
+                )
+            if attn.rope and attn.rope_impl == "dail":
+                raise ConfigError(
+                    f"head_dim: expected d_model/n_heads={self.d_model // self.n_heads} or null with rope_impl 'dail', "
+                    f"found {self.head_dim}; rope_impl 'hf' takes others"
+                )
+        if attn.kv_n_heads is not None and (attn.kv_n_heads > self.n_heads or self.n_heads % attn.kv_n_heads):
+            raise ConfigError(
+                f"attn_config.kv_n_heads: expected a divisor of n_heads={self.n_heads}, found {attn.kv_n_heads}"
+            )
+        if attn.rope and self.head_size % 2:
+            raise ConfigError(f"attn_config.rope: expected an even head_dim, found {self.head_size}")
+        check_number("expansion_ratio", self.expansion_ratio)
+        if self.ffn_config.ffn_hidden_size is None:
+            width = self.d_model * self.expansion_ratio
+            if width != int(width) or width < 1:
+                raise ConfigError(
+                    f"expansion_ratio: expected d_model·expansion_ratio to be a whole number, "
+                    f"found {self.d_model}·{self.expansion_ratio}"
+                )
+
+    def _check_overrides(self, overrides: tuple[BlockOverride, ...]) -> None:
+        if not isinstance(overrides, tuple) or len(overrides) != self.n_layers:
+            found = len(overrides) if isinstance(overrides, tuple) else type(overrides).__name__
+            raise ConfigError(f"block_overrides: expected one entry for each of {self.n_layers} blocks, found {found}")
+        for i, override in enumerate(overrides):
+            check_part(f"block_overrides[{i}]", override, BlockOverride)
+            if override.nope and self.has_learned_positions:
+                raise ConfigError(f"block_overrides[{i}]: nope: expected false with learned positions, found true")
+            for name in ("reuse_kv_layer_idx", "reuse_kv_x_layer_idx"):
+                if (getattr(override, name) or 0) + i < 0:
+                    raise ConfigError(
+                        f"block_overrides[{i}]: {name}: expected at least {-i}, found {getattr(override, name)}: "
+                        f"there is no block before the first"
+                    )
+            if override.reuse_kv_x_layer_idx is not None and self.attn_config.fused_qkv:
+                raise ConfigError(
+                    f"block_overrides[{i}]: reuse_kv_x_layer_idx: expected attn_config.fused_qkv false with it, found true"
                 )
 
     @property
     def head_size(self) -> int:
         """Width of one attention head."""
-        return self.d_model // self.n_heads
+        return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """How many heads of keys and values there are."""
+        if self.attn_config.attn_type == "multihead_attention":
+            return self.n_heads
+        return self.attn_config.kv_n_heads or 1
 
     @property
     def ffn_hidden_size(self) -> int:
         """Width of the FFN's hidden layer."""
-        return int(self.d_model * self.expansion_ratio)
+        return self.ffn_config.ffn_hidden_size or int(self.d_model * self.expansion_ratio)
+
+    @property
+    def has_learned_positions(self) -> bool:
+        """Whether there is a wpe; llm-foundry switches learned_pos_emb off under ALiBi and rope, whatever it says."""
+        return self.learned_pos_emb and not self.attn_config.alibi and not self.attn_config.rope
+
+    @property
+    def has_attention_bias(self) -> bool:
+        """Whether the projections to q, k and v have a bias."""
+        return not self.no_bias if self.attention_bias is None else self.attention_bias
+
+    @property
+    def layers(self) -> tuple[LayerConfig, ...]:
+        """The attention of each block, with block_overrides applied and relative layer numbers resolved."""
+        attn = self.attn_config
+        layers: list[LayerConfig] = []
+        for i, override in enumerate(self.block_overrides or (BlockOverride(),) * self.n_layers):
+            window = override.sliding_window_size
+            window = attn.sliding_window_size if window is None else window
+            tuning = override.attn_temperature_tuning or attn.attn_temperature_tuning
+            # A layer that itself reads from another leads on to that one.
+            kv_from = None if (idx := override.reuse_kv_layer_idx) is None else i + idx
+            if kv_from is not None and layers[kv_from].kv_from is not None:
+                kv_from = layers[kv_from].kv_from
+            kv_x_from = None if (idx := override.reuse_kv_x_layer_idx) is None else i + idx
+            if kv_x_from is not None and layers[kv_x_from].kv_x_from is not None:
+                kv_x_from = layers[kv_x_from].kv_x_from
+            layers.append(
+                LayerConfig(
+                    sliding_window_size=None if window == -1 else window,
+                    attn_temperature_tuning=tuning if tuning.attn_scale else None,
+                    nope=override.nope,
+                    kv_from=kv_from,
+                    kv_x_from=kv_x_from,
+                )
+            )
+        return tuple(layers)
 
     def num_parameters(self) -> int:
         """Returns how many numbers the model's tensors hold."""
-        d = self.d_model
-        block = 4 * d * d + 2 * d * self.ffn_hidden_size + 2 * d
-        embeddings = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
-        return embeddings + self.n_layers * block + d
+        return self._count_parameters(self.ffn_config.moe_num_experts)
+
+    def _count_parameters(self, experts: int) -> int:
+        """Returns the number of parameters with `experts` experts in each mixture."""
+        d, q, kv = self.d_model, self.n_heads * self.head_size, self.kv_heads * self.head_size
+        bias, ffn = int(not self.no_bias), self.ffn_config
+        norm = d * (1 + bias) if self.norm_type in LAYERNORMS else d
+        if ffn.ffn_type in MOE_TYPES:
+            matrices = 3 if ffn.mlp_type == "glu" else 2
+            network = d * ffn.moe_num_experts + experts * matrices * d * self.ffn_hidden_size
+            network += norm + (d * bias if ffn.ffn_type == "mb_dmoe" else 0)
+        else:
+            ups = 2 if ffn.ffn_type == "mptglu" else 1
+            network = ups * self.ffn_hidden_size * (d + bias) + d * (self.ffn_hidden_size + bias)
+            network += 2 * d if ffn.ffn_type == "te_ln_mlp" else norm
+        total = self.vocab_size * d * (1 if self.tie_word_embeddings else 2) + norm
+        total += self.max_seq_len * d if self.has_learned_positions else 0
+        for layer in self.layers:
+            own = layer.kv_from is None
+            total += norm + (q + (2 * kv if own else 0)) * (d + self.has_attention_bias) + d * (q + bias) + network
+            if self.attn_config.qk_ln:
+                total += (q + (kv if own else 0)) * (1 + bias)
+            elif self.attn_config.qk_gn:
+                total += self.head_size * (2 if own else 1) * (1 + bias)
+        return total
+
+    @classmethod
+    def preset(cls, name: str) -> "MPTConfig":
+        """Returns the configuration of a known model: a published checkpoint, or a size of llm-foundry's recipes.
+
+        Args:
+            name: such as "mpt-7b", "mpt-7b-storywriter" or "mpt-125m"; an unknown name lists all of them.
+
+        Raises:
+            ConfigError: there is no preset of that name.
+        """
+        if name not in PRESETS:
+            raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, found {name!r}")
+        return cls.from_dict(PRESETS[name])
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any]) -> "MPTConfig":
-        """Reads the content of a config.json, in llm-foundry's or in transformers' dialect.
+        """Reads the content of a config.json, in llm-foundry's dialect, transformers' or the flat one of early 2023.
 
         Raises:
-            ConfigError: a key is unknown and could change the maths, or its value is wrong or not supported yet.
+            ConfigError: a key is unknown and could change the maths, or its value is wrong or not supported.
         """
-        canonical = to_canonical(d)
-        return cls(
-            attn_config=AttnConfig(**canonical.pop("attn_config")),
-            ffn_config=FFNConfig(**canonical.pop("ffn_config")),
-            init_config=InitConfig(**canonical.pop("init_config")),
-            **canonical,
-        )
+        return cls(**from_canonical(to_canonical(d)))
 
     @classmethod
     def from_json_file(cls, path: str | Path) -> "MPTConfig":
@@ -228,24 +309,27 @@ class MPTConfig:
         return to_config_json(dataclasses.asdict(self))
 
 
-def _check_int(name: str, value: object, *, low: int = 1, high: int = 2**31 - 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ConfigError(f"{name}: expected a whole number from {low} to {high}, found {value!r}")
+def count_flops(config: MPTConfig, seq_len: int) -> int:
+    """Returns the floating-point operations of one training step on one sequence, by llm-foundry's formula.
 
+    3·(2·N·T + 4·n_layers·d_model·T²): the backward pass costs twice the forward pass, attention is counted in full as if
+    it were not causal, and N counts all parameters but an embedding that is not also the output matrix; of mb_dmoe only
+    the experts that a token goes to.
 
-def _check_number(name: str, value: object, *, low: float = 0.0, optional: bool = False) -> None:
-    if optional and value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low < value < math.inf:
-        above = "a finite number" if low == -math.inf else f"a finite number > {low:g}"
-        raise ConfigError(f"{name}: expected {above}{' or null' if optional else ''}, found {value!r}")
+    Args:
+        config: the model.
+        seq_len: T, tokens in the sequence, ≥ 1.
 
+    Raises:
+        ConfigError: the formula does not hold with block_overrides, or seq_len is not a whole number ≥ 1.
 
-def _check_bool(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise ConfigError(f"{name}: expected true or false, found {value!r}")
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name}: expected {' or '.join(map(repr, choices))}, found {value!r}; not supported")
+    Source: llm-foundry 0.22, llmfoundry/models/mpt/modeling_mpt.py, flops_per_batch; utils/mpt_param_count.py.
+    """
+    check_int("seq_len", seq_len)
+    if config.block_overrides is not None:
+        raise ConfigError("block_overrides: expected null; llm-foundry's count of operations does not hold with them")
+    ffn = config.ffn_config
+    n = config._count_parameters(ffn.moe_top_k if ffn.ffn_type == "mb_dmoe" else ffn.moe_num_experts)
+    if not config.tie_word_embeddings:
+        n -= config.vocab_size * config.d_model
+    return 3 * (2 * n * seq_len + 4 * config.n_layers * config.d_model * seq_len**2)

@@ -1,30 +1,33 @@
 """The dialects of config.json, brought into one canonical form before anything else looks at them.
 
 Two programs write `model_type: mpt` with different defaults: llm-foundry (MosaicML's own; its files also lie beside
-the models once published on the Hub) and transformers' native port. Every key falls in one of four groups: taken
-over, bookkeeping that cannot change the maths, known but supported at one value only, and unknown. The last two are
-refused by name, because a key that vanishes silently is a wrong model.
+the models once published on the Hub) and transformers' native port. Before May 2023 the same models had flat files
+(`mosaic_gpt`, `replit_lm`). Every key falls in one of four groups: taken over, bookkeeping that cannot change the maths,
+known but supported at one value only, and unknown. The last two are refused by name, because a key that vanishes
+silently is a wrong model.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mpt_eqx.config_blocks import as_tuning, collapse_overrides, expand_overrides
+from mpt_eqx.config_parts import MOE_FIELDS, MOE_TYPES, ActFnConfig, AttnConfig, FFNConfig, InitConfig, RopeHFConfig
 from mpt_eqx.errors import ConfigError
 
 # Keys of the canonical form, per part of the config ("" is the top level).
 TAKEN = {
     "": {
-        *("d_model", "n_heads", "n_layers", "expansion_ratio", "max_seq_len", "vocab_size", "no_bias"),
-        *("norm_type", "norm_eps", "tie_word_embeddings"),
+        *("d_model", "n_heads", "n_layers", "head_dim", "expansion_ratio", "max_seq_len", "vocab_size", "no_bias"),
+        *("attention_bias", "norm_type", "norm_eps", "tie_word_embeddings", "learned_pos_emb", "logit_scale"),
+        *("final_logit_softcapping", "embedding_fraction", "pad_token_id", "resid_pdrop", "emb_pdrop"),
+        "block_overrides",
     },
-    "attn_config": {"alibi", "alibi_bias_max", "clip_qkv", "softmax_scale"},
-    "ffn_config": {"ffn_type"},
-    "init_config": {
-        *("name", "fan_mode", "init_nonlinearity", "init_gain", "init_div_is_residual", "init_std"),
-        *("emb_init_std", "emb_init_uniform_lim"),
-    },
+    "attn_config": {field.name for field in dataclasses.fields(AttnConfig)},
+    "ffn_config": {field.name for field in dataclasses.fields(FFNConfig)},
+    "init_config": {field.name for field in dataclasses.fields(InitConfig)},
 }
 
 # Other spellings of a key, at the top level.
@@ -35,70 +38,79 @@ ALIASES = {
     "layer_norm_epsilon": "norm_eps",
 }
 
+# Where the keys of the flat files of early 2023 belong; `_nest` turns three of them into other values too.
+FLAT = {
+    "mlp_ratio": ("", "expansion_ratio"),
+    "low_precision_layernorm": ("", "norm_type"),
+    "multiquery_attention": ("attn_config", "attn_type"),
+    "attn_qk_ln": ("attn_config", "qk_ln"),
+    "attn_clip_qkv": ("attn_config", "clip_qkv"),
+    "param_init_fn": ("init_config", "name"),
+    **{
+        key: ("attn_config", key)
+        for key in (
+            *("alibi", "alibi_bias_max", "attn_impl", "attn_pdrop", "softmax_scale", "prefix_lm"),
+            "attn_uses_sequence_id",
+        )
+    },
+    **{key: ("init_config", key) for key in TAKEN["init_config"] if key != "name"},
+}
+FLAT_MODEL_TYPES = ("mosaic_gpt", "replit_lm")
+
 # Keys that would change the maths, and the values under which they do not. Supporting one means moving it to TAKEN.
 PLAIN_ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
-    "": {
-        "emb_pdrop": (0,),
-        "resid_pdrop": (0,),
-        "logit_scale": (None,),
-        "final_logit_softcapping": (None,),
-        "embedding_fraction": (1,),
-        "attention_bias": (False, None),
-        "head_dim": (None,),
-        "block_overrides": (None,),
-        "use_pad_tok_in_ffn": (True,),
-        "fuse_norm_attn_norm": (False,),
-        "pad_token_id": (None,),
-    },
+    "": {},
     "attn_config": {
-        "attn_type": ("multihead_attention",),
-        "attn_pdrop": (0,),
-        "attn_logit_softcapping": (None,),
-        "attn_uses_sequence_id": (False,),
-        "fused_qkv": (True,),
-        "kv_n_heads": (None,),
         "kv_dim": (None,),
         "head_dim": (None,),
+        # llm-foundry, too, takes it for single blocks only.
         "nope": (False,),
         "prefix_lm": (False,),
-        "qk_gn": (False,),
-        "qk_ln": (False,),
         "reuse_kv_layer_idx": (None,),
         "reuse_kv_x_layer_idx": (None,),
-        "rope": (False,),
-        "sliding_window_size": (-1,),
+        "seq_parallel_world_size": (None, 1),
         "norm_type": (),
         "norm_eps": (),
     },
-    "ffn_config": {"ffn_act_fn": (None,), "ffn_hidden_size": (None,)},
+    # It makes a token's expert depend on its place in the batch.
+    "ffn_config": {"uniform_expert_assignment": (False,)},
     "init_config": {},
 }
 
-# Keys that choose a kernel, describe the file or belong to another program. learned_pos_emb is among them because
-# llm-foundry switches it off under ALiBi, whatever a file says (mpt-7b's own says true and has no such tensor); the
-# settings of rope because its switch is looked at instead.
+# Keys that choose a kernel, describe the file or belong to another program. fuse_norm_attn_norm only renames tensors,
+# and both names are read; use_pad_tok_in_ffn changes only what is computed at padding, where outputs mean nothing;
+# rope_dail_config is looked at in `_check_dail`; moe_loss_weight and its like weigh what a trainer adds to the loss.
 BOOKKEEPING = {
     "": {
         *("model_type", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "_name_or_path"),
         *("attn_config", "ffn_config", "init_config", "fc_type", "init_device", "initializer_range", "loss_fn", "name"),
-        *("tokenizer_name", "use_cache", "verbose", "learned_pos_emb", "bos_token_id", "eos_token_id"),
-        *("activation_checkpointing_target",),
+        *("tokenizer_name", "use_cache", "verbose", "bos_token_id", "eos_token_id", "fuse_norm_attn_norm"),
+        *("activation_checkpointing_target", "use_pad_tok_in_ffn"),
     },
     "attn_config": {
-        *("attn_impl", "verbose", "rope_theta", "rope_impl", "rope_dail_config", "rope_hf_config"),
-        *("fc_type", "model_type"),
+        *("attn_impl", "verbose", "rope_dail_config", "fc_type", "model_type"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "tie_encoder_decoder"),
     },
-    "ffn_config": {"fc_type"},
+    "ffn_config": {
+        *("fc_type", "bias", "return_bias", "moe_world_size", "moe_loss_weight", "moe_zloss_weight", "device_mesh"),
+        *("moe_capacity_factor", "moe_weight_parallelism", "moe_expert_model_parallelism", "lbl_process_group"),
+        *("moe_lbl_in_fp32", "memory_optimized_mlp", "mlp_impl", "grouped_mlp", "fp16", "bf16", "num_layers"),
+    },
     "init_config": {"verbose"},
 }
 
-# What transformers' PretrainedConfig writes, at the top level and again inside attn_config.
+# What transformers' PretrainedConfig writes or wrote, at the top level and again inside attn_config.
 PRETRAINED_CONFIG = {
     *("_name_or_path", "architectures", "chunk_size_feed_forward", "dtype", "torch_dtype", "id2label", "label2id"),
     *("is_encoder_decoder", "is_decoder", "add_cross_attention", "output_attentions", "output_hidden_states"),
     *("problem_type", "return_dict", "return_dict_in_generate", "transformers_version", "use_return_dict"),
     *("finetuning_task", "task_specific_params", "torchscript", "pruned_heads", "cross_attention_hidden_size"),
     *("tie_encoder_decoder", "tokenizer_class", "prefix", "sep_token_id", "decoder_start_token_id", "use_bfloat16"),
+    *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "temperature"),
+    *("diversity_penalty", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "output_scores"),
+    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences"),
+    *("forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty"),
+    *("suppress_tokens", "begin_suppress_tokens", "tf_legacy_loss"),
 }
 
 
@@ -142,56 +154,111 @@ def to_canonical(d: Mapping[str, Any]) -> dict[str, Any]:
     """Returns llm-foundry's own keys with their nested parts, from any supported dialect.
 
     Raises:
-        ConfigError: a key is unknown, contradicts its alias, or has a value that is not supported yet.
+        ConfigError: a key is unknown, contradicts its alias, or has a value that is not supported.
     """
     if not isinstance(d, Mapping):
         raise ConfigError(f"config: expected a dict, found {type(d).__name__}")
-    if d.get("model_type", "mpt") != "mpt":
+    if d.get("model_type", "mpt") not in ("mpt", *FLAT_MODEL_TYPES):
         raise ConfigError(f"model_type: expected 'mpt', found {d['model_type']!r}; not supported")
+    if d.get("model_type") in FLAT_MODEL_TYPES or ("attn_config" not in d and set(d) & set(FLAT)):
+        d = _nest(d)
     parts = {name: _part(d, name) for name in ("attn_config", "ffn_config", "init_config")}
     top = _resolve_aliases(d)
     for name, values in {"": top, **parts}.items():
         _refuse(name, values)
+    _check_dail(parts["attn_config"])
 
     canonical: dict[str, Any] = {key: top[key] for key in TAKEN[""] if key in top}
     for name, values in parts.items():
         canonical[name] = {key: values[key] for key in TAKEN[name] if key in values}
+    attn, init = canonical["attn_config"], canonical["init_config"]
 
     if _written_by_transformers(d, parts["attn_config"]):
         canonical.setdefault("no_bias", True)
-        canonical["attn_config"].setdefault("alibi", True)
+        attn.setdefault("alibi", True)
+        # Its embedding treats the padding token like any other.
+        canonical.pop("pad_token_id", None)
     # llm-foundry looks at clip_qkv's truth value: 0 and false mean none.
-    if not canonical["attn_config"].get("clip_qkv", None):
-        canonical["attn_config"]["clip_qkv"] = None
-    if isinstance(lim := canonical["init_config"].get("emb_init_uniform_lim"), list):
-        canonical["init_config"]["emb_init_uniform_lim"] = tuple(lim)
+    if not attn.get("clip_qkv", None):
+        attn["clip_qkv"] = None
+    if isinstance(lim := init.get("emb_init_uniform_lim"), list):
+        init["emb_init_uniform_lim"] = tuple(lim)
     # Its YAML reader may leave a number as text.
-    if isinstance(div := canonical["init_config"].get("init_div_is_residual"), str) and div.isnumeric():
-        canonical["init_config"]["init_div_is_residual"] = float(div)
+    if isinstance(div := init.get("init_div_is_residual"), str) and div.isnumeric():
+        init["init_div_is_residual"] = float(div)
     return canonical
 
 
+def from_canonical(canonical: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of MPTConfig from the canonical form.
+
+    Raises:
+        ConfigError: a nested object has an unknown key, or a value is not valid.
+    """
+    attn, ffn = dict(canonical["attn_config"]), dict(canonical["ffn_config"])
+    # llm-foundry fills null in these places with its defaults.
+    for key in ("rope_hf_config", "attn_temperature_tuning"):
+        if attn.get(key, {}) is None:
+            del attn[key]
+    tuning = attn.get("attn_temperature_tuning", {})
+    if "attn_temperature_tuning" in attn:
+        attn["attn_temperature_tuning"] = as_tuning(tuning)
+    if "rope_hf_config" in attn:
+        attn["rope_hf_config"] = _dataclass("attn_config.rope_hf_config", attn["rope_hf_config"], RopeHFConfig)
+    if ffn.get("ffn_act_fn") is not None:
+        ffn["ffn_act_fn"] = _dataclass("ffn_config.ffn_act_fn", ffn["ffn_act_fn"], ActFnConfig)
+    arguments = {
+        **canonical,
+        "attn_config": AttnConfig(**attn),
+        "ffn_config": FFNConfig(**ffn),
+        "init_config": InitConfig(**canonical["init_config"]),
+    }
+    if canonical.get("block_overrides") is not None:
+        arguments["block_overrides"] = expand_overrides(canonical["block_overrides"], tuning)
+    return arguments
+
+
 def to_config_json(canonical: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the content of a config.json from the canonical form: the inverse of `to_canonical`.
+    """Returns the content of a config.json from the fields of an MPTConfig: the inverse of `to_canonical`.
 
     transformers checks types strictly (a whole ratio must be an int, a clip a float), reads the epsilon under a name
-    of its own, and recomputes the whole prefix for every token unless use_cache is true.
+    of its own, and recomputes the whole prefix for every token unless use_cache is true. llm-foundry passes unknown
+    and unneeded keys of the nested parts on to classes that do not take them.
     """
     d = dict(canonical)
-    d["attn_config"] = {**canonical["attn_config"], "attn_impl": "torch", "attn_pdrop": 0}
+    attn, ffn = dict(canonical["attn_config"]), dict(canonical["ffn_config"])
     d["expansion_ratio"] = _int_if_whole(canonical["expansion_ratio"])
-    d["attn_config"]["alibi_bias_max"] = _int_if_whole(canonical["attn_config"]["alibi_bias_max"])
+    attn["alibi_bias_max"] = _int_if_whole(attn["alibi_bias_max"])
+    attn["attn_pdrop"] = _int_if_whole(attn["attn_pdrop"])
     for key in ("clip_qkv", "softmax_scale"):
-        if d["attn_config"][key] is not None:
-            d["attn_config"][key] = float(d["attn_config"][key])
-    if isinstance(lim := canonical["init_config"]["emb_init_uniform_lim"], tuple):
-        d["init_config"] = {**canonical["init_config"], "emb_init_uniform_lim": list(lim)}
+        if attn[key] is not None:
+            attn[key] = float(attn[key])
+    attn["rope_hf_config"] = _without_none(attn["rope_hf_config"])
+    if attn["kv_n_heads"] is None:
+        del attn["kv_n_heads"]
+    if ffn["ffn_act_fn"] is not None:
+        act = ffn["ffn_act_fn"]
+        keys = {"gelu": ("name", "approximate"), "leaky_relu": ("name", "negative_slope")}
+        ffn["ffn_act_fn"] = {key: act[key] for key in keys.get(act["name"], ("name",))}
+    if ffn["ffn_type"] in MOE_TYPES:
+        moe = {key: ffn[key] for key in MOE_FIELDS}
+        extra = {"uniform_expert_assignment": False} if ffn["ffn_type"] == "torch_dmoe" else {"moe_world_size": 1}
+        ffn = {**_without_none(ffn), **moe, **extra}
+    else:
+        ffn = _without_none({key: value for key, value in ffn.items() if key not in MOE_FIELDS})
+    init = dict(canonical["init_config"])
+    if isinstance(lim := init["emb_init_uniform_lim"], tuple):
+        init["emb_init_uniform_lim"] = list(lim)
+    if d["block_overrides"] is not None:
+        d["block_overrides"] = collapse_overrides(d["block_overrides"])
     return {
         "architectures": ["MPTForCausalLM"],
         "model_type": "mpt",
         **d,
+        "attn_config": {**attn, "attn_impl": "torch"},
+        "ffn_config": ffn,
+        "init_config": init,
         "layer_norm_epsilon": canonical["norm_eps"],
-        "learned_pos_emb": False,
         "use_cache": True,
     }
 
@@ -199,6 +266,47 @@ def to_config_json(canonical: Mapping[str, Any]) -> dict[str, Any]:
 def _written_by_transformers(d: Mapping[str, Any], attn_config: Mapping[str, Any]) -> bool:
     """Tells whose defaults stand behind keys that are absent: transformers leaves out what equals its own."""
     return d.get("architectures") == ["MptForCausalLM"] or "model_type" in attn_config
+
+
+def _nest(d: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a flat file of early 2023 with each key where it belongs now."""
+    nested: dict[str, Any] = {key: value for key, value in d.items() if key not in FLAT}
+    parts: dict[str, dict[str, Any]] = {"": nested}
+    for name in ("attn_config", "init_config"):
+        parts[name] = nested[name] = _part(d, name)
+    for key, value in d.items():
+        if key not in FLAT:
+            continue
+        if key == "multiquery_attention":
+            value = "multiquery_attention" if value else "multihead_attention"
+        elif key == "low_precision_layernorm":
+            value = "low_precision_layernorm" if value else "layernorm"
+        part, name = FLAT[key]
+        if parts[part].setdefault(name, value) != value:
+            raise ConfigError(f"{name}: expected the same value as {key}={value!r}, found {parts[part][name]!r}")
+    nested["model_type"] = "mpt"
+    return nested
+
+
+def _check_dail(attn_config: Mapping[str, Any]) -> None:
+    """Raises where flash-attn's rotation would not be the plain one."""
+    dail = attn_config.get("rope_dail_config") or {}
+    if not attn_config.get("rope") or attn_config.get("rope_impl", "dail") != "dail":
+        return
+    for key, plain in (("type", "original"), ("pos_idx_in_fp32", True)):
+        if not isinstance(dail, Mapping) or dail.get(key, plain) != plain:
+            raise ConfigError(
+                f"attn_config.rope_dail_config.{key}: expected {json.dumps(plain)}, found {dail!r:.200}; "
+                f"other values are not supported"
+            )
+
+
+def _dataclass(name: str, d: Any, of: type) -> Any:
+    """Returns a nested object of config.json as the dataclass `of`."""
+    keys = {field.name for field in dataclasses.fields(of)}
+    if not isinstance(d, Mapping) or set(d) - keys:
+        raise ConfigError(f"{name}: expected an object with keys of {sorted(keys)}, found {d!r:.200}; not supported")
+    return of(**d)
 
 
 def _part(d: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -225,22 +333,19 @@ def _refuse(part: str, values: Mapping[str, Any]) -> None:
     ignored = BOOKKEEPING[part] | (PRETRAINED_CONFIG if part in ("", "attn_config") else set())
     for key, value in values.items():
         path = f"{part}.{key}" if part else key
-        if key in TAKEN[part]:
-            continue
         if key in PLAIN_ONLY[part]:
             if value not in PLAIN_ONLY[part][key]:
                 supported = " or ".join(json.dumps(plain) for plain in PLAIN_ONLY[part][key]) or "no such key"
-                raise ConfigError(f"{path}: expected {supported}, found {value!r}; other values are not supported yet")
-        elif key == "attn_temperature_tuning":
-            if isinstance(value, Mapping) and value.get("attn_scale", 0):
-                raise ConfigError(
-                    f"{path}.attn_scale: expected 0, found {value['attn_scale']!r}; other values are not supported yet"
-                )
-        elif key not in ignored:
+                raise ConfigError(f"{path}: expected {supported}, found {value!r}; other values are not supported")
+        elif key not in TAKEN[part] and key not in ignored:
             raise ConfigError(
                 f"{path}: unknown key with value {value!r}; it could change the maths, so it is not ignored: "
                 f"remove it from the config if it is mere bookkeeping"
             )
+
+
+def _without_none(d: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in d.items() if value is not None}
 
 
 def _int_if_whole(value: float) -> float:

@@ -32,9 +32,10 @@ def golden():
         from mpt_eqx import from_pretrained
 
         directory = GOLDEN / name
+        case = json.loads((directory / "case.json").read_text())
+        kwargs.setdefault("dtype", case.get("dtype", "torch.float32").removeprefix("torch."))
         with safe_open(directory / "expected.safetensors", "np") as f:
             expected = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
-        case = json.loads((directory / "case.json").read_text())
         return SimpleNamespace(
             directory=directory, model=from_pretrained(directory, **kwargs), expected=expected, case=case
         )

@@ -10,7 +10,7 @@ import equinox as eqx
 import jax
 
 from mpt_eqx.checkpoint.hub import find_checkpoint
-from mpt_eqx.checkpoint.names import EMBEDDING, HEAD, named_leaves
+from mpt_eqx.checkpoint.names import EMBEDDING, HEAD, canonical_name, named_leaves
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.config_dialects import override, read_json_object
 from mpt_eqx.errors import CheckpointError, ConfigError, first_of
@@ -148,14 +148,17 @@ def _differences(config: MPTConfig, tensors: tuple[TensorInfo, ...]) -> Iterator
     expected = {name: leaf.shape for name, leaf in named_leaves(skeleton).items()}
     found: dict[str, TensorInfo] = {}
     for tensor in tensors:
-        if tensor.name in found:
-            yield f"{tensor.name} is in two files: {found[tensor.name].file} and {tensor.file}"
-        found[tensor.name] = tensor
+        if (name := canonical_name(tensor.name)) is None:
+            continue
+        if name in found:
+            first = found[name]
+            yield f"{name} is there twice: as {first.name} in {first.file} and as {tensor.name} in {tensor.file}"
+        found[name] = tensor
     if config.tie_word_embeddings and HEAD in found:
         expected[HEAD] = expected[EMBEDDING]
 
     missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in found]
-    unexpected = [f"{name} {list(found[name].shape)}" for name in found if name not in expected]
+    unexpected = [f"{tensor.name} {list(tensor.shape)}" for name, tensor in found.items() if name not in expected]
     misshaped = [
         f"{name} (expected {list(shape)}, found {list(found[name].shape)})"
         for name, shape in expected.items()

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import DTypeLike
 
 from mpt_eqx.checkpoint.info import DTYPES, CheckpointInfo, TensorInfo, checkpoint_info
-from mpt_eqx.checkpoint.names import EMBEDDING, HEAD, named_leaves
+from mpt_eqx.checkpoint.names import EMBEDDING, HEAD, canonical_name, with_leaves
 from mpt_eqx.errors import CheckpointError, first_of
 from mpt_eqx.model import MPT
 
@@ -58,7 +58,7 @@ def from_pretrained(
         config_overrides=config_overrides,
     )
     if info.problems:
-        raise CheckpointError(f"{info.directory}: the tensors do not fit config.json: {'; '.join(info.problems)}")
+        raise CheckpointError(f"{info.directory}: config.json and the tensors disagree: {'; '.join(info.problems)}")
     target = _target_dtype(info, dtype)
     arrays = _read(info, target, device, check_finite, progress)
     head_is_tied = HEAD in arrays and info.config.tie_word_embeddings
@@ -68,7 +68,7 @@ def from_pretrained(
             f"load with config_overrides={{'tie_word_embeddings': False}} to use both"
         )
     skeleton = eqx.filter_eval_shape(MPT, info.config, key=jax.random.key(0))
-    return jax.tree.unflatten(jax.tree.structure(skeleton), [arrays[name] for name in named_leaves(skeleton)])
+    return with_leaves(skeleton, arrays)
 
 
 def _target_dtype(info: CheckpointInfo, dtype: DTypeLike | None) -> np.dtype:
@@ -111,9 +111,11 @@ def _read(
         for file, tensors in by_file.items():
             with safe_open(info.directory / file, framework="np") as opened:
                 for tensor in tensors:
+                    if (name := canonical_name(tensor.name)) is None:
+                        continue
                     array = opened.get_tensor(tensor.name)
                     if check_finite and not np.isfinite(array).all():
                         raise CheckpointError(f"{info.directory / file}: {tensor.name} holds NaN or infinity")
                     bar.update(array.nbytes)
-                    arrays[tensor.name] = jax.device_put(array.astype(dtype, copy=False), device)
+                    arrays[name] = jax.device_put(array.astype(dtype, copy=False), device)
     return arrays

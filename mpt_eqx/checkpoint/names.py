@@ -1,33 +1,67 @@
-"""What each tensor of an MPT is called in a checkpoint: one table, read by loading and by saving."""
+"""What each tensor of an MPT is called in a checkpoint: today, in the files of early 2023, and behind wrappers."""
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
-# Leaf of the model → tensor of the checkpoint; {i} is the number of the block.
-NAMES = {
-    "wte.weight": "transformer.wte.weight",
-    "blocks.{i}.norm_1.weight": "transformer.blocks.{i}.norm_1.weight",
-    "blocks.{i}.attn.Wqkv.weight": "transformer.blocks.{i}.attn.Wqkv.weight",
-    "blocks.{i}.attn.out_proj.weight": "transformer.blocks.{i}.attn.out_proj.weight",
-    "blocks.{i}.norm_2.weight": "transformer.blocks.{i}.norm_2.weight",
-    "blocks.{i}.ffn.up_proj.weight": "transformer.blocks.{i}.ffn.up_proj.weight",
-    "blocks.{i}.ffn.down_proj.weight": "transformer.blocks.{i}.ffn.down_proj.weight",
-    "norm_f.weight": "transformer.norm_f.weight",
-    "lm_head.weight": "lm_head.weight",
-}
+from mpt_eqx.config import MPTConfig
 
-EMBEDDING = NAMES["wte.weight"]
+EMBEDDING = "transformer.wte.weight"
 # transformers' state dicts name the head also where it is tied to the embedding.
-HEAD = NAMES["lm_head.weight"]
+HEAD = "lm_head.weight"
+
+# What wrappers put into names: FSDP and activation checkpointing anywhere, trainers and PEFT at the front.
+WRAPPERS = r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\."
+PREFIXES = r"^(base_model\.model\.|model\.|module\.)+"
+# Transformer Engine's network with a norm of its own: our name → its name.
+TRANSFORMER_ENGINE = (
+    (".norm_2.", ".ffn.layer_norm_"),
+    (".ffn.up_proj.", ".ffn.fc1_"),
+    (".ffn.down_proj.", ".ffn.fc2_"),
+)
+# Other names for the same tensor: pattern → today's name.
+ALIASES = (
+    (r"\.ln_([12])\.", r".norm_\1."),
+    (r"\.ln_f\.", ".norm_f."),
+    (r"\.mlp\.mlp_(up|down)\.", r".ffn.\1_proj."),
+    (r"\.norm_attn_norm\.", "."),
+    *((re.escape(theirs), ours) for ours, theirs in TRANSFORMER_ENGINE),
+)
+# Buffers that follow from the configuration.
+IGNORED = r"^transformer\.rotary_embedding\.inv_freq$"
+
+
+def canonical_name(name: str) -> str | None:
+    """Returns today's llm-foundry name of a stored tensor, or None for one that holds no weights."""
+    name = re.sub(PREFIXES, "", re.sub(WRAPPERS, "", name))
+    for pattern, today in ALIASES:
+        name = re.sub(pattern, today, name)
+    return None if re.match(IGNORED, name) else name
+
+
+def stored_name(name: str, config: MPTConfig) -> str:
+    """Returns the name under which llm-foundry stores the tensor of a canonical name."""
+    if config.ffn_config.ffn_type == "te_ln_mlp":
+        for ours, theirs in TRANSFORMER_ENGINE:
+            name = name.replace(ours, theirs)
+    return name
 
 
 def named_leaves(model: Any) -> dict[str, Any]:
-    """Returns the leaves of an MPT, arrays or their shapes, in the tree's order under their checkpoint names."""
-    named = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(model):
-        parts = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
-        number = parts[1] if parts[0] == "blocks" else ""
-        pattern = ".".join([parts[0], "{i}", *parts[2:]] if number else parts)
-        named[NAMES[pattern].format(i=number)] = leaf
-    return named
+    """Returns the weights of an MPT, arrays or their shapes, in the tree's order under their canonical names."""
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model) if hasattr(leaf, "shape")}
+
+
+def with_leaves(model: Any, arrays: Mapping[str, Any]) -> Any:
+    """Returns the model with its weights replaced by those of the same canonical names."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: arrays[_name(path)] if hasattr(leaf, "shape") else leaf, model
+    )
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """Returns the canonical name of a leaf: its path, because fields are called as tensors are."""
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    return name if name == HEAD else f"transformer.{name}"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mpt_eqx.checkpoint.info import INDEX, WEIGHTS
-from mpt_eqx.checkpoint.names import named_leaves
+from mpt_eqx.checkpoint.names import named_leaves, stored_name
 from mpt_eqx.errors import CheckpointError
 from mpt_eqx.model import MPT
 
@@ -33,7 +33,7 @@ def save_pretrained(model: MPT, directory: str | Path, *, max_shard_size: int | 
 
     limit = _parse_size(max_shard_size)
     directory = Path(directory)
-    leaves = named_leaves(model)
+    leaves = {stored_name(name, model.config): leaf for name, leaf in named_leaves(model).items()}
     shards = _shards({name: leaf.size * leaf.dtype.itemsize for name, leaf in leaves.items()}, limit)
     files = (
         [WEIGHTS]

@@ -13,6 +13,7 @@ from mpt_eqx.errors import GenerationError
 from mpt_eqx.generation.decode import Decoded, decode, prefill
 from mpt_eqx.generation.sampling import SamplingOptions
 from mpt_eqx.model import MPT
+from mpt_eqx.model.mpt import longer
 
 CHUNK = 16
 
@@ -180,8 +181,7 @@ class _Run:
             if len(prompt) + max_new_tokens > model.config.max_seq_len:
                 raise GenerationError(
                     f"{name}: {len(prompt)} tokens and max_new_tokens={max_new_tokens} exceed "
-                    f"max_seq_len={model.config.max_seq_len}; shorten them, or load the model with "
-                    f"from_pretrained(…, config_overrides={{'max_seq_len': {len(prompt) + max_new_tokens}}})"
+                    f"max_seq_len={model.config.max_seq_len}; {longer(model.config, len(prompt) + max_new_tokens)}"
                 )
         # One shape for up to eight ends, so that their number does not compile again.
         places = max(8, _power_of_two(len(self.eos_token_ids)))

@@ -1,32 +1,53 @@
-"""Feed-forward networks."""
+"""Feed-forward networks of one expert: MLP and GLU."""
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from mpt_eqx.config import MPTConfig
-from mpt_eqx.model.init import init_matrix, init_residual_matrix
+from mpt_eqx.model.activations import Activation, make_activation
+from mpt_eqx.model.init import init_linear
 from mpt_eqx.model.linear import Linear
 
 
-def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Returns x·Φ(x) with the exact Φ (erf), in float32, rounded once to the type of x."""
-    return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
-
-
 class MLP(eqx.Module):
-    """down_proj(gelu(up_proj(x)))."""
+    """down_proj(act(up_proj(x)))."""
 
     up_proj: Linear
     down_proj: Linear
+    act: Activation = eqx.field(static=True)
 
     def __init__(self, config: MPTConfig, *, key: PRNGKeyArray):
         up_key, down_key = jax.random.split(key)
-        d, f = config.d_model, config.ffn_hidden_size
-        self.up_proj = Linear(init_matrix(config, (f, d), key=up_key))
-        self.down_proj = Linear(init_residual_matrix(config, (d, f), key=down_key))
+        d, f, bias = config.d_model, config.ffn_hidden_size, not config.no_bias
+        self.up_proj = init_linear(config, (f, d), bias, key=up_key)
+        self.down_proj = init_linear(config, (d, f), bias, residual=True, key=down_key)
+        self.act = make_activation(config)
 
-    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        """Returns the network's output, position by position."""
-        return self.down_proj(gelu(self.up_proj(x)))
+    def __call__(self, x: Float[Array, "T D"], *, key: PRNGKeyArray | None = None) -> Float[Array, "T D"]:
+        """Returns the network's output, position by position; the key is for networks that have a use for it."""
+        return self.down_proj(self.act(self.up_proj(x)))
+
+
+class GLU(eqx.Module):
+    """down_proj(act(gate_proj(x)) · up_proj(x)).
+
+    Source: llm-foundry 0.22, llmfoundry/models/layers/ffn.py, MPTGLU.
+    """
+
+    gate_proj: Linear
+    up_proj: Linear
+    down_proj: Linear
+    act: Activation = eqx.field(static=True)
+
+    def __init__(self, config: MPTConfig, *, key: PRNGKeyArray):
+        gate_key, up_key, down_key = jax.random.split(key, 3)
+        d, f, bias = config.d_model, config.ffn_hidden_size, not config.no_bias
+        self.gate_proj = init_linear(config, (f, d), bias, key=gate_key)
+        self.up_proj = init_linear(config, (f, d), bias, key=up_key)
+        self.down_proj = init_linear(config, (d, f), bias, residual=True, key=down_key)
+        self.act = make_activation(config)
+
+    def __call__(self, x: Float[Array, "T D"], *, key: PRNGKeyArray | None = None) -> Float[Array, "T D"]:
+        """Returns the network's output, position by position; the key is for networks that have a use for it."""
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))

@@ -1,30 +1,70 @@
 """Initialisation of new weights, as llm-foundry does it.
 
-Source: llm-foundry 8c8dd48, llmfoundry/models/utils/param_init_fns.py, and torch.nn.init, whose fans and gains it uses.
+Source: llm-foundry 0.22, llmfoundry/models/utils/param_init_fns.py, and torch.nn.init, whose fans and gains it uses.
 All weights are float32.
 """
 
 import math
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float32, PRNGKeyArray
 
 from mpt_eqx.config import InitConfig, MPTConfig
+from mpt_eqx.model.linear import Linear
 
 Matrix = Float32[Array, "out in"]
 
 
-def init_matrix(config: MPTConfig, shape: tuple[int, int], *, key: PRNGKeyArray) -> Matrix:
-    """Returns a new matrix [out, in] drawn by the scheme `config.init_config.name`."""
-    if config.init_config.name == "default_":
-        # torch.nn.Linear draws from U(±1/√fan_in).
-        return _uniform(key, shape, 1 / math.sqrt(shape[1]))
-    return _draw(config, shape, key)
+def init_linear(
+    config: MPTConfig, shape: tuple[int, int], bias: bool, *, residual: bool = False, key: PRNGKeyArray
+) -> Linear:
+    """Returns a new linear map [out, in] drawn by the scheme `config.init_config.name`, with bias 0 if with one.
+
+    Args:
+        config: the scheme, and the sizes it needs.
+        shape: out, in.
+        bias: whether there is one.
+        residual: whether it writes to the residual stream, so that its weights are divided for the model's depth.
+        key: randomness.
+    """
+    weight_key, bias_key = jax.random.split(key)
+    weight = _matrix(config, shape, weight_key)
+    if residual:
+        weight = weight / _residual_divisor(config)
+    return Linear(weight, _bias(config, shape, bias_key) if bias else None)
 
 
-def init_residual_matrix(config: MPTConfig, shape: tuple[int, int], *, key: PRNGKeyArray) -> Matrix:
-    """Returns a new matrix that writes to the residual stream: as `init_matrix`, divided for the model's depth."""
-    return init_matrix(config, shape, key=key) / _residual_divisor(config)
+def init_heads(config: MPTConfig, heads: int, bias: bool, *, key: PRNGKeyArray) -> Linear:
+    """Returns a new linear map from the residual stream to `heads` heads, each drawn as a matrix of its own."""
+    weight_key, bias_key = jax.random.split(key)
+    shape = (config.head_size, config.d_model)
+    weight = jax.vmap(lambda k: _matrix(config, shape, k))(jax.random.split(weight_key, heads))
+    rows = heads * config.head_size
+    return Linear(
+        weight.reshape(rows, config.d_model), _bias(config, (rows, config.d_model), bias_key) if bias else None
+    )
+
+
+def init_experts(config: MPTConfig, *, residual: bool = False, key: PRNGKeyArray) -> Matrix:
+    """Returns new weights of all experts of a mixture, [E·F, D].
+
+    llm-foundry draws torch_dmoe's as one matrix, without a division for depth, and megablocks' expert by expert, where
+    those that are used untransposed (`residual`) have their fans exchanged and are divided.
+    """
+    shape = (config.ffn_hidden_size, config.d_model)
+    experts = config.ffn_config.moe_num_experts
+    if config.ffn_config.ffn_type == "torch_dmoe":
+        if config.init_config.name == "default_":
+            # The module has no way to reset itself: what its constructor draws remains.
+            return jax.random.uniform(key, (experts * shape[0], shape[1]))
+        return _draw(config, (experts * shape[0], shape[1]), key)
+    keys = jax.random.split(key, experts)
+    if residual:
+        weight = jax.vmap(lambda k: _matrix(config, shape[::-1], k).T)(keys) / _residual_divisor(config)
+    else:
+        weight = jax.vmap(lambda k: _matrix(config, shape, k))(keys)
+    return weight.reshape(-1, config.d_model)
 
 
 def init_embedding(config: MPTConfig, shape: tuple[int, int], *, key: PRNGKeyArray) -> Matrix:
@@ -38,6 +78,20 @@ def init_embedding(config: MPTConfig, shape: tuple[int, int], *, key: PRNGKeyArr
         low, high = lim if isinstance(lim, tuple) else (-lim, lim)
         return jax.random.uniform(key, shape, minval=low, maxval=high)
     return _draw(config, shape, key)
+
+
+def _matrix(config: MPTConfig, shape: tuple[int, int], key: PRNGKeyArray) -> Matrix:
+    if config.init_config.name == "default_":
+        # torch.nn.Linear draws from U(±1/√fan_in).
+        return _uniform(key, shape, 1 / math.sqrt(shape[1]))
+    return _draw(config, shape, key)
+
+
+def _bias(config: MPTConfig, shape: tuple[int, int], key: PRNGKeyArray) -> Float32[Array, " out"]:
+    if config.init_config.name == "default_":
+        # torch.nn.Linear draws its bias like its weight.
+        return jax.random.uniform(key, shape[:1], minval=-1 / math.sqrt(shape[1]), maxval=1 / math.sqrt(shape[1]))
+    return jnp.zeros(shape[0])
 
 
 def _draw(config: MPTConfig, shape: tuple[int, int], key: PRNGKeyArray) -> Matrix:

@@ -4,16 +4,21 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mpt_eqx.model.precision import wide
+
 
 class Linear(eqx.Module):
-    """y = W x for each of T positions; W is stored [out, in]."""
+    """y = W x + b for each of T positions; W is stored [out, in], and b may be absent."""
 
     weight: Float[Array, "out in"]
+    bias: Float[Array, " out"] | None = None
 
     def __call__(self, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
-        """Returns W x, summed in float32 and rounded once to the type of x."""
+        """Returns W x + b, summed in float32 and rounded once to the type of x."""
         # The weight is the left operand because XLA's CPU product is several times faster that way for few rows.
-        y = jnp.einsum("oi,Ti->To", self.weight, x, preferred_element_type=jnp.float32)
+        y = jnp.einsum("oi,Ti->To", self.weight, x, preferred_element_type=wide(x.dtype))
+        if self.bias is not None:
+            y = y + self.bias.astype(y.dtype)
         return y.astype(x.dtype)
 
 

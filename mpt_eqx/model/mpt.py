@@ -1,5 +1,7 @@
 """The model: embedding, blocks, norm, logits."""
 
+from collections.abc import Sequence
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,23 +9,29 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.errors import MPTError
-from mpt_eqx.model.blocks import Block
-from mpt_eqx.model.cache import KVCache
-from mpt_eqx.model.init import init_embedding
+from mpt_eqx.model.blocks import Block, dropped
+from mpt_eqx.model.cache import KVCache, LayerCache
+from mpt_eqx.model.init import init_embedding, init_linear
 from mpt_eqx.model.linear import Embedding, Linear
-from mpt_eqx.model.norms import LayerNorm
+from mpt_eqx.model.norms import LayerNorm, RMSNorm, make_norm
+from mpt_eqx.model.positions import Positions, token_positions
+from mpt_eqx.model.precision import scaled, softcapped
 
 
 class MPT(eqx.Module):
     """An MPT language model for one sequence of tokens; a batch is `jax.vmap(model)`.
 
-    Its leaves are exactly the tensors of a checkpoint, under the checkpoint's names.
+    Its arrays are exactly the tensors of a checkpoint, under the checkpoint's names. What a configuration does not use
+    is None.
     """
 
     wte: Embedding
+    wpe: Embedding | None
+    emb_dropout: eqx.nn.Dropout | None
     blocks: tuple[Block, ...]
-    norm_f: LayerNorm
+    norm_f: LayerNorm | RMSNorm
     lm_head: Linear | None
+    logit_scale: float | None = eqx.field(static=True)
     config: MPTConfig = eqx.field(static=True)
 
     def __init__(self, config: MPTConfig, *, key: PRNGKeyArray):
@@ -33,48 +41,78 @@ class MPT(eqx.Module):
             config: sizes and options.
             key: randomness of the weights.
         """
-        wte_key, head_key, *block_keys = jax.random.split(key, 2 + config.n_layers)
-        table = (config.vocab_size, config.d_model)
-        self.wte = Embedding(init_embedding(config, table, key=wte_key))
-        self.blocks = tuple(Block(config, key=block_key) for block_key in block_keys)
-        self.norm_f = LayerNorm(config.d_model, config.norm_eps)
-        self.lm_head = None if config.tie_word_embeddings else Linear(init_embedding(config, table, key=head_key))
+        wte_key, wpe_key, head_key, *block_keys = jax.random.split(key, 3 + config.n_layers)
+        v, d = config.vocab_size, config.d_model
+        wte = init_embedding(config, (v, d), key=wte_key)
+        self.wte = Embedding(wte if config.pad_token_id is None else wte.at[config.pad_token_id].set(0))
+        learned = config.has_learned_positions
+        self.wpe = Embedding(init_embedding(config, (config.max_seq_len, d), key=wpe_key)) if learned else None
+        self.emb_dropout = eqx.nn.Dropout(config.emb_pdrop) if config.emb_pdrop else None
+        self.blocks = tuple(
+            Block(config, layer, key=block_key) for layer, block_key in zip(config.layers, block_keys, strict=True)
+        )
+        self.norm_f = make_norm(config)
+        self.lm_head = None if config.tie_word_embeddings else init_linear(config, (v, d), False, key=head_key)
+        self.logit_scale = d**-0.5 if isinstance(config.logit_scale, str) else config.logit_scale
         self.config = config
 
-    def __call__(self, tokens: Int[Array, " T"], *, mask: Bool[Array, " T"] | None = None) -> Float[Array, "T V"]:
+    def __call__(
+        self,
+        tokens: Int[Array, " T"],
+        *,
+        mask: Bool[Array, " T"] | None = None,
+        sequence_ids: Int[Array, " T"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "T V"]:
         """Returns the logits of the token that follows each position.
 
         Args:
             tokens: token ids, 0 ≤ id < vocab_size; at most max_seq_len of them.
             mask: True at real tokens, False at padding, which may stand anywhere; None when all are real. Logits at
                 padding mean nothing.
+            sequence_ids: which of several packed sequences each token belongs to, −1 for padding; tokens see their own
+                sequence only. For models with attn_uses_sequence_id.
+            key: randomness of dropout and jitter, needed when the configuration asks for them, except under
+                `eqx.nn.inference_mode`.
 
         Raises:
-            MPTError: too many tokens, or (outside jit, where they can be seen) an id outside the vocabulary.
+            MPTError: too many tokens, an argument that does not fit the model, or (outside jit, where they can be
+                seen) an id outside the vocabulary.
         """
-        return self.unembed(self.hidden_states(tokens, mask=mask)[-1])
+        return self.unembed(self.hidden_states(tokens, mask=mask, sequence_ids=sequence_ids, key=key)[-1])
 
     def hidden_states(
-        self, tokens: Int[Array, " T"], *, mask: Bool[Array, " T"] | None = None
+        self,
+        tokens: Int[Array, " T"],
+        *,
+        mask: Bool[Array, " T"] | None = None,
+        sequence_ids: Int[Array, " T"] | None = None,
+        key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "T D"], ...]:
         """Returns the residual stream: the input of each block, then the output of norm_f; n_layers + 1 arrays.
 
         Arguments and errors as in `__call__`.
         """
-        self._check(tokens)
-        pos = jnp.arange(tokens.shape[0])
-        visible = pos[None, :] <= pos[:, None]
+        self._check(tokens, mask, sequence_ids, key)
+        place = jnp.arange(tokens.shape[0])
+        visible = place[None, :] <= place[:, None]
+        if sequence_ids is not None:
+            visible &= sequence_ids[None, :] == sequence_ids[:, None]
+            mask = sequence_ids >= 0 if mask is None else mask & (sequence_ids >= 0)
         if mask is not None:
             visible &= mask[None, :]
-        x = self.wte(tokens)
-        states = []
-        for block in self.blocks:
-            states.append(x)
-            x, _ = block(x, pos, pos, visible)
-        return (*states, self.norm_f(x))
+        token = place if mask is None else token_positions(mask)
+        emb_key, *block_keys = (None,) * (1 + len(self.blocks)) if key is None else jax.random.split(
+            key, 1 + len(self.blocks)
+        )
+        x = self._embed(tokens, token, emb_key)
+        inputs, x, _ = self._run(
+            x, Positions(query=place, token=token, key=place, visible=visible), (None,) * len(self.blocks), block_keys
+        )
+        return (*inputs, self.norm_f(x))
 
     def extend(self, tokens: Int[Array, " T"], cache: KVCache) -> tuple[Float[Array, "T D"], KVCache]:
-        """Reads T more tokens after those in the cache.
+        """Reads T more tokens after those in the cache, without dropout.
 
         Args:
             tokens: the tokens that follow; they must fit into the rest of the cache.
@@ -85,31 +123,95 @@ class MPT(eqx.Module):
             added. Of a padded input take a cache whose `length` counts the real tokens only: the rest is then
             overwritten by what comes next.
         """
-        query_pos = cache.length + jnp.arange(tokens.shape[0])
-        key_pos = jnp.arange(cache.capacity)
-        visible = key_pos[None, :] <= query_pos[:, None]
-        x = self.wte(tokens)
-        layers = []
-        for block, layer in zip(self.blocks, cache.layers, strict=True):
-            x, written = block(x, query_pos, key_pos, visible, layer)
-            assert written is not None  # because a cache went in
-            layers.append(written)
-        return self.norm_f(x), KVCache(layers=tuple(layers), length=cache.length + tokens.shape[0])
+        query = cache.length + jnp.arange(tokens.shape[0])
+        keys = jnp.arange(cache.capacity)
+        positions = Positions(query=query, token=query, key=keys, visible=keys[None, :] <= query[:, None])
+        x = self._embed(tokens, query, None)
+        _, x, written = self._run(x, positions, cache.layers, (None,) * len(self.blocks))
+        layers = tuple(None if old is None else new for old, new in zip(cache.layers, written, strict=True))
+        return self.norm_f(x), KVCache(layers=layers, length=cache.length + tokens.shape[0])
 
     def unembed(self, x: Float[Array, "T D"]) -> Float[Array, "T V"]:
         """Returns the logits of the output of norm_f, in its type."""
         head = Linear(self.wte.weight) if self.lm_head is None else self.lm_head
-        return head(x)
+        logits = head(x)
+        if self.logit_scale is not None:
+            logits = scaled(logits, self.logit_scale)
+        if self.config.final_logit_softcapping is not None:
+            logits = softcapped(logits, self.config.final_logit_softcapping)
+        return logits
 
-    def _check(self, tokens: Int[Array, " T"]) -> None:
+    def _embed(
+        self, tokens: Int[Array, " T"], token: Int[Array, " T"], key: PRNGKeyArray | None
+    ) -> Float[Array, "T D"]:
+        """Returns the residual stream before the first block."""
+        x = self.wte(tokens)
+        if self.config.pad_token_id is not None:
+            x = jnp.where((tokens == self.config.pad_token_id)[:, None], jax.lax.stop_gradient(x), x)
+        if self.wpe is not None:
+            x = x + self.wpe(token)
+        if (fraction := self.config.embedding_fraction) != 1:
+            # The value stays, the gradient shrinks: arXiv:2210.02414, page 7.
+            x = scaled(x, fraction) + scaled(jax.lax.stop_gradient(x), 1 - fraction)
+        return dropped(x, self.emb_dropout, key)
+
+    def _run(
+        self,
+        x: Float[Array, "T D"],
+        positions: Positions,
+        cache: Sequence[LayerCache | None],
+        keys: Sequence[PRNGKeyArray | None],
+    ) -> tuple[list[Float[Array, "T D"]], Float[Array, "T D"], list[LayerCache]]:
+        """Returns the input of each block, the output of the last, and the keys and values that each block read."""
+        inputs: list[Float[Array, "T D"]] = []
+        read: list[LayerCache] = []
+        for block, layer, own, key in zip(self.blocks, self.config.layers, cache, keys, strict=True):
+            inputs.append(x)
+            kv = own if layer.kv_from is None else read[layer.kv_from]
+            x_kv = None if layer.kv_x_from is None else inputs[layer.kv_x_from]
+            x, kv = block(x, positions, kv, x_kv, key=key)
+            read.append(kv)
+        return inputs, x, read
+
+    def _check(
+        self,
+        tokens: Int[Array, " T"],
+        mask: Bool[Array, " T"] | None,
+        sequence_ids: Int[Array, " T"] | None,
+        key: PRNGKeyArray | None,
+    ) -> None:
         n, config = tokens.shape[0], self.config
         if n > config.max_seq_len:
+            raise MPTError(f"tokens: expected at most max_seq_len={config.max_seq_len}, found {n}; {longer(config, n)}")
+        for name, array in (("mask", mask), ("sequence_ids", sequence_ids)):
+            if array is not None and array.shape != tokens.shape:
+                raise MPTError(f"{name}: expected the shape of tokens, {tokens.shape}, found {array.shape}")
+        if sequence_ids is not None and not config.attn_config.attn_uses_sequence_id:
             raise MPTError(
-                f"tokens: expected at most max_seq_len={config.max_seq_len}, found {n}; an ALiBi model can be loaded "
-                f"for more with from_pretrained(…, config_overrides={{'max_seq_len': {n}}})"
+                "sequence_ids: expected none, because attn_config.attn_uses_sequence_id is false; load the model with "
+                "config_overrides={'attn_config': {'attn_uses_sequence_id': True}}"
+            )
+        if key is None and self._is_random():
+            raise MPTError(
+                "key: expected a key, such as jax.random.key(0), because the configuration asks for dropout or jitter; "
+                "switch them off with eqx.nn.inference_mode(model)"
             )
         if not isinstance(tokens, jax.core.Tracer) and n:
             low, high = int(tokens.min()), int(tokens.max())
             if low < 0 or high >= config.vocab_size:
                 bad = low if low < 0 else high
                 raise MPTError(f"tokens: expected ids from 0 to {config.vocab_size - 1} (vocab_size), found {bad}")
+
+    def _is_random(self) -> bool:
+        """Tells whether any dropout or jitter is on."""
+        modules = jax.tree.leaves(self, is_leaf=lambda node: hasattr(node, "inference"))
+        return any(getattr(module, "inference", True) is False for module in modules)
+
+
+def longer(config: MPTConfig, n: int) -> str:
+    """Returns what to do about an input of n tokens, which is more than max_seq_len."""
+    if config.has_learned_positions:
+        return "learned positions end there; shorten the input"
+    return (
+        f"shorten the input, or load the model for more with from_pretrained(…, config_overrides={{'max_seq_len': {n}}})"
+    )

@@ -1,15 +1,45 @@
-"""Norms."""
+"""Norms over the last axis, in float32, rounded once to the type of x."""
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mpt_eqx.config import LAYERNORMS, MPTConfig
+from mpt_eqx.model.precision import wide
+
 
 class LayerNorm(eqx.Module):
-    """(x − mean) / √(variance + eps) · weight over the last axis, in float32, rounded once to the type of x.
+    """(x − mean) / √(variance + eps) · weight + bias, where the bias may be absent.
 
     llm-foundry's low_precision_layernorm is this too, outside of its mixed-precision training.
+    """
+
+    weight: Float[Array, " D"]
+    bias: Float[Array, " D"] | None
+    eps: float = eqx.field(static=True)
+
+    def __init__(self, size: int, eps: float, *, bias: bool = False):
+        self.weight = jnp.ones(size)
+        self.bias = jnp.zeros(size) if bias else None
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
+        """Returns x normed, position by position."""
+        h = x.astype(wide(x.dtype))
+        h = h - jnp.mean(h, axis=-1, keepdims=True)
+        h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.eps)
+        h = h * self.weight.astype(h.dtype)
+        if self.bias is not None:
+            h = h + self.bias.astype(h.dtype)
+        return h.astype(x.dtype)
+
+
+class RMSNorm(eqx.Module):
+    """x / √(mean(x²) + eps) · weight; llm-foundry's rmsnorm, low_precision_rmsnorm and triton_rmsnorm.
+
+    Source: llm-foundry 0.22, llmfoundry/models/layers/norm.py, which is torch.nn.RMSNorm. (Between 2023-04-28 and
+    2023-06-26 llm-foundry multiplied by the root instead; weights trained then do not fit.)
     """
 
     weight: Float[Array, " D"]
@@ -19,9 +49,15 @@ class LayerNorm(eqx.Module):
         self.weight = jnp.ones(size)
         self.eps = eps
 
-    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
         """Returns x normed, position by position."""
-        h = x.astype(jnp.float32)
-        h = h - jnp.mean(h, axis=-1, keepdims=True)
+        h = x.astype(wide(x.dtype))
         h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.eps)
-        return (h * self.weight.astype(jnp.float32)).astype(x.dtype)
+        return (h * self.weight.astype(h.dtype)).astype(x.dtype)
+
+
+def make_norm(config: MPTConfig) -> LayerNorm | RMSNorm:
+    """Returns a new norm of the residual stream, of the kind `config.norm_type`."""
+    if config.norm_type in LAYERNORMS:
+        return LayerNorm(config.d_model, config.norm_eps, bias=not config.no_bias)
+    return RMSNorm(config.d_model, config.norm_eps)

@@ -1,8 +1,33 @@
-"""Positions: ALiBi, a bias on the attention scores that grows with distance."""
+"""Positions: where tokens stand, and ALiBi, a bias on the attention scores that grows with distance."""
 
+import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int
+from jaxtyping import Array, Bool, Float32, Int
+
+
+class Positions(eqx.Module):
+    """Where the T queries and S keys of one call stand, and who sees whom.
+
+    Attributes:
+        query: place of each query in its input, 0-based, padding counted; in the cache, also where its key is written.
+        token: how many real tokens stand before each query; the same as `query` where nothing is padded.
+        key: place of each key.
+        visible: True where a query may see a key.
+    """
+
+    query: Int[Array, " T"]
+    token: Int[Array, " T"]
+    key: Int[Array, " S"]
+    visible: Bool[Array, "T S"]
+
+
+def token_positions(mask: Bool[Array, " T"]) -> Int[Array, " T"]:
+    """Returns each place minus the padding up to it, but at least 0.
+
+    Source: llm-foundry 0.22, llmfoundry/models/mpt/modeling_mpt.py, MPTModel.forward.
+    """
+    return jnp.maximum(jnp.arange(mask.shape[0]) - jnp.cumsum(~mask), 0)
 
 
 def alibi_slopes(n_heads: int, alibi_bias_max: float) -> Float32[Array, " N"]:
@@ -40,3 +65,14 @@ def alibi_bias(
     """
     distance = key_pos[None, :] - query_pos[:, None]
     return slopes[:, None, None] * distance.astype(jnp.float32)
+
+
+class ALiBi(eqx.Module):
+    """The bias of ALiBi for a number of heads; computed for the positions at hand, never as a table."""
+
+    n_heads: int = eqx.field(static=True)
+    bias_max: float = eqx.field(static=True)
+
+    def __call__(self, positions: Positions) -> Float32[Array, "N T S"]:
+        """Returns the bias to add to the scores."""
+        return alibi_bias(alibi_slopes(self.n_heads, self.bias_max), positions.query, positions.key)

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32, Int
+from jaxtyping import Array, Bool, Float32, Int, PRNGKeyArray
 
 from mpt_eqx.model import MPT
 
@@ -15,6 +15,8 @@ def next_token_loss(
     *,
     mask: Bool[Array, "B T"] | None = None,
     labels: Int[Array, "B T"] | None = None,
+    sequence_ids: Int[Array, "B T"] | None = None,
+    key: PRNGKeyArray | None = None,
 ) -> Float32[Array, ""]:
     """Returns the mean cross-entropy, in nats, of each token given those before it.
 
@@ -24,15 +26,22 @@ def next_token_loss(
         mask: True at real tokens; None when all are real.
         labels: the tokens again (the shift by one happens here), with -100 where none is to be predicted; None means
             every real token. Without any label the loss is 0.
+        sequence_ids: as in `MPT.__call__`; −1 counts as padding.
+        key: as in `MPT.__call__`; every row gets its own.
 
     Source: llm-foundry 8c8dd48, llmfoundry/models/mpt/modeling_mpt.py, compute_loss_from_logits.
     """
     if labels is None:
-        labels = tokens if mask is None else jnp.where(mask, tokens, IGNORED)
-    if mask is None:
-        logits = jax.vmap(model)(tokens)
-    else:
-        logits = jax.vmap(lambda row, real: model(row, mask=real))(tokens, mask)
+        real = jnp.ones_like(tokens, bool) if mask is None else mask
+        real = real if sequence_ids is None else real & (sequence_ids >= 0)
+        labels = jnp.where(real, tokens, IGNORED)
+    keys = None if key is None else jax.random.split(key, len(tokens))
+
+    def row(tokens, mask, sequence_ids, key):
+        return model(tokens, mask=mask, sequence_ids=sequence_ids, key=key)
+
+    # Arguments that are None have no leaf to be mapped over.
+    logits = jax.vmap(row)(tokens, mask, sequence_ids, keys)
     targets = labels[:, 1:]
     counted = targets != IGNORED
     log_probs = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32), axis=-1)

@@ -1,0 +1,61 @@
+"""Activations, under the names that torch.nn.functional gives them; each in float32, rounded once to the type of x."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mpt_eqx.config import ActFnConfig, MPTConfig
+from mpt_eqx.model.precision import scaled, wide
+
+Activation = Callable[[Float[Array, "*shape"]], Float[Array, "*shape"]]
+
+
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns x·Φ(x) with the exact Φ (erf)."""
+    return jax.nn.gelu(x.astype(wide(x.dtype)), approximate=False).astype(x.dtype)
+
+
+def gelu_tanh(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns x·Φ(x) with the tanh approximation of Φ."""
+    return jax.nn.gelu(x.astype(wide(x.dtype)), approximate=True).astype(x.dtype)
+
+
+def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns x·sigmoid(1.702·x), rounded after each step, as the reference does."""
+    return x * jax.nn.sigmoid(scaled(x, 1.702).astype(wide(x.dtype))).astype(x.dtype)
+
+
+def relu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns max(x, 0)."""
+    return jax.nn.relu(x)
+
+
+def silu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns x·sigmoid(x)."""
+    return jax.nn.silu(x.astype(wide(x.dtype))).astype(x.dtype)
+
+
+def leaky_relu(negative_slope: float) -> Activation:
+    """Returns the function x where x ≥ 0, else negative_slope·x."""
+
+    def act(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        return jnp.where(x >= 0, x, scaled(x, negative_slope))
+
+    return act
+
+
+def make_activation(config: MPTConfig) -> Activation:
+    """Returns the activation of `config.ffn_config`."""
+    act = config.ffn_config.ffn_act_fn
+    if act is None:
+        # Transformer Engine's and megablocks' own default is the approximation (TransformerEngine,
+        # transformer_engine/common/util/math.h; megablocks, layers/arguments.py).
+        approximate = config.ffn_config.ffn_type in ("te_ln_mlp", "mb_dmoe")
+        act = ActFnConfig(approximate="tanh" if approximate else "none")
+    if act.name == "leaky_relu":
+        return leaky_relu(act.negative_slope)
+    if act.name == "gelu" and act.approximate == "tanh":
+        return gelu_tanh
+    return {"gelu": gelu, "relu": relu, "silu": silu, "quick_gelu": quick_gelu}[act.name]

@@ -1,0 +1,132 @@
+"""A mixture of experts: a router sends each token to a few of E feed-forward networks, and none is dropped.
+
+Source: llm-foundry 0.22, llmfoundry/models/layers/dmoe.py, which takes the layout from megablocks' dMoE.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from mpt_eqx.config import MPTConfig
+from mpt_eqx.model.activations import Activation, make_activation
+from mpt_eqx.model.init import init_experts, init_linear
+from mpt_eqx.model.linear import Linear
+from mpt_eqx.model.precision import wide
+
+
+class Jitter(eqx.Module):
+    """x times uniform numbers from 1 − eps to 1 + eps, in training."""
+
+    eps: float = eqx.field(static=True)
+    inference: bool = False
+
+    def __call__(self, x: Float[Array, "T D"], *, key: PRNGKeyArray) -> Float[Array, "T D"]:
+        """Returns x jittered, or x itself under `eqx.nn.inference_mode`."""
+        if self.inference:
+            return x
+        return x * jax.random.uniform(key, x.shape, x.dtype, minval=1 - self.eps, maxval=1 + self.eps)
+
+
+class Router(eqx.Module):
+    """Which k experts each token goes to, and how much each counts."""
+
+    layer: Linear
+    jitter: Jitter | None
+    top_k: int = eqx.field(static=True)
+    norm_order: float | None = eqx.field(static=True)
+
+    def __init__(self, config: MPTConfig, *, key: PRNGKeyArray):
+        ffn = config.ffn_config
+        self.layer = init_linear(config, (ffn.moe_num_experts, config.d_model), False, key=key)
+        self.jitter = None if ffn.moe_jitter_eps is None else Jitter(ffn.moe_jitter_eps)
+        self.top_k = ffn.moe_top_k
+        self.norm_order = ffn.moe_normalize_expert_weights
+
+    def __call__(
+        self, x: Float[Array, "T D"], *, key: PRNGKeyArray | None = None
+    ) -> tuple[Float[Array, "T k"], Int[Array, "T k"]]:
+        """Returns the weights and the numbers of each token's experts: the largest of a softmax over all experts."""
+        if self.jitter is not None and key is not None:
+            x = self.jitter(x, key=key)
+        logits = self.layer(x)
+        scores = jax.nn.softmax(logits.astype(wide(x.dtype)), axis=-1).astype(x.dtype)
+        weights, experts = jax.lax.top_k(scores, self.top_k)
+        if self.norm_order is not None:
+            order = self.norm_order
+            norm = jnp.sum(weights.astype(wide(x.dtype)) ** order, axis=-1, keepdims=True) ** (1 / order)
+            weights = (weights.astype(norm.dtype) / norm.astype(x.dtype).astype(norm.dtype)).astype(x.dtype)
+        return weights, experts
+
+
+class ExpertMLP(eqx.Module):
+    """The weights of E experts under one another: act(x w1ᵀ) w2 for each, or (act(x w1ᵀ) · x v1ᵀ) w2 with v1."""
+
+    w1: Float[Array, "EF D"]
+    v1: Float[Array, "EF D"] | None
+    w2: Float[Array, "EF D"]
+    act: Activation = eqx.field(static=True)
+    n_experts: int = eqx.field(static=True)
+
+    def __init__(self, config: MPTConfig, *, key: PRNGKeyArray):
+        w1_key, v1_key, w2_key = jax.random.split(key, 3)
+        self.w1 = init_experts(config, key=w1_key)
+        self.v1 = init_experts(config, key=v1_key) if config.ffn_config.mlp_type == "glu" else None
+        self.w2 = init_experts(config, residual=True, key=w2_key)
+        self.act = make_activation(config)
+        self.n_experts = config.ffn_config.moe_num_experts
+
+    def __call__(self, x: Float[Array, "T D"], weights: Float[Array, "T E"]) -> Float[Array, "T D"]:
+        """Returns the sum over the experts of weight · output.
+
+        Args:
+            x: the normed residual stream.
+            weights: how much each expert counts for each token; 0 where it does not.
+        """
+
+        def matmul(x: Float[Array, "T I"], w: Float[Array, "O I"]) -> Float[Array, "T O"]:
+            return jnp.einsum("oi,ti->to", w, x, preferred_element_type=wide(x.dtype)).astype(x.dtype)
+
+        def expert(total: Float[Array, "T D"], this: tuple) -> tuple[Float[Array, "T D"], None]:
+            w1, v1, w2, weight = this
+            h = self.act(matmul(x, w1))
+            if v1 is not None:
+                h = h * matmul(x, v1)
+            return total + matmul(h, w2.T) * weight[:, None], None
+
+        def per_expert(w: Float[Array, "EF D"] | None) -> Float[Array, "E F D"] | None:
+            return None if w is None else w.reshape(self.n_experts, -1, w.shape[-1])
+
+        # One expert after the other, as the reference adds them up, so that E·T·F numbers never stand side by side.
+        stacked = (per_expert(self.w1), per_expert(self.v1), per_expert(self.w2), weights.T)
+        return jax.lax.scan(expert, jnp.zeros_like(x), stacked)[0]
+
+
+class Experts(eqx.Module):
+    """The experts, and megablocks' bias on their sum, if there is one."""
+
+    mlp: ExpertMLP
+    bias: Float[Array, " D"] | None
+
+
+class MoE(eqx.Module):
+    """Σ weight · expert(x) over the experts that the router chooses."""
+
+    router: Router
+    experts: Experts
+
+    def __init__(self, config: MPTConfig, *, key: PRNGKeyArray):
+        router_key, experts_key = jax.random.split(key)
+        self.router = Router(config, key=router_key)
+        # torch_dmoe has no bias anywhere, whatever no_bias says; mb_dmoe has this one.
+        biased = config.ffn_config.ffn_type == "mb_dmoe" and not config.no_bias
+        bias = jnp.zeros(config.d_model) if biased else None
+        self.experts = Experts(mlp=ExpertMLP(config, key=experts_key), bias=bias)
+
+    def __call__(self, x: Float[Array, "T D"], *, key: PRNGKeyArray | None = None) -> Float[Array, "T D"]:
+        """Returns the network's output, position by position; the key is for the router's jitter."""
+        weights, experts = self.router(x, key=key)
+        rows = jnp.arange(x.shape[0])[:, None]
+        spread = jnp.zeros((x.shape[0], self.experts.mlp.n_experts), x.dtype).at[rows, experts].set(weights)
+        y = self.experts.mlp(x, spread)
+        return y if self.experts.bias is None else y + self.experts.bias

@@ -1,0 +1,29 @@
+"""The order of rounding in low precision: as the references have it, each function rounds once, to the type of x."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, DTypeLike, Float
+
+
+def wide(dtype: DTypeLike) -> np.dtype:
+    """Returns the type that sums and functions are computed in: float32, or float64 for float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def scaled(x: Float[Array, "*shape"], factor: float) -> Float[Array, "*shape"]:
+    """Returns factor · x; the factor itself is not rounded to the type of x."""
+    return (x.astype(wide(x.dtype)) * factor).astype(x.dtype)
+
+
+def softcapped(x: Float[Array, "*shape"], cap: float) -> Float[Array, "*shape"]:
+    """Returns cap · tanh(x / cap), rounded after each of the three steps.
+
+    Args:
+        x: scores or logits.
+        cap: the largest magnitude that may come out, > 0.
+
+    Source: llm-foundry 0.22, llmfoundry/models/layers/attention.py, scaled_multihead_dot_product_attention.
+    """
+    h = (x.astype(wide(x.dtype)) / cap).astype(x.dtype)
+    h = jnp.tanh(h.astype(wide(x.dtype))).astype(x.dtype)
+    return scaled(h, cap)
