@@ -137,11 +137,25 @@ def read_json_object(path: str | Path, *, max_bytes: int = 1_000_000) -> dict[st
 
 
 def override(d: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `d` with keys replaced; nested objects are merged, and a key replaces its aliases too."""
+    """Returns `d` with keys replaced; nested objects are merged, and a key replaces its aliases too.
+
+    A larger max_seq_len asks for longer inputs, not for another model: dynamic rotary positions, which depend on the
+    trained length, keep the old one.
+    """
+    result = _merged(d, overrides)
+    attn_config = result.get("attn_config")
+    rope = attn_config.get("rope_hf_config") if isinstance(attn_config, Mapping) else None
+    if "max_seq_len" in overrides and isinstance(rope, Mapping) and rope.get("type") == "dynamic":
+        trained = {"original_max_position_embeddings": d.get("max_seq_len", 2048)}
+        result["attn_config"] = {**attn_config, "rope_hf_config": {**trained, **_without_none(rope)}}
+    return result
+
+
+def _merged(d: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(d)
     for key, value in overrides.items():
         if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
-            result[key] = override(result[key], value)
+            result[key] = _merged(result[key], value)
             continue
         name = ALIASES.get(key, key)
         for alias in (name, *(alias for alias in ALIASES if ALIASES[alias] == name)):

@@ -7,7 +7,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 def wide(dtype: DTypeLike) -> np.dtype:
     """Returns the type that sums and functions are computed in: float32, or float64 for float64."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
 def scaled(x: Float[Array, "*shape"], factor: float) -> Float[Array, "*shape"]:
