@@ -1,7 +1,8 @@
 """MPTConfig: the numbers that decide an MPT, under llm-foundry's own names.
 
 This file holds the canonical form, what makes it valid and what follows from it by counting; its nested parts stand in
-`config_parts`, how the dialects of config.json are brought into this form in `config_dialects`, and the configurations of known models in `config_presets`.
+`config_parts`, how the dialects of config.json are brought into this form in `config_dialects`, and the configurations
+of known models in `config_presets`.
 """
 
 import dataclasses
@@ -102,9 +103,9 @@ class MPTConfig:
     norm_eps: float = 1e-5
     tie_word_embeddings: bool = True
     block_overrides: tuple[BlockOverride, ...] | None = None
-    attn_config: AttnConfig = AttnConfig()
-    ffn_config: FFNConfig = FFNConfig()
-    init_config: InitConfig = InitConfig()
+    attn_config: AttnConfig = dataclasses.field(default_factory=AttnConfig)
+    ffn_config: FFNConfig = dataclasses.field(default_factory=FFNConfig)
+    init_config: InitConfig = dataclasses.field(default_factory=InitConfig)
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_heads", "max_seq_len", "vocab_size"):
@@ -183,7 +184,8 @@ class MPTConfig:
                     )
             if override.reuse_kv_x_layer_idx is not None and self.attn_config.fused_qkv:
                 raise ConfigError(
-                    f"block_overrides[{i}]: reuse_kv_x_layer_idx: expected attn_config.fused_qkv false with it, found true"
+                    f"block_overrides[{i}]: reuse_kv_x_layer_idx: expected attn_config.fused_qkv false with it, "
+                    f"found true"
                 )
 
     @property
@@ -312,9 +314,9 @@ class MPTConfig:
 def count_flops(config: MPTConfig, seq_len: int) -> int:
     """Returns the floating-point operations of one training step on one sequence, by llm-foundry's formula.
 
-    3·(2·N·T + 4·n_layers·d_model·T²): the backward pass costs twice the forward pass, attention is counted in full as if
-    it were not causal, and N counts all parameters but an embedding that is not also the output matrix; of mb_dmoe only
-    the experts that a token goes to.
+    3·(2·N·T + 4·n_layers·d_model·T²): the backward pass costs twice the forward pass, attention is counted in full as
+    if it were not causal, and N counts all parameters but an embedding that is not also the output matrix; of mb_dmoe
+    only the experts that a token goes to.
 
     Args:
         config: the model.

@@ -49,7 +49,11 @@ def collapse_overrides(blocks: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _names(item: Any, known: set[str]) -> list[str]:
-    if not isinstance(item, Mapping) or ("name" in item) == ("order" in item) or set(item) - {"name", "order", "repeat"}:
+    if (
+        not isinstance(item, Mapping)
+        or ("name" in item) == ("order" in item)
+        or set(item) - {"name", "order", "repeat"}
+    ):
         raise ConfigError(f"block_overrides.order: expected items with a 'name' or an 'order', found {item!r:.200}")
     repeat = item.get("repeat", 1)
     if isinstance(repeat, bool) or not isinstance(repeat, int) or not 1 <= repeat <= MAX_BLOCKS:
@@ -76,7 +80,9 @@ def _block(name: str, override: Any, tuning: Mapping[str, Any]) -> BlockOverride
         raise ConfigError(f"{path}.attn_config: expected an object with keys of {sorted(FIELDS)}, found {attn!r:.200}")
     values = dict(attn)
     if (changed := values.get("attn_temperature_tuning")) is not None:
-        values["attn_temperature_tuning"] = as_tuning({**tuning, **changed} if isinstance(changed, Mapping) else changed)
+        values["attn_temperature_tuning"] = as_tuning(
+            {**tuning, **changed} if isinstance(changed, Mapping) else changed
+        )
     return BlockOverride(**values)
 
 

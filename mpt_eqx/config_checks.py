@@ -5,9 +5,7 @@ import math
 from mpt_eqx.errors import ConfigError
 
 
-def check_int(
-    name: str, value: object, *, low: int = 1, high: int = 2**31 - 1, optional: bool = False
-) -> None:
+def check_int(name: str, value: object, *, low: int = 1, high: int = 2**31 - 1, optional: bool = False) -> None:
     """Raises unless `value` is a whole number from `low` to `high`, or None if that is allowed."""
     if optional and value is None:
         return

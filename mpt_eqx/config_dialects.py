@@ -2,9 +2,9 @@
 
 Two programs write `model_type: mpt` with different defaults: llm-foundry (MosaicML's own; its files also lie beside
 the models once published on the Hub) and transformers' native port. Before May 2023 the same models had flat files
-(`mosaic_gpt`, `replit_lm`). Every key falls in one of four groups: taken over, bookkeeping that cannot change the maths,
-known but supported at one value only, and unknown. The last two are refused by name, because a key that vanishes
-silently is a wrong model.
+(`mosaic_gpt`, `replit_lm`). Every key falls in one of four groups: taken over, bookkeeping that cannot change the
+maths, known but supported at one value only, and unknown. The last two are refused by name, because a key that
+vanishes silently is a wrong model.
 """
 
 import dataclasses
@@ -144,10 +144,11 @@ def override(d: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
     """
     result = _merged(d, overrides)
     attn_config = result.get("attn_config")
-    rope = attn_config.get("rope_hf_config") if isinstance(attn_config, Mapping) else None
-    if "max_seq_len" in overrides and isinstance(rope, Mapping) and rope.get("type") == "dynamic":
-        trained = {"original_max_position_embeddings": d.get("max_seq_len", 2048)}
-        result["attn_config"] = {**attn_config, "rope_hf_config": {**trained, **_without_none(rope)}}
+    if "max_seq_len" in overrides and isinstance(attn_config, Mapping):
+        rope = attn_config.get("rope_hf_config")
+        if isinstance(rope, Mapping) and rope.get("type") == "dynamic":
+            trained = {"original_max_position_embeddings": d.get("max_seq_len", 2048)}
+            result["attn_config"] = {**attn_config, "rope_hf_config": {**trained, **_without_none(rope)}}
     return result
 
 

@@ -1,4 +1,4 @@
-"""Configurations of known models, as the content of their config.json: published checkpoints, and llm-foundry's recipes.
+"""Configurations of known models, as the content of a config.json: published checkpoints and llm-foundry's recipes.
 
 Where both have a size (7b, 30b) the plain name is the published model and the recipe is called `…-recipe`. The recipes
 (llm-foundry 0.22, scripts/train/yamls/pretrain) have learned positions and biases; the published models have neither.
@@ -45,9 +45,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         max_seq_len=4096,
         attn_config={"attn_type": "grouped_query_attention", "kv_n_heads": 8},
     ),
-    "phogpt-4b": _published(
-        d_model=3072, n_heads=24, n_layers=32, vocab_size=20480, max_seq_len=8192, no_bias=False
-    ),
+    "phogpt-4b": _published(d_model=3072, n_heads=24, n_layers=32, vocab_size=20480, max_seq_len=8192, no_bias=False),
     "sea-lion-3b": _gpt(2560, 20, 32, vocab_size=256000),
     "mpt-125m-c4": _gpt(768, 12, 12),
     # llm-foundry's recipes.

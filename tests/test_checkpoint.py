@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,19 @@ from conftest import GOLDEN
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-CASES = ("hf_default", "hf_untied", "hf_sharded", "hf_bf16", "hf_fp16", "f_mha_alibi", "hf_clip_qkv")
+CASES = (
+    "hf_default",
+    "hf_untied",
+    "hf_sharded",
+    "hf_bf16",
+    "hf_fp16",
+    "f_mha_alibi",
+    "hf_clip_qkv",
+    "f_bias",
+    "f_reuse_kv",
+    "f_unfused_qkv",
+    "f_act_leaky_relu",
+)
 
 
 def tensors(directory):
@@ -34,12 +47,19 @@ def copy(tmp_path):
         directory = tmp_path / "copy"
         shutil.copytree(GOLDEN / case, directory)
         (directory / "expected.safetensors").unlink()
-        if case == "hf_default":
+        if (directory / "model.safetensors").exists():
             held = change(tensors(directory))
             save_file(held, directory / "model.safetensors")
         return directory
 
     return make
+
+
+def assert_same_weights(again, model):
+    assert again.config == model.config
+    assert jax.tree.structure(again) == jax.tree.structure(model)
+    for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(model), strict=True):
+        assert one.dtype == other.dtype and (one == other).all()
 
 
 def without(held, *names):
@@ -68,10 +88,7 @@ def test_save_and_load(golden, tmp_path, name, max_shard_size):
     assert "config.json" in files and ("model.safetensors.index.json" in files) == (max_shard_size != "5GB")
     assert all((tmp_path / file).stat().st_mode == (tmp_path / "config.json").stat().st_mode for file in files)
     again = from_pretrained(tmp_path)
-    assert again.config == model.config
-    assert jax.tree.structure(again) == jax.tree.structure(model)
-    for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(model), strict=True):
-        assert one.dtype == other.dtype and (one == other).all()
+    assert_same_weights(again, model)
     info = checkpoint_info(tmp_path)
     assert info.problems == () and info.parameters == sum(t.size for t in info.tensors)
     assert info.bytes == sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
@@ -164,12 +181,10 @@ FIRST = "transformer.blocks.0.norm_1.weight"
     ],
 )
 def test_tensors_that_do_not_fit_come_in_one_error(copy, change, messages):
-    import re
-
     from mpt_eqx import CheckpointError, checkpoint_info, from_pretrained
 
     directory = copy(change)
-    with pytest.raises(CheckpointError, match="the tensors do not fit config.json") as error:
+    with pytest.raises(CheckpointError, match="config.json and the tensors disagree") as error:
         from_pretrained(directory)
     for message in messages:
         assert re.search(message, str(error.value))
@@ -260,7 +275,7 @@ def test_shards_that_disagree_with_the_index(copy):
     with pytest.raises(CheckpointError, match=rf"1 tensors not in the file that .* names: {name} \({second}\)"):
         from_pretrained(directory)
     shutil.copy(directory / first, directory / second)
-    with pytest.raises(CheckpointError, match=f"is in two files: {first} and {second}"):
+    with pytest.raises(CheckpointError, match=rf"there twice: .* .{first}. and .* .{second}."):
         from_pretrained(directory)
     (directory / first).unlink()
     with pytest.raises(
@@ -404,3 +419,88 @@ def test_progress_goes_to_stderr_only_if_asked(capsys):
     from_pretrained(GOLDEN / "hf_default", progress=True)
     out, err = capsys.readouterr()
     assert out == "" and "loading hf_default" in err
+
+
+def fsdp(name):
+    return "model._fsdp_wrapped_module." + name.replace("blocks.", "blocks._checkpoint_wrapped_module.")
+
+
+def of_early_2023(name):
+    for today, then in (("norm_1", "ln_1"), ("norm_2", "ln_2"), ("norm_f", "ln_f"), ("ffn.up_proj", "mlp.mlp_up")):
+        name = name.replace(today, then)
+    return name.replace("ffn.down_proj", "mlp.mlp_down")
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        of_early_2023,
+        fsdp,
+        lambda name: "model." + name,
+        lambda name: "module._orig_mod." + name,
+        lambda name: "base_model.model." + name,
+        lambda name: re.sub(r"(blocks.\d.)(norm|attn)", r"\1norm_attn_norm.\2", name),
+    ],
+    ids=["early 2023", "FSDP", "Composer", "compiled DDP", "PEFT", "fuse_norm_attn_norm"],
+)
+def test_names_of_wrappers_and_of_early_2023(copy, golden, rename):
+    from mpt_eqx import from_pretrained
+
+    directory = copy(lambda held: {rename(name): tensor for name, tensor in held.items()}, case="f_qk_ln")
+    assert_same_weights(from_pretrained(directory), golden("f_qk_ln").model)
+
+
+def test_a_flat_checkpoint_of_early_2023(copy, golden):
+    """As MosaicML published mpt-1b-redpajama-200b: another config.json and other names, the same numbers."""
+    from mpt_eqx import from_pretrained
+
+    directory = copy(lambda held: {of_early_2023(name): tensor for name, tensor in held.items()}, case="f_qk_ln")
+    flat = {
+        "model_type": "mosaic_gpt", "architectures": ["MosaicGPT"], "alibi": True, "alibi_bias_max": 8,
+        "attn_clip_qkv": None, "attn_impl": "torch", "attn_pdrop": 0, "attn_qk_ln": True,
+        "attn_uses_sequence_id": False, "d_model": 32, "emb_init_std": None, "emb_pdrop": 0, "embedding_fraction": 1.0,
+        "fan_mode": "fan_in", "init_nonlinearity": "relu", "low_precision_layernorm": True, "max_seq_len": 64,
+        "mlp_ratio": 4, "n_heads": 4, "n_layers": 2, "no_bias": True, "param_init_fn": "kaiming_normal_",
+        "prefix_lm": False, "resid_pdrop": 0, "softmax_scale": None, "vocab_size": 97, "verbose": 0,
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(flat))
+    case = golden("f_qk_ln")
+    logits = from_pretrained(directory)(jnp.asarray(case.expected["input_ids"][0], jnp.int32))
+    np.testing.assert_allclose(logits, case.expected["logits"][0], atol=1e-4, rtol=0)
+
+
+def test_a_buffer_of_the_rotation_is_no_weight(copy):
+    from mpt_eqx import from_pretrained
+
+    from_pretrained(
+        copy(lambda held: held | {"transformer.rotary_embedding.inv_freq": np.ones(4, np.float32)}, "f_rope")
+    )
+
+
+def test_two_names_for_one_tensor(copy):
+    from mpt_eqx import CheckpointError, from_pretrained
+
+    old = "transformer.blocks.0.ln_1.weight"
+    directory = copy(lambda held: held | {old: held[FIRST]})
+    with pytest.raises(CheckpointError, match=rf"1 there twice: {old} .*safetensors. and {FIRST} .*safetensors."):
+        from_pretrained(directory)
+
+
+@pytest.mark.parametrize("ffn_type", ["te_ln_mlp", "torch_dmoe", "mb_dmoe", "mptglu"])
+def test_saved_under_the_names_of_the_reference(tiny_config, tmp_path, ffn_type):
+    from mpt_eqx import MPT, FFNConfig, from_pretrained, save_pretrained
+
+    model = MPT(tiny_config(no_bias=False, ffn_config=FFNConfig(ffn_type=ffn_type)), key=jax.random.key(0))
+    save_pretrained(model, tmp_path)
+    names = {name.removeprefix("transformer.blocks.0.ffn.") for name in tensors(tmp_path) if ".0.ffn." in name}
+    linear = {"up_proj.weight", "up_proj.bias", "down_proj.weight", "down_proj.bias"}
+    assert (
+        names
+        == {
+            "te_ln_mlp": {f"{n}_{kind}" for n in ("layer_norm", "fc1", "fc2") for kind in ("weight", "bias")},
+            "torch_dmoe": {"router.layer.weight", "experts.mlp.w1", "experts.mlp.w2"},
+            "mb_dmoe": {"router.layer.weight", "experts.mlp.w1", "experts.mlp.w2", "experts.bias"},
+            "mptglu": linear | {"gate_proj.weight", "gate_proj.bias"},
+        }[ffn_type]
+    )
+    assert_same_weights(from_pretrained(tmp_path), model)

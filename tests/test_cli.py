@@ -100,7 +100,7 @@ def test_inspect_what_is_wrong(tmp_path):
         (["generate", "x", "--top-p", "2"], "top_p: expected a number with 0 < top_p ≤ 1, found 2.0"),
         (
             ["generate", "x", "--max-new-tokens", "2000"],
-            "exceed max_seq_len=1024; shorten them, or load the model with",
+            "exceed max_seq_len=1024; shorten the input, or load the model with",
         ),
         (["generate", "x", "--dtype", "int4"], "dtype: expected float32 or float16 or bfloat16, found 'int4'"),
         (["generate", "x", "--stop", ""], "--stop: expected some text, found an empty string"),

@@ -1,5 +1,6 @@
 """config.json: dialects, round trips, and one error for each thing that is wrong."""
 
+import dataclasses
 import json
 
 import pytest
@@ -16,6 +17,11 @@ def with_keys(**keys):
     d = {**PLAIN, **keys}
     d["attn_config"] = {**PLAIN["attn_config"], **(keys.get("attn_config") or {})}
     return d
+
+
+def overrides(content):
+    """A block_overrides whose second block has `content`."""
+    return {"block_overrides": {"order": [{"name": "default"}, {"name": "x"}], "overrides": {"x": content}}}
 
 
 # As MosaicML published it beside mpt-7b-storywriter.
@@ -87,35 +93,105 @@ def test_clip_qkv_is_off_when_it_is_false(off):
         ({"n_heads": -4}, "n_heads: expected a whole number from 1"),
         ({"n_layers": "2"}, "n_layers: expected a whole number from 1 to 1024, found '2'"),
         ({"n_layers": 10**9}, "n_layers: expected a whole number from 1 to 1024"),
+        ({"head_dim": 12}, "head_dim: expected d_model/n_heads=8 or null with fused_qkv, found 12"),
+        ({"head_dim": 0}, "head_dim: expected a whole number from 1 to 2147483647 or null, found 0"),
+        ({"head_dim": 12, "attn_config": {"fused_qkv": False, "rope": True}}, "=8 or null with rope_impl 'dail', foun"),
         ({"max_seq_len": 10**12}, "max_seq_len: expected a whole number"),
         ({"vocab_size": 0.5}, "vocab_size: expected a whole number"),
         ({"expansion_ratio": 0}, "expansion_ratio: expected a finite number > 0, found 0"),
         ({"expansion_ratio": 1.01}, "expansion_ratio: expected d_model·expansion_ratio to be a whole number"),
         ({"norm_eps": float("nan")}, "norm_eps: expected a finite number > 0, found nan"),
-        ({"norm_type": "rmsnorm"}, "norm_type: expected 'low_precision_layernorm' or 'layernorm', found 'rmsnorm'"),
-        ({"no_bias": False}, "no_bias: expected true, found false; biases are not supported yet"),
+        ({"norm_type": "batchnorm"}, "norm_type: expected 'low_precision_layernorm' or 'layernorm' or"),
         ({"no_bias": 1}, "no_bias: expected true or false, found 1"),
+        ({"attention_bias": "yes"}, "attention_bias: expected true or false, found 'yes'"),
+        ({"learned_pos_emb": None}, "learned_pos_emb: expected true or false, found None"),
         ({"tie_word_embeddings": None}, "tie_word_embeddings: expected true or false, found None"),
-        ({"attn_config": {"alibi": False}}, "attn_config.alibi: expected true, found false"),
+        ({"resid_pdrop": 1.5}, "resid_pdrop: expected a probability from 0 to 1, found 1.5"),
+        ({"emb_pdrop": None}, "emb_pdrop: expected a probability from 0 to 1, found None"),
+        ({"logit_scale": "sqrt"}, "logit_scale: expected a number, 'inv_sqrt_d_model' or null, found 'sqrt'"),
+        ({"logit_scale": [1]}, "logit_scale: expected a finite number or null, found [1]"),
+        ({"final_logit_softcapping": 0}, "final_logit_softcapping: expected a finite number > 0 or null, found 0"),
+        ({"embedding_fraction": 1.5}, "embedding_fraction: expected a number with 0 < f ≤ 1, found 1.5"),
+        ({"embedding_fraction": 0}, "embedding_fraction: expected a finite number > 0, found 0"),
+        ({"pad_token_id": 97}, "pad_token_id: expected a whole number from 0 to 96 or null, found 97"),
+        ({"attn_config": {"alibi": 1}}, "attn_config.alibi: expected true or false, found 1"),
         ({"attn_config": {"alibi_bias_max": 0}}, "attn_config.alibi_bias_max: expected a finite number > 0"),
+        ({"attn_config": {"attn_pdrop": -0.1}}, "attn_config.attn_pdrop: expected a probability from 0 to 1"),
+        ({"attn_config": {"attn_type": "flash"}}, "attn_config.attn_type: expected 'multihead_attention' or"),
+        ({"attn_config": {"attn_type": "grouped_query_attention"}}, "kv_n_heads: expected a whole number from 1"),
+        ({"attn_config": {"kv_n_heads": 2}}, "attn_config.kv_n_heads: expected null with multihead_attention, found 2"),
+        ({"attn_config": {"attn_type": "grouped_query_attention", "kv_n_heads": 3}}, "expected a divisor of n_heads=4"),
         ({"attn_config": {"clip_qkv": -1}}, "attn_config.clip_qkv: expected a finite number > 0 or null, found -1"),
         ({"attn_config": {"softmax_scale": "x"}}, "attn_config.softmax_scale: expected a finite number > 0 or null"),
-        ({"attn_config": {"qk_ln": True}}, "attn_config.qk_ln: expected false, found True; other values are not supp"),
-        ({"attn_config": {"attn_type": "grouped_query_attention"}}, "attn_config.attn_type: expected \"multihead_att"),
+        ({"attn_config": {"attn_logit_softcapping": 0}}, "attn_logit_softcapping: expected a finite number > 0 or nul"),
+        ({"attn_config": {"qk_ln": True, "qk_gn": True}}, "attn_config.qk_gn: expected false with qk_ln, found true"),
+        ({"attn_config": {"sliding_window_size": -2}}, "attn_config.sliding_window_size: expected a whole number from"),
         ({"attn_config": {"norm_type": "rmsnorm"}}, "attn_config.norm_type: expected no such key"),
-        ({"attn_config": {"rope": True}}, "attn_config.rope: expected false, found True"),
+        ({"attn_config": {"prefix_lm": True}}, "attn_config.prefix_lm: expected false, found True"),
+        ({"attn_config": {"nope": True}}, "attn_config.nope: expected false, found True"),
+        ({"attn_config": {"kv_dim": 16}}, "attn_config.kv_dim: expected null, found 16"),
+        ({"attn_config": {"seq_parallel_world_size": 2}}, "seq_parallel_world_size: expected null or 1, found 2"),
         ({"attn_config": {"magic": 1}}, "attn_config.magic: unknown key with value 1"),
-        ({"attn_config": {"attn_temperature_tuning": {"attn_scale": 0.1}}}, "tuning.attn_scale: expected 0, found 0.1"),
-        ({"logit_scale": 0.5}, "logit_scale: expected null, found 0.5"),
+        ({"d_model": 36, "attn_config": {"rope": True}}, "attn_config.rope: expected an even head_dim, found 9"),
+        ({"attn_config": {"rope": True, "rope_impl": "x"}}, "attn_config.rope_impl: expected 'dail' or 'hf', found 'x"),
+        ({"attn_config": {"rope_theta": 0}}, "attn_config.rope_theta: expected a finite number > 0, found 0"),
+        ({"attn_config": {"rope": True, "rope_dail_config": {"type": "xpos"}}}, "rope_dail_config.type: expected \"or"),
+        ({"attn_config": {"rope": True, "rope_dail_config": {"pos_idx_in_fp32": False}}}, "fp32: expected true, found"),
+        ({"attn_config": {"rope_hf_config": {"type": "yarn"}}}, "rope_hf_config.type: expected 'no_scaling' or 'linea"),
+        ({"attn_config": {"rope_hf_config": {"type": "linear", "beta": 1}}}, "rope_hf_config: expected an object with"),
+        ({"attn_config": {"rope_hf_config": {"factor": 0}}}, "rope_hf_config.factor: expected a finite number > 0"),
+        ({"attn_config": {"rope_hf_config": {"type": "llama3"}}}, "low_freq_factor: expected a finite number > 0, fou"),
+        ({"attn_config": {"rope_hf_config": {"type": "llama3", "low_freq_factor": 1, "high_freq_factor": 1,
+          "original_max_position_embeddings": 8}}}, "high_freq_factor: expected another value than low_freq_factor"),
+        ({"attn_config": {"attn_temperature_tuning": {"scale": 0.1}}}, "tuning: expected floor_scale and attn_scale,"),
+        ({"attn_config": {"attn_temperature_tuning": {"floor_scale": 0}}}, "floor_scale: expected a finite number > 0"),
+        ({"attn_config": {"attn_temperature_tuning": {"attn_scale": "x"}}}, "attn_scale: expected a finite number, fo"),
         ({"magic": 1}, "magic: unknown key with value 1; it could change the maths"),
-        ({"ffn_config": {"ffn_type": "mptglu"}}, "ffn_config.ffn_type: expected 'mptmlp', found 'mptglu'"),
+        ({"ffn_config": {"ffn_type": "mb_moe"}}, "ffn_config.ffn_type: expected 'mptmlp' or 'mptglu' or 'te_ln_mlp' o"),
+        ({"ffn_config": {"ffn_type": "mptgeglu"}}, "found 'mptgeglu'; not supported"),
         ({"ffn_config": 3}, "ffn_config: expected an object, found 3"),
+        ({"ffn_config": {"ffn_hidden_size": 1.5}}, "ffn_config.ffn_hidden_size: expected a whole number from 1"),
+        ({"ffn_config": {"ffn_act_fn": {"name": "softsign"}}}, "ffn_act_fn.name: expected 'gelu' or 'relu' or"),
+        ({"ffn_config": {"ffn_act_fn": "gelu"}}, "ffn_config.ffn_act_fn: expected an object with keys of"),
+        ({"ffn_config": {"ffn_act_fn": {"approximate": "erf"}}}, "approximate: expected 'none' or 'tanh', found 'erf'"),
+        ({"ffn_config": {"ffn_act_fn": {"name": "relu", "approximate": "tanh"}}}, "approximate: expected no such key"),
+        ({"ffn_config": {"ffn_act_fn": {"name": "leaky_relu", "negative_slope": None}}}, "negative_slope: expected a"),
+        ({"ffn_config": {"ffn_type": "te_ln_mlp", "ffn_act_fn": {"name": "relu"}}}, "ffn_act_fn: expected null with t"),
+        ({"ffn_config": {"moe_top_k": 2}}, "ffn_config.moe_top_k: expected a whole number from 1 to 1, found 2"),
+        ({"ffn_config": {"moe_num_experts": 2}}, "ffn_config.moe_num_experts: expected no such key with 'mptmlp'"),
+        ({"ffn_config": {"moe_num_experts": 0}}, "ffn_config.moe_num_experts: expected a whole number from 1 to 4096"),
+        ({"ffn_config": {"mlp_type": "x"}}, "ffn_config.mlp_type: expected 'mlp' or 'glu', found 'x'"),
+        ({"ffn_config": {"moe_jitter_eps": -1}}, "ffn_config.moe_jitter_eps: expected a finite number > 0 or null"),
+        ({"ffn_config": {"moe_normalize_expert_weights": 0}}, "moe_normalize_expert_weights: expected a finite number"),
+        ({"ffn_config": {"uniform_expert_assignment": True}}, "uniform_expert_assignment: expected false, found True"),
         ({"init_config": {"name": "magic_"}}, "init_config.name: expected 'kaiming_normal_' or"),
         ({"init_config": {"name": "baseline_"}}, "init_config.init_std: expected a number with name 'baseline_'"),
         ({"init_config": {"emb_init_uniform_lim": [1, 2, 3]}}, "emb_init_uniform_lim: expected one bound or"),
         ({"init_config": {"init_div_is_residual": "x"}}, "init_div_is_residual: expected a finite number > 0, found"),
         ({"hidden_size": 64}, "d_model: expected the same value as hidden_size=64, found 32"),
-        ({"model_type": "mosaic_gpt"}, "model_type: expected 'mpt', found 'mosaic_gpt'"),
+        ({"model_type": "gpt2"}, "model_type: expected 'mpt', found 'gpt2'"),
+        ({"model_type": "mosaic_gpt", "attn_qk_ln": True, "attn_config": {"qk_ln": False}},
+         "qk_ln: expected the same value as attn_qk_ln=True, found False"),
+        ({"block_overrides": []}, "block_overrides: expected 'order' and 'overrides' (and perhaps 'repeat'), found []"),
+        ({"block_overrides": {"order": [], "overrides": {"default": {}}}}, "without the name 'default'"),
+        ({"block_overrides": {"order": 3, "overrides": {}}}, "block_overrides.order: expected a list, found 3"),
+        ({"block_overrides": {"order": [3], "overrides": {}}}, "expected items with a 'name' or an 'order', found 3"),
+        ({"block_overrides": {"order": [{"name": "x"}], "overrides": {}}}, "expected one of ['default'], found 'x'"),
+        ({"block_overrides": {"order": [{"name": []}], "overrides": {}}}, "expected one of ['default'], found []"),
+        ({"block_overrides": {"order": [{"name": "default", "repeat": 0}], "overrides": {}}}, "repeat: expected a who"),
+        ({"block_overrides": {"order": [{"name": "default", "repeat": 1024}] * 2, "overrides": {}}}, "at most 1024 bl"),
+        ({"block_overrides": {"order": [{"name": "default"}], "overrides": {}}}, "one entry for each of 2 blocks, fou"),
+        (overrides({"d_model": 3}), "overrides.x: expected an object with nothing but 'attn_config', found"),
+        (overrides({"attn_config": {"clip_qkv": 3}}), "overrides.x.attn_config: expected an object with keys of"),
+        (overrides({"attn_config": {"nope": 1}}), "block_overrides: attn_config.nope: expected true or false, found 1"),
+        (overrides({"attn_config": {"sliding_window_size": -3}}), "attn_config.sliding_window_size: expected a whole"),
+        (overrides({"attn_config": {"attn_temperature_tuning": 3}}), "expected floor_scale and attn_scale, found 3"),
+        (overrides({"attn_config": {"reuse_kv_layer_idx": 0}}), "reuse_kv_layer_idx: expected a whole number from -10"),
+        (overrides({"attn_config": {"reuse_kv_layer_idx": -2}}), "[1]: reuse_kv_layer_idx: expected at least -1, foun"),
+        (overrides({"attn_config": {"reuse_kv_x_layer_idx": -1}}), "expected attn_config.fused_qkv false with it"),
+        (overrides({"attn_config": {"reuse_kv_layer_idx": -1, "reuse_kv_x_layer_idx": -1}}), "expected null with reus"),
+        ({**overrides({"attn_config": {"nope": True}}), "attn_config": {"alibi": False}},
+         "block_overrides[1]: nope: expected false with learned positions, found true"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(keys, message):
@@ -136,15 +212,133 @@ def test_parts_must_be_parts():
         MPTConfig.from_dict([])
 
 
-def test_a_config_of_another_model_is_refused():
-    from conftest import GOLDEN
+def test_overrides_must_be_one_for_each_block(tiny_config):
+    from mpt_eqx import BlockOverride, ConfigError
 
+    with pytest.raises(ConfigError, match="block_overrides: expected one entry for each of 2 blocks, found 3"):
+        tiny_config(block_overrides=(BlockOverride(),) * 3)
+    with pytest.raises(ConfigError, match="block_overrides.1.: expected BlockOverride, found NoneType"):
+        tiny_config(block_overrides=(BlockOverride(), None))
+
+
+def test_order_and_repetition_of_block_overrides():
+    from mpt_eqx import BlockOverride, MPTConfig, TemperatureTuning
+
+    notation = {
+        "order": [
+            {"name": "default"}, {"name": "a", "repeat": 2}, {"order": [{"name": "b"}, {"name": "default"}], "repeat": 2}
+        ],
+        "overrides": {
+            "a": {"attn_config": {"sliding_window_size": 5, "attn_temperature_tuning": {"attn_scale": 0.5}}},
+            "b": {"attn_config": {"reuse_kv_layer_idx": -1}},
+        },
+        "repeat": 2,
+    }  # fmt: skip
+    tuning = {"attn_temperature_tuning": {"floor_scale": 7}}
+    config = MPTConfig.from_dict(with_keys(n_layers=14, block_overrides=notation, attn_config=tuning))
+    a = BlockOverride(sliding_window_size=5, attn_temperature_tuning=TemperatureTuning(floor_scale=7, attn_scale=0.5))
+    b, default = BlockOverride(reuse_kv_layer_idx=-1), BlockOverride()
+    assert config.block_overrides == (default, a, a, b, default, b, default) * 2
+    assert [layer.kv_from for layer in config.layers][:7] == [None, None, None, 2, None, 4, None]
+    assert MPTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_chain_of_reuse_leads_to_its_root(tiny_config):
+    from mpt_eqx import AttnConfig, BlockOverride
+
+    chain = (BlockOverride(), *[BlockOverride(reuse_kv_layer_idx=-1)] * 3)
+    assert [layer.kv_from for layer in tiny_config(n_layers=4, block_overrides=chain).layers] == [None, 0, 0, 0]
+    chain = (BlockOverride(), *[BlockOverride(reuse_kv_x_layer_idx=-1)] * 3)
+    config = tiny_config(n_layers=4, block_overrides=chain, attn_config=AttnConfig(alibi=True, fused_qkv=False))
+    assert [layer.kv_x_from for layer in config.layers] == [None, 0, 0, 0]
+
+
+FLAT = {
+    "model_type": "replit_lm", "d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": 97, "no_bias": True,
+    "alibi": True, "alibi_bias_max": 8, "attn_clip_qkv": 6, "attn_qk_ln": True, "mlp_ratio": 2, "softmax_scale": 0.5,
+    "low_precision_layernorm": False, "param_init_fn": "baseline_", "init_std": 0.02, "multiquery_attention": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", ["mosaic_gpt", "replit_lm", "mpt"])
+def test_the_flat_files_of_early_2023(model_type):
+    from mpt_eqx import AttnConfig, InitConfig, MPTConfig
+
+    assert MPTConfig.from_dict({**FLAT, "model_type": model_type}) == MPTConfig(
+        d_model=32, n_heads=4, n_layers=2, vocab_size=97, no_bias=True, expansion_ratio=2, norm_type="layernorm",
+        attn_config=AttnConfig(
+            alibi=True, clip_qkv=6, qk_ln=True, softmax_scale=0.5, attn_type="multiquery_attention"
+        ),
+        init_config=InitConfig(name="baseline_", init_std=0.02),
+    )  # fmt: skip
+
+
+def test_a_flat_key_beside_an_attn_config_is_not_taken_for_one():
+    """llm-foundry ignores a misplaced alibi in silence."""
     from mpt_eqx import ConfigError, MPTConfig
 
-    d = json.loads((GOLDEN / "hf_default" / "config.json").read_text())
-    MPTConfig.from_dict(d)
-    with pytest.raises(ConfigError, match=r"attn_config.attn_type: expected .multihead_attention., found 'multiquery"):
-        MPTConfig.from_dict({**d, "attn_config": {**d["attn_config"], "attn_type": "multiquery_attention"}})
+    with pytest.raises(ConfigError, match="alibi: unknown key with value True"):
+        MPTConfig.from_dict({**PLAIN, "alibi": True})
+
+
+def test_learned_positions_are_there_only_without_others():
+    from mpt_eqx import MPTConfig
+
+    for keys, learned in (({"alibi": True}, False), ({"alibi": False, "rope": True}, False), ({"alibi": False}, True)):
+        assert MPTConfig.from_dict(with_keys(learned_pos_emb=True, attn_config=keys)).has_learned_positions is learned
+    assert not MPTConfig.from_dict(with_keys(learned_pos_emb=False, attn_config={"alibi": False})).has_learned_positions
+
+
+def test_transformers_pad_token_trains_like_any_other():
+    from mpt_eqx import MPTConfig
+
+    assert MPTConfig.from_dict(with_keys(pad_token_id=5)).pad_token_id == 5
+    native = with_keys(pad_token_id=5, architectures=["MptForCausalLM"])
+    assert MPTConfig.from_dict(native).pad_token_id is None
+
+
+# MPT-1B and the two others as their cards and index files count them; the recipes as llm-foundry's benchmarks print them.
+PARAMETERS = {
+    "mpt-7b": 6_649_286_656, "mpt-30b": 29_957_200_896, "mpt-1b-redpajama-200b": 1_311_442_944,
+    "mpt-1b": 1_315_950_592, "mpt-3b": 2_651_837_440, "mpt-7b-recipe": 6_658_859_008, "mpt-13b": 12_853_954_560,
+    "mpt-30b-recipe": 29_975_214_080, "mpt-70b": 64_862_437_376,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_published_numbers_of_parameters(name):
+    from mpt_eqx import MPTConfig
+
+    assert MPTConfig.preset(name).num_parameters() == PARAMETERS[name]
+
+
+def test_flops():
+    """Against the utilisation llm-foundry prints: 70b on 128 H100 at 1,058 tokens/s each is 428 of 989 TFLOP/s."""
+    from mpt_eqx import BlockOverride, ConfigError, FFNConfig, MPTConfig, count_flops
+
+    config = MPTConfig.preset("mpt-70b")
+    n = config.num_parameters()
+    assert count_flops(config, 2048) == 3 * (2 * n * 2048 + 4 * 80 * 8192 * 2048**2)
+    assert count_flops(config, 2048) / 2048 * 1058 == pytest.approx(428e12, rel=0.01)
+    untied = dataclasses.replace(config, tie_word_embeddings=False)
+    assert count_flops(untied, 2048) == count_flops(config, 2048)
+    for ffn_type, counted in (("torch_dmoe", 8), ("mb_dmoe", 2)):
+        moe = FFNConfig(ffn_type=ffn_type, moe_num_experts=8, moe_top_k=2)
+        config = MPTConfig(d_model=64, n_heads=4, n_layers=1, no_bias=True, ffn_config=moe)
+        n = config.num_parameters() - (8 - counted) * 2 * 64 * 256
+        assert count_flops(config, 10) == 3 * (2 * n * 10 + 4 * 64 * 100)
+    config = MPTConfig(d_model=64, n_heads=4, n_layers=1, block_overrides=(BlockOverride(sliding_window_size=3),))
+    with pytest.raises(ConfigError, match="block_overrides: expected null; llm-foundry's count"):
+        count_flops(config, 10)
+    with pytest.raises(ConfigError, match="seq_len: expected a whole number from 1"):
+        count_flops(MPTConfig.preset("mpt-7b"), 0)
+
+
+def test_an_unknown_preset_lists_the_known_ones():
+    from mpt_eqx import ConfigError, MPTConfig
+
+    with pytest.raises(ConfigError, match="preset: expected one of mpt-7b, .*mpt-125m.*, found 'gpt2'"):
+        MPTConfig.preset("gpt2")
 
 
 @pytest.mark.parametrize(
@@ -176,7 +370,12 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-KEYS = [*PLAIN, "norm_eps", "expansion_ratio", "init_config", "ffn_config", "logit_scale", "hidden_size", "clip_qkv"]
+KEYS = [
+    *(*PLAIN, "norm_eps", "expansion_ratio", "init_config", "ffn_config", "logit_scale", "hidden_size", "clip_qkv"),
+    *("block_overrides", "pad_token_id", "head_dim", "embedding_fraction", "attention_bias", "no_bias", "resid_pdrop"),
+    *("rope", "rope_hf_config", "rope_dail_config", "attn_temperature_tuning", "qk_ln", "sliding_window_size"),
+    *("ffn_act_fn", "mlp_ratio", "multiquery_attention", "model_type"),
+]
 
 
 @settings(max_examples=300, deadline=None)

@@ -120,7 +120,9 @@ def test_dynamic_rotation_past_the_trained_length(golden):
     from mpt_eqx import MPTError, generate
 
     prompt = golden("f_rope_dynamic").expected["long.input_ids"][0]
-    with pytest.raises(MPTError, match="prompts.0.: 18 tokens and max_new_tokens=16 exceed max_seq_len=24; shorten the"):
+    with pytest.raises(
+        MPTError, match="prompts.0.: 18 tokens and max_new_tokens=16 exceed max_seq_len=24; shorten the"
+    ):
         generate(golden("f_rope_dynamic").model, prompt, max_new_tokens=16)
     case = golden("f_rope_dynamic", config_overrides={"max_seq_len": 34})
     result = generate(case.model, prompt, max_new_tokens=16, return_logits=True)

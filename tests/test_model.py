@@ -61,7 +61,7 @@ def test_alibi_bias_is_slope_times_distance():
 
 
 def test_norm_and_gelu():
-    from mpt_eqx.model.ffn import gelu
+    from mpt_eqx.model.activations import gelu
     from mpt_eqx.model.norms import LayerNorm
 
     x = np.random.default_rng(0).normal(size=(3, 8))
@@ -69,6 +69,159 @@ def test_norm_and_gelu():
     np.testing.assert_allclose(LayerNorm(8, 0.1)(jnp.asarray(x, jnp.float32)), wanted, atol=1e-6)
     wanted = np.array([[0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in row] for row in x])
     np.testing.assert_allclose(gelu(jnp.asarray(x, jnp.float32)), wanted, atol=1e-6)
+
+
+def test_queries_share_a_key_head_with_their_neighbours(tiny_config):
+    """Grouped attention is multi-head attention whose key and value heads are repeated one after another."""
+    from mpt_eqx import MPT, AttnConfig
+
+    grouped = AttnConfig(alibi=True, fused_qkv=False, attn_type="grouped_query_attention", kv_n_heads=2)
+    model = MPT(tiny_config(attn_config=grouped), key=jax.random.key(0))
+    full = MPT(tiny_config(attn_config=AttnConfig(alibi=True, fused_qkv=False)), key=jax.random.key(0))
+    weights = [getattr(block.attn, name).weight for block in model.blocks for name in ("Wq", "Wk", "Wv")]
+    repeated = [w if len(w) == 32 else jnp.repeat(w.reshape(2, 8, 32), 2, axis=0).reshape(32, 32) for w in weights]
+    full = eqx.tree_at(
+        lambda m: [getattr(b.attn, n).weight for b in m.blocks for n in ("Wq", "Wk", "Wv")], full, repeated
+    )
+    rest = lambda m: [m.wte, *[b.attn.out_proj for b in m.blocks], *[b.ffn for b in m.blocks]]  # noqa: E731
+    full = eqx.tree_at(rest, full, rest(model))
+    tokens = jnp.arange(9)
+    np.testing.assert_allclose(model(tokens), full(tokens), atol=1e-5)
+
+
+def test_fused_and_unfused_projections_agree(tiny_config):
+    from mpt_eqx import MPT, AttnConfig
+
+    kwargs = {"alibi": True, "attn_type": "grouped_query_attention", "kv_n_heads": 2, "qk_ln": True, "clip_qkv": 1.0}
+    fused, unfused = (
+        MPT(tiny_config(no_bias=False, attn_config=AttnConfig(fused_qkv=f, **kwargs)), key=jax.random.key(0))
+        for f in (True, False)
+    )
+    for i, block in enumerate(unfused.blocks):
+        parts = (block.attn.Wq, block.attn.Wk, block.attn.Wv)
+        joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+        where = lambda m, i=i: (m.blocks[i].attn.Wqkv, m.blocks[i].attn.out_proj, m.blocks[i].ffn)  # noqa: E731
+        fused = eqx.tree_at(where, fused, (joined, block.attn.out_proj, block.ffn))
+    fused = eqx.tree_at(lambda m: m.wte, fused, unfused.wte)
+    np.testing.assert_allclose(fused(jnp.arange(9)), unfused(jnp.arange(9)), atol=1e-5)
+
+
+def gelu_tanh(x):
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def test_transformer_engines_network(tiny_config):
+    """Its own LayerNorm with a bias and eps 1e-5 whatever the rest has, and the tanh gelu."""
+    from mpt_eqx import MPT, FFNConfig
+
+    config = tiny_config(norm_type="rmsnorm", norm_eps=0.1, ffn_config=FFNConfig(ffn_type="te_ln_mlp"))
+    block = MPT(config, key=jax.random.key(0)).blocks[0]
+    rng = np.random.default_rng(0)
+    bias, x = rng.normal(size=32).astype(np.float32), rng.normal(size=(3, 32)).astype(np.float32)
+    block = eqx.tree_at(lambda b: b.norm_2.bias, block, jnp.asarray(bias))
+    h = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) + bias
+    wanted = gelu_tanh(h @ block.ffn.up_proj.weight.T) @ block.ffn.down_proj.weight.T
+    np.testing.assert_allclose(block.ffn(block.norm_2(jnp.asarray(x))), wanted, atol=1e-5)
+    assert block.ffn.up_proj.bias is None
+
+
+@pytest.mark.parametrize("ffn_type", ["torch_dmoe", "mb_dmoe"])
+@pytest.mark.parametrize("mlp_type", ["mlp", "glu"])
+@pytest.mark.parametrize("norm", [None, 1, 2])
+def test_mixture_of_experts(tiny_config, ffn_type, mlp_type, norm):
+    """Token by token and expert by expert in numpy; megablocks has the tanh gelu and a bias on the sum."""
+    from mpt_eqx import MPT, FFNConfig
+
+    ffn_config = FFNConfig(
+        ffn_type=ffn_type, mlp_type=mlp_type, moe_num_experts=5, moe_top_k=2, moe_normalize_expert_weights=norm,
+        ffn_hidden_size=12,
+    )  # fmt: skip
+    moe = MPT(tiny_config(no_bias=False, ffn_config=ffn_config), key=jax.random.key(0)).blocks[0].ffn
+    rng = np.random.default_rng(0)
+    x, bias = rng.normal(size=(4, 32)).astype(np.float32), rng.normal(size=32).astype(np.float32)
+    if ffn_type == "mb_dmoe":
+        moe = eqx.tree_at(lambda m: m.experts.bias, moe, jnp.asarray(bias))
+        act = gelu_tanh
+    else:
+        assert moe.experts.bias is None
+        bias, act = 0, lambda x: np.array([0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in x])
+    mlp = moe.experts.mlp
+    w1, w2 = (np.asarray(w).reshape(5, 12, 32) for w in (mlp.w1, mlp.w2))
+    for token, row in zip(x, moe(jnp.asarray(x)), strict=True):
+        scores = np.exp(moe.router.layer.weight @ token)
+        scores /= scores.sum()
+        chosen = np.argsort(scores)[-2:]
+        weights = scores[chosen] / (1 if norm is None else np.linalg.norm(scores[chosen], norm))
+        wanted = np.zeros(32)
+        for expert, weight in zip(chosen, weights, strict=True):
+            h = act(w1[expert] @ token)
+            if mlp_type == "glu":
+                h = h * (np.asarray(mlp.v1).reshape(5, 12, 32)[expert] @ token)
+            wanted += weight * (h @ w2[expert])
+        np.testing.assert_allclose(row, wanted + bias, atol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["resid_pdrop", "emb_pdrop", "attn_pdrop", "moe_jitter_eps"])
+def test_randomness_in_training(tiny_config, tiny_model, where):
+    """With a key, and only then; the same key gives the same; off under inference_mode and when generating."""
+    from mpt_eqx import MPT, AttnConfig, FFNConfig, MPTError, generate
+
+    moe = {"ffn_type": "torch_dmoe", "moe_num_experts": 4, "moe_top_k": 2}
+    change, plain = {
+        "attn_pdrop": ({"attn_config": AttnConfig(alibi=True, attn_pdrop=0.5)}, {}),
+        "moe_jitter_eps": (
+            {"ffn_config": FFNConfig(**moe, moe_jitter_eps=0.5)}, {"ffn_config": FFNConfig(**moe)}
+        ),
+    }.get(where, ({where: 0.5}, {}))  # fmt: skip
+    model, without = (MPT(tiny_config(**c), key=jax.random.key(0)) for c in (change, plain))
+    tokens = jnp.arange(12)
+    with pytest.raises(MPTError, match=r"key: expected a key, .*; switch them off with eqx.nn.inference_mode\(model\)"):
+        model(tokens)
+    one, again, other = (model(tokens, key=jax.random.key(i)) for i in (0, 0, 1))
+    np.testing.assert_array_equal(one, again)
+    assert np.abs(one - other).max() > 1e-3
+    still = eqx.nn.inference_mode(model)
+    np.testing.assert_array_equal(still(tokens), without(tokens))
+    np.testing.assert_array_equal(still(tokens, key=jax.random.key(0)), without(tokens))
+    results = [generate(m, tokens.tolist(), max_new_tokens=3).tokens for m in (model, without)]
+    np.testing.assert_array_equal(*results)
+
+
+def test_dropout_keeps_the_mean():
+    """Attention weights are dropped after the softmax, and the rest is scaled up."""
+    from mpt_eqx.model.attention import attention
+
+    v = jnp.ones((1, 64, 2))
+    drop = eqx.nn.Dropout(0.25)
+    out = jax.vmap(lambda key: attention(v, v, v, None, jnp.ones((64, 64), bool), 1.0, dropout=drop, key=key))(
+        jax.random.split(jax.random.key(0), 50)
+    )
+    np.testing.assert_allclose(out.mean(), 1, atol=0.01)
+    assert out.std() > 0.05
+
+
+def test_every_row_of_a_batch_has_its_own_dropout(tiny_config):
+    from mpt_eqx import MPT
+    from mpt_eqx.train import next_token_loss
+
+    model = MPT(tiny_config(resid_pdrop=0.5), key=jax.random.key(0))
+    tokens = jnp.full((2, 6), 5)
+    one, other = (
+        next_token_loss(model, tokens, labels=tokens.at[1 - row].set(-100), key=jax.random.key(0)) for row in (0, 1)
+    )
+    assert abs(one - other) > 1e-3
+
+
+def test_padding_and_holes_in_sequence_ids(tiny_config):
+    """A packed sequence gives the numbers it gives alone, wherever it stands; −1 is seen by none."""
+    from mpt_eqx import MPT, AttnConfig
+
+    config = tiny_config(attn_config=AttnConfig(alibi=True, attn_uses_sequence_id=True))
+    model = MPT(config, key=jax.random.key(0))
+    tokens = jnp.arange(10, dtype=jnp.int32)
+    packed = model(tokens, sequence_ids=jnp.asarray([0, 0, 0, 1, 1, 1, 1, -1, 2, 2]))
+    for rows in (slice(0, 3), slice(3, 7), slice(8, 10)):
+        np.testing.assert_allclose(packed[rows], model(tokens[rows]), atol=1e-5)
 
 
 @settings(max_examples=15, deadline=None)
@@ -187,6 +340,32 @@ def test_initialisation_spreads_as_llm_foundrys(tiny_config, init, matrix, resid
         if wanted is not None:
             np.testing.assert_allclose(np.std(weight), wanted, rtol=0.06, atol=1e-9)
     assert np.all(block.norm_1.weight == 1)
+
+
+def test_initialisation_of_what_a_plain_model_has_not(tiny_config):
+    """Biases, learned positions, the padding token, lm_head, experts."""
+    from mpt_eqx import MPT, AttnConfig, FFNConfig, InitConfig
+
+    def model(**kwargs):
+        return MPT(tiny_config(d_model=64, n_layers=4, vocab_size=1009, **kwargs), key=jax.random.key(0))
+
+    learned = model(no_bias=False, attn_config=AttnConfig(), pad_token_id=7, tie_word_embeddings=False,
+                    init_config=InitConfig(emb_init_std=0.3))  # fmt: skip
+    std = math.sqrt(2 / 64)
+    np.testing.assert_allclose(np.std(learned.wpe.weight), 0.3, rtol=0.06)
+    np.testing.assert_allclose(np.std(learned.lm_head.weight), std, rtol=0.06)
+    assert np.all(learned.wte.weight[7] == 0) and np.all(learned.wte.weight[8] != 0)
+    assert np.all(learned.blocks[0].attn.Wqkv.bias == 0) and np.all(learned.norm_f.bias == 0)
+    default = model(no_bias=False, init_config=InitConfig(name="default_")).blocks[0]
+    np.testing.assert_allclose(np.std(default.ffn.down_proj.bias), 1 / math.sqrt(256 * 3), rtol=0.2)
+
+    for ffn_type, w2 in (("torch_dmoe", std), ("mb_dmoe", math.sqrt(2 / 256) / math.sqrt(8))):
+        mlp = model(ffn_config=FFNConfig(ffn_type=ffn_type, moe_num_experts=4)).blocks[0].ffn.experts.mlp
+        np.testing.assert_allclose(np.std(mlp.w1), std, rtol=0.03)
+        np.testing.assert_allclose(np.std(mlp.w2), w2, rtol=0.03)
+    raw = FFNConfig(ffn_type="torch_dmoe", moe_num_experts=4)
+    mlp = model(ffn_config=raw, init_config=InitConfig(name="default_")).blocks[0].ffn.experts.mlp
+    assert mlp.w1.min() >= 0 and 0.99 < mlp.w1.max() < 1
 
 
 def test_two_keys_two_models(tiny_config):

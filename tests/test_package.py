@@ -66,6 +66,16 @@ def test_shapes_are_not_checked_for_users():
     assert out == "(2, 3, 3)\n"
 
 
+def test_arguments_of_another_length_are_refused():
+    out = python(
+        "import jax, jax.numpy as jnp; from mpt_eqx import MPT, MPTConfig, MPTError\n"
+        "model = MPT(MPTConfig.preset('mpt-small-cpu'), key=jax.random.key(0))\n"
+        "try: model(jnp.arange(4), mask=jnp.ones(3, bool))\n"
+        "except MPTError as error: print(error)"
+    )
+    assert out == "mask: expected the shape of tokens, (4,), found (3,)\n"
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_house_rules(path):
     """No stringified annotations (they hide shapes), no torch, imports that point one way, docstrings."""
@@ -82,6 +92,19 @@ def test_house_rules(path):
             if module.startswith("mpt_eqx.") and room in order:
                 imported = module.split(".")[1].split("_")[0]
                 assert order.index(imported) <= order.index(room) and (room, imported) not in beside
+
+
+FORWARD = [path for path in MODULES if path.parent.name == "model" and path.name != "init.py"]
+
+
+@pytest.mark.parametrize("path", FORWARD, ids=lambda path: path.name)
+def test_no_string_is_compared_in_a_forward_pass(path):
+    """What a configuration asks for is chosen when a model is built: in __init__ and in make_… functions."""
+    for function in ast.walk(ast.parse(path.read_text())):
+        if isinstance(function, ast.FunctionDef) and not function.name.startswith(("__init__", "make_")):
+            for compare in (node for node in ast.walk(function) if isinstance(node, ast.Compare)):
+                for side in ast.walk(compare):
+                    assert not (isinstance(side, ast.Constant) and isinstance(side.value, str)), function.name
 
 
 def readme_blocks(language):

@@ -147,13 +147,15 @@ def _differences(config: MPTConfig, tensors: tuple[TensorInfo, ...]) -> Iterator
     skeleton = eqx.filter_eval_shape(MPT, config, key=jax.random.key(0))
     expected = {name: leaf.shape for name, leaf in named_leaves(skeleton).items()}
     found: dict[str, TensorInfo] = {}
+    twice = []
     for tensor in tensors:
         if (name := canonical_name(tensor.name)) is None:
             continue
         if name in found:
-            first = found[name]
-            yield f"{name} is there twice: as {first.name} in {first.file} and as {tensor.name} in {tensor.file}"
+            twice.append(f"{found[name].name} ({found[name].file}) and {tensor.name} ({tensor.file})")
         found[name] = tensor
+    if twice:
+        yield f"{len(twice)} there twice: {first_of(twice)}"
     if config.tie_word_embeddings and HEAD in found:
         expected[HEAD] = expected[EMBEDDING]
 

@@ -1,5 +1,6 @@
 """Activations, under the names that torch.nn.functional gives them; each in float32, rounded once to the type of x."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -37,13 +38,15 @@ def silu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jax.nn.silu(x.astype(wide(x.dtype))).astype(x.dtype)
 
 
-def leaky_relu(negative_slope: float) -> Activation:
-    """Returns the function x where x ≥ 0, else negative_slope·x."""
+@dataclasses.dataclass(frozen=True)
+class LeakyReLU:
+    """x where x ≥ 0, else negative_slope·x."""
 
-    def act(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        return jnp.where(x >= 0, x, scaled(x, negative_slope))
+    negative_slope: float
 
-    return act
+    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """Returns the activation of x."""
+        return jnp.where(x >= 0, x, scaled(x, self.negative_slope))
 
 
 def make_activation(config: MPTConfig) -> Activation:
@@ -55,7 +58,7 @@ def make_activation(config: MPTConfig) -> Activation:
         approximate = config.ffn_config.ffn_type in ("te_ln_mlp", "mb_dmoe")
         act = ActFnConfig(approximate="tanh" if approximate else "none")
     if act.name == "leaky_relu":
-        return leaky_relu(act.negative_slope)
+        return LeakyReLU(act.negative_slope)
     if act.name == "gelu" and act.approximate == "tanh":
         return gelu_tanh
     return {"gelu": gelu, "relu": relu, "silu": silu, "quick_gelu": quick_gelu}[act.name]

@@ -63,8 +63,8 @@ def attention(
 class Temperature(eqx.Module):
     """q · (1 + attn_scale · log(⌊(position + 1) / floor_scale⌋ + 1)), computed in float32.
 
-    Source: llm-foundry 0.22, llmfoundry/models/layers/attention.py, apply_temperature_tuning. There a cached step counts
-    its position from 0 again; here it counts from the start of the input, as in the full forward pass of both.
+    Source: llm-foundry 0.22, llmfoundry/models/layers/attention.py, apply_temperature_tuning. There a cached step
+    counts its position from 0 again; here it counts from the start of the input, as in the full forward pass of both.
     """
 
     floor_scale: float = eqx.field(static=True)

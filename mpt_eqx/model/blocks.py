@@ -53,16 +53,12 @@ class Block(eqx.Module):
             key: randomness of dropout and of the router's jitter; None for none.
         """
         keys = (None,) * 4 if key is None else jax.random.split(key, 4)
-        h, kv = self.attn(
-            self.norm_1(x), positions, kv, None if x_kv is None else self.norm_1(x_kv), key=keys[0]
-        )
+        h, kv = self.attn(self.norm_1(x), positions, kv, None if x_kv is None else self.norm_1(x_kv), key=keys[0])
         x = x + dropped(h, self.resid_dropout, keys[1])
         x = x + dropped(self.ffn(self.norm_2(x), key=keys[2]), self.resid_dropout, keys[3])
         return x, kv
 
 
-def dropped(
-    x: Float[Array, "T D"], dropout: eqx.nn.Dropout | None, key: PRNGKeyArray | None
-) -> Float[Array, "T D"]:
+def dropped(x: Float[Array, "T D"], dropout: eqx.nn.Dropout | None, key: PRNGKeyArray | None) -> Float[Array, "T D"]:
     """Returns x after dropout, where there is one and a key is given."""
     return x if dropout is None or key is None else dropout(x, key=key)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from mpt_eqx.config import MPTConfig
@@ -102,8 +103,8 @@ class MPT(eqx.Module):
         if mask is not None:
             visible &= mask[None, :]
         token = place if mask is None else token_positions(mask)
-        emb_key, *block_keys = (None,) * (1 + len(self.blocks)) if key is None else jax.random.split(
-            key, 1 + len(self.blocks)
+        emb_key, *block_keys = (
+            (None,) * (1 + len(self.blocks)) if key is None else jax.random.split(key, 1 + len(self.blocks))
         )
         x = self._embed(tokens, token, emb_key)
         inputs, x, _ = self._run(
@@ -197,7 +198,8 @@ class MPT(eqx.Module):
                 "switch them off with eqx.nn.inference_mode(model)"
             )
         if not isinstance(tokens, jax.core.Tracer) and n:
-            low, high = int(tokens.min()), int(tokens.max())
+            # By numpy, because under jit even a constant's minimum would be traced.
+            low, high = int(np.asarray(tokens).min()), int(np.asarray(tokens).max())
             if low < 0 or high >= config.vocab_size:
                 bad = low if low < 0 else high
                 raise MPTError(f"tokens: expected ids from 0 to {config.vocab_size - 1} (vocab_size), found {bad}")
@@ -205,13 +207,11 @@ class MPT(eqx.Module):
     def _is_random(self) -> bool:
         """Tells whether any dropout or jitter is on."""
         modules = jax.tree.leaves(self, is_leaf=lambda node: hasattr(node, "inference"))
-        return any(getattr(module, "inference", True) is False for module in modules)
+        return not all(getattr(module, "inference", True) for module in modules)
 
 
 def longer(config: MPTConfig, n: int) -> str:
     """Returns what to do about an input of n tokens, which is more than max_seq_len."""
     if config.has_learned_positions:
         return "learned positions end there; shorten the input"
-    return (
-        f"shorten the input, or load the model for more with from_pretrained(…, config_overrides={{'max_seq_len': {n}}})"
-    )
+    return f"shorten the input, or load the model for more with from_pretrained(…, config_overrides={{'max_seq_len': {n}}})"

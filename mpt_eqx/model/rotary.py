@@ -5,7 +5,7 @@ import math
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32
 
 from mpt_eqx.config import MPTConfig, RopeHFConfig
 from mpt_eqx.model.positions import Positions
