@@ -226,7 +226,8 @@ def test_order_and_repetition_of_block_overrides():
 
     notation = {
         "order": [
-            {"name": "default"}, {"name": "a", "repeat": 2}, {"order": [{"name": "b"}, {"name": "default"}], "repeat": 2}
+            {"name": "default"}, {"name": "a", "repeat": 2},
+            {"order": [{"name": "b"}, {"name": "default"}], "repeat": 2},
         ],
         "overrides": {
             "a": {"attn_config": {"sliding_window_size": 5, "attn_temperature_tuning": {"attn_scale": 0.5}}},
@@ -297,7 +298,7 @@ def test_transformers_pad_token_trains_like_any_other():
     assert MPTConfig.from_dict(native).pad_token_id is None
 
 
-# MPT-1B and the two others as their cards and index files count them; the recipes as llm-foundry's benchmarks print them.
+# The published models by their tensors; the recipes as llm-foundry's benchmark tables print them.
 PARAMETERS = {
     "mpt-7b": 6_649_286_656, "mpt-30b": 29_957_200_896, "mpt-1b-redpajama-200b": 1_311_442_944,
     "mpt-1b": 1_315_950_592, "mpt-3b": 2_651_837_440, "mpt-7b-recipe": 6_658_859_008, "mpt-13b": 12_853_954_560,

@@ -95,8 +95,12 @@ CHANGES = {
     "AttnConfig.rope_hf_config": (attn(**ROPE), attn(rope_hf_config={"type": "linear", "factor": 4.0})),
     "RopeHFConfig.type": (attn(**ROPE, rope_hf_config=DYNAMIC), attn(rope_hf_config={"type": "linear"})),
     "RopeHFConfig.factor": (attn(**ROPE, rope_hf_config=DYNAMIC), attn(rope_hf_config={"factor": 8.0})),
-    "RopeHFConfig.low_freq_factor": (attn(**ROPE, rope_hf_config=LLAMA3), attn(rope_hf_config={"low_freq_factor": 0.1})),
-    "RopeHFConfig.high_freq_factor": (attn(**ROPE, rope_hf_config=LLAMA3), attn(rope_hf_config={"high_freq_factor": 2.0})),
+    "RopeHFConfig.low_freq_factor": (
+        attn(**ROPE, rope_hf_config=LLAMA3), attn(rope_hf_config={"low_freq_factor": 0.1}),
+    ),
+    "RopeHFConfig.high_freq_factor": (
+        attn(**ROPE, rope_hf_config=LLAMA3), attn(rope_hf_config={"high_freq_factor": 2.0}),
+    ),
     "RopeHFConfig.original_max_position_embeddings": (
         attn(**ROPE, rope_hf_config=DYNAMIC), attn(rope_hf_config={"original_max_position_embeddings": 6}),
     ),

@@ -304,38 +304,98 @@ def shorter(attn):
     return attn
 
 
+def only(norm_of):
+    """Of q_ln and k_ln, the one of this name is left."""
+
+    def change(original):
+        return lambda self, x, n, norm: original(self, x, n, norm if norm is getattr(self, norm_of) else None)
+
+    return change
+
+
+def gate_and_up_swapped(original):
+    def call(self, x, *, key=None):
+        return original(eqx.tree_at(lambda g: (g.gate_proj, g.up_proj), self, (self.up_proj, self.gate_proj)), x)
+
+    return call
+
+
+def weights_not_normed(original):
+    def init(self, config, *, key):
+        original(self, config, key=key)
+        object.__setattr__(self, "norm_order", None)
+
+    return init
+
+
+def second_expert_dropped(original):
+    def top_k(x, k):
+        weights, experts = original(x, k)
+        return weights * jnp.array([1.0, 0.0]), experts
+
+    return top_k
+
+
+def one_sequence(original):
+    def init(self, query, token, key, visible):
+        original(self, query, token, key, key[None] <= query[:, None])
+
+    return init
+
+
+def cap_after_the_bias(args, kwargs):
+    cap = kwargs["softcap"]
+    return [*args[:3], cap * jnp.tanh(args[3] / cap), *args[4:]], kwargs
+
+
+def own_input(original):
+    return lambda self, x, positions, kv=None, x_kv=None, *, key=None: original(self, x, positions, kv)
+
+
+def without_mean(original):
+    return lambda self, x: original(self, x - x.mean(-1, keepdims=True))
+
+
+def window_one_shorter(original):
+    return lambda self, *args, **kwargs: original(shorter(self), *args, **kwargs)
+
+
 MUTATIONS = [
     ("hf_default", "slope sign", replaced("positions", "alibi_slopes", lambda f: lambda *a: -f(*a))),
     ("hf_default", "no scale", attention(but(scale=lambda a: 1.0))),
     ("hf_default", "q and k swapped", attention(but(q=lambda a: a["k"], k=lambda a: a["q"]))),
     ("hf_default", "no causality", attention(but(mask=lambda a: jnp.ones_like(a["mask"])))),
-    ("hf_default", "mean kept", replaced("norms", "LayerNorm.__call__", lambda f: lambda self, x: f(self, x) + 0.01)),
+    ("hf_default", "shifted norm", replaced("norms", "LayerNorm.__call__", lambda f: lambda n, x: f(n, x) + 0.01)),
     ("hf_default", "tanh gelu", replaced("activations", "jax.nn.gelu", lambda f: lambda x, approximate: f(x))),
     ("hf_clip_qkv", "no clip", replaced("attention", "Attention._clipped", lambda f: lambda self, x: x)),
-    ("f_bias", "no bias", replaced("linear", "Linear.__call__", lambda f: lambda l, x: f(type(l)(l.weight), x))),
-    ("f_rmsnorm", "mean removed", replaced("norms", "RMSNorm.__call__", lambda f: lambda n, x: f(n, x - x.mean(-1)[:, None]))),
+    ("f_bias", "no bias", replaced("linear", "Linear.__call__", lambda f: lambda w, x: f(type(w)(w.weight), x))),
+    ("f_rmsnorm", "mean removed", replaced("norms", "RMSNorm.__call__", without_mean)),
     ("f_lp_rmsnorm", "divided by rsqrt", replaced("norms", "jax.lax.rsqrt", lambda f: jnp.sqrt)),
     ("f_gqa_kv2", "heads interleaved", replaced("attention", "Attention.__call__", heads_interleaved)),
-    ("f_qk_ln", "k not normed", replaced("attention", "Attention._heads", lambda f: lambda s, x, n, norm: f(s, x, n, norm if norm is s.q_ln else None))),
-    ("f_qk_gn", "q not normed", replaced("attention", "Attention._heads", lambda f: lambda s, x, n, norm: f(s, x, n, norm if norm is s.k_ln else None))),
+    ("f_qk_ln", "k not normed", replaced("attention", "Attention._heads", only("q_ln"))),
+    ("f_qk_gn", "q not normed", replaced("attention", "Attention._heads", only("k_ln"))),
     ("f_attn_softcap", "no cap", attention(but(softcap=lambda a: None))),
-    ("f_attn_softcap", "cap on the bias too", attention(lambda args, kw: ([*args[:3], kw["softcap"] * jnp.tanh(args[3] / kw["softcap"]), *args[4:]], kw))),
+    ("f_attn_softcap", "cap on the bias too", attention(cap_after_the_bias)),
     ("f_final_softcap", "no cap", replaced("mpt", "softcapped", lambda f: lambda x, cap: x)),
-    ("f_final_softcap_scale", "cap before scale", replaced("mpt", "scaled", lambda f: lambda x, factor: x)),
-    ("f_rope", "other direction", replaced("rotary", "rotate", lambda f: lambda x, angles: f(x, -angles / 2))),
+    ("f_final_softcap_scale", "no scale", replaced("mpt", "scaled", lambda f: lambda x, factor: x)),
+    ("f_rope", "half the angle", replaced("rotary", "rotate", lambda f: lambda x, angles: f(x, angles / 2))),
     ("f_rope", "neighbours paired", replaced("rotary", "rotate", paired_with_neighbours)),
-    ("f_rope_llama3", "no blend", replaced("rotary", "np.clip", lambda f: lambda x, low, high: (x > 0.5).astype(float))),
-    ("f_temp_tuning", "one position late", replaced("attention", "Temperature.__call__", lambda f: lambda t, q, pos: f(t, q, pos - 1))),
-    ("f_sliding_window", "one key fewer", replaced("attention", "Attention.__call__", lambda f: lambda a, *args, **kw: f(shorter(a), *args, **kw))),
-    ("f_learned_pos", "one position late", replaced("linear", "Embedding.__call__", lambda f: lambda e, t: f(e, t) if len(e.weight) == 97 else f(e, t + 1))),
-    ("f_glu_silu", "gate and up swapped", replaced("ffn", "GLU.__call__", lambda f: lambda g, x, key=None: f(eqx.tree_at(lambda m: (m.gate_proj, m.up_proj), g, (g.up_proj, g.gate_proj)), x))),
+    ("f_rope_llama3", "no blend", replaced("rotary", "np.clip", lambda f: lambda x, low, high: (x > 0.5) * 1.0)),
+    ("f_temp_tuning", "late", replaced("attention", "Temperature.__call__", lambda f: lambda t, q, p: f(t, q, p - 1))),
+    ("f_sliding_window", "one key fewer", replaced("attention", "Attention.__call__", window_one_shorter)),
+    (
+        "f_learned_pos",
+        "late",
+        replaced("linear", "Embedding.__call__", lambda f: lambda e, t: f(e, t + (len(e.weight) < 97))),
+    ),
+    ("f_glu_silu", "gate and up swapped", replaced("ffn", "GLU.__call__", gate_and_up_swapped)),
     ("f_act_quick_gelu", "1.7", replaced("activations", "scaled", lambda f: lambda x, factor: f(x, 1.7))),
     ("f_act_leaky_relu", "another slope", replaced("activations", "scaled", lambda f: lambda x, factor: f(x, 0.21))),
-    ("f_torch_dmoe", "weights not normed", replaced("moe", "Router.__init__", lambda f: lambda r, c, key: (f(r, c, key=key), object.__setattr__(r, "norm_order", None))[0])),
-    ("f_torch_dmoe", "second expert dropped", replaced("moe", "jax.lax.top_k", lambda f: lambda x, k: (f(x, k)[0] * jnp.array([1.0, 0.0]), f(x, k)[1]))),
-    ("f_reuse_kv_x", "own input", replaced("blocks", "Block.__call__", lambda f: lambda b, x, p, kv=None, x_kv=None, key=None: f(b, x, p, kv))),
-    ("f_sequence_id", "one sequence", replaced("positions", "Positions.__init__", lambda f: lambda p, query, token, key, visible: f(p, query, token, key, key[None] <= query[:, None]))),
-]  # fmt: skip
+    ("f_torch_dmoe", "weights not normed", replaced("moe", "Router.__init__", weights_not_normed)),
+    ("f_torch_dmoe", "second expert dropped", replaced("moe", "jax.lax.top_k", second_expert_dropped)),
+    ("f_reuse_kv_x", "own input", replaced("blocks", "Block.__call__", own_input)),
+    ("f_sequence_id", "one sequence", replaced("positions", "Positions.__init__", one_sequence)),
+]
 
 
 @pytest.mark.parametrize(("name", "what", "mutation"), MUTATIONS, ids=[f"{m[0]}: {m[1]}" for m in MUTATIONS])

@@ -214,4 +214,5 @@ def longer(config: MPTConfig, n: int) -> str:
     """Returns what to do about an input of n tokens, which is more than max_seq_len."""
     if config.has_learned_positions:
         return "learned positions end there; shorten the input"
-    return f"shorten the input, or load the model for more with from_pretrained(…, config_overrides={{'max_seq_len': {n}}})"
+    how = f"from_pretrained(…, config_overrides={{'max_seq_len': {n}}})"
+    return f"shorten the input, or load the model for more with {how}"
