@@ -356,6 +356,10 @@ def without_mean(original):
     return lambda self, x: original(self, x - x.mean(-1, keepdims=True))
 
 
+def positions_one_late(original):
+    return lambda self, tokens: original(self, tokens + int(len(self.weight) != 97))
+
+
 def window_one_shorter(original):
     return lambda self, *args, **kwargs: original(shorter(self), *args, **kwargs)
 

@@ -128,6 +128,15 @@ def test_the_readmes_table_of_places_is_true():
         )
 
 
+def test_every_test_that_the_readme_names_exists():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-n0", "--collect-only", ROOT / "tests"], capture_output=True, text=True
+    )
+    there = {line.split("::")[-1] for line in done.stdout.splitlines() if "::" in line}
+    named = set(re.findall(r"`(test_\w+(?:\[[^`]+\])?)`", (ROOT / "README.md").read_text()))
+    assert len(named) > 40 and named <= there, named - there
+
+
 def test_the_readmes_figures_are_the_committed_ones():
     from mpt_eqx import SHIPPED_MODEL
 
