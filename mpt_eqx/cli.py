@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpt_eqx import SHIPPED_MODEL
+from mpt_eqx import SHIPPED_MODEL, MPTConfig
 from mpt_eqx.errors import GenerationError, MPTError
 
 CHUNK = 8  # tokens between two looks at what has been made
@@ -177,16 +177,14 @@ def _inspect(args: argparse.Namespace) -> int:
         ("types", ", ".join(sorted({tensor.dtype for tensor in info.tensors}))),
         (
             "layers",
-            f"{config.n_layers} of width {config.d_model}, {config.n_heads} heads, FFN {config.ffn_hidden_size}",
+            f"{config.n_layers} of width {config.d_model}, {config.n_heads} heads over {config.kv_heads} of keys and "
+            f"values, {config.ffn_config.ffn_type} {config.ffn_hidden_size}",
         ),
         (
             "vocabulary",
             f"{config.vocab_size:,}, output matrix {'tied' if config.tie_word_embeddings else 'of its own'}",
         ),
-        (
-            "positions",
-            f"ALiBi, alibi_bias_max {config.attn_config.alibi_bias_max:g}, max_seq_len {config.max_seq_len:,}",
-        ),
+        ("positions", f"{_positions(config)}, max_seq_len {config.max_seq_len:,}"),
         ("tokenizer", "tokenizer.json" if (Path(info.directory) / "tokenizer.json").is_file() else "none"),
     ]
     for name, value in rows:
@@ -196,6 +194,16 @@ def _inspect(args: argparse.Namespace) -> int:
     for problem in info.problems:
         print(f"mpt-eqx: problem: {problem}", file=sys.stderr)
     return 1 if info.problems else 0
+
+
+def _positions(config: MPTConfig) -> str:
+    attn = config.attn_config
+    kinds = [
+        *([f"ALiBi, alibi_bias_max {attn.alibi_bias_max:g}"] if attn.alibi else []),
+        *([f"rotary, rope_theta {attn.rope_theta:g}"] if attn.rope else []),
+        *(["learned"] if config.has_learned_positions else []),
+    ]
+    return " and ".join(kinds) or "none"
 
 
 class _Note:

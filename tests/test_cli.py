@@ -79,6 +79,19 @@ def test_inspect():
         assert text in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("case", "text"),
+    [
+        ("f_rope_theta", "rotary, rope_theta 500, max_seq_len 64"),
+        ("f_learned_pos", "learned, max_seq_len 64"),
+        ("f_no_pos", "none, max_seq_len 64"),
+        ("f_gqa_kv2", "4 heads over 2 of keys and values, mptmlp 128"),
+    ],
+)
+def test_inspect_shows_what_is_special(case, text):
+    assert text in run("inspect", GOLDEN / case).stdout
+
+
 def test_inspect_what_is_wrong(tmp_path):
     shutil.copytree(GOLDEN / "hf_default", tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
@@ -100,7 +113,7 @@ def test_inspect_what_is_wrong(tmp_path):
         (["generate", "x", "--top-p", "2"], "top_p: expected a number with 0 < top_p ≤ 1, found 2.0"),
         (
             ["generate", "x", "--max-new-tokens", "2000"],
-            "exceed max_seq_len=1024; shorten the input, or load the model with",
+            "exceed max_seq_len=1024; shorten the input, or load the model for more",
         ),
         (["generate", "x", "--dtype", "int4"], "dtype: expected float32 or float16 or bfloat16, found 'int4'"),
         (["generate", "x", "--stop", ""], "--stop: expected some text, found an empty string"),
