@@ -83,7 +83,7 @@ def test_inspect():
     ("case", "text"),
     [
         ("f_rope_theta", "rotary, rope_theta 500, max_seq_len 64"),
-        ("f_learned_pos", "learned, max_seq_len 64"),
+        ("f_learned_pos", "learned, max_seq_len 32"),
         ("f_no_pos", "none, max_seq_len 64"),
         ("f_gqa_kv2", "4 heads over 2 of keys and values, mptmlp 128"),
     ],

@@ -388,11 +388,7 @@ MUTATIONS = [
     ("f_rope_llama3", "no blend", replaced("rotary", "np.clip", lambda f: lambda x, low, high: (x > 0.5) * 1.0)),
     ("f_temp_tuning", "late", replaced("attention", "Temperature.__call__", lambda f: lambda t, q, p: f(t, q, p - 1))),
     ("f_sliding_window", "one key fewer", replaced("attention", "Attention.__call__", window_one_shorter)),
-    (
-        "f_learned_pos",
-        "late",
-        replaced("linear", "Embedding.__call__", lambda f: lambda e, t: f(e, t + (len(e.weight) < 97))),
-    ),
+    ("f_learned_pos", "late", replaced("linear", "Embedding.__call__", positions_one_late)),
     ("f_glu_silu", "gate and up swapped", replaced("ffn", "GLU.__call__", gate_and_up_swapped)),
     ("f_act_quick_gelu", "1.7", replaced("activations", "scaled", lambda f: lambda x, factor: f(x, 1.7))),
     ("f_act_leaky_relu", "another slope", replaced("activations", "scaled", lambda f: lambda x, factor: f(x, 0.21))),
