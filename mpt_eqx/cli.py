@@ -17,6 +17,7 @@ EXAMPLES = """examples:
   mpt-eqx generate "Once" --model ./mpt-7b --temperature 0    a local checkpoint, likeliest tokens
   echo "json.dumps(obj" | mpt-eqx generate --seed 3           the prompt from stdin, another draw
   mpt-eqx inspect ./mpt-7b                                    what a checkpoint holds, and what is wrong with it
+  mpt-eqx convert ./mpt-7b ./mpt-7b-aligned                   torch files or GGUF to safetensors that load at once
 """
 
 
@@ -56,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt", nargs="?", metavar="PROMPT", help="text to continue; from stdin when left out")
     generate.add_argument(
         "--model", default=str(SHIPPED_MODEL), metavar="M",
-        help="directory or Hub repository id (default: the small model that ships with mpt_eqx)",
+        help="directory, weight file or Hub repository id (default: the small model that ships with mpt_eqx)",
     )  # fmt: skip
     generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="at most so many (default: 128)")
     generate.add_argument(
@@ -80,9 +81,19 @@ def _parser() -> argparse.ArgumentParser:
         description="Reads a checkpoint's headers and shows what it holds; exit code 1 if it cannot be loaded.",
     )  # fmt: skip
     inspect.add_argument(
-        "model", nargs="?", default=str(SHIPPED_MODEL), metavar="M", help="directory or Hub repository id"
+        "model", nargs="?", default=str(SHIPPED_MODEL), metavar="M", help="directory, weight file or Hub repository id"
     )
     inspect.set_defaults(run=_inspect)
+
+    convert = commands.add_parser(
+        "convert", parents=[shared], help="rewrite a checkpoint as safetensors that load at once",
+        description="Writes any readable checkpoint as aligned safetensors, one tensor at a time, with its tokenizer.",
+    )  # fmt: skip
+    convert.add_argument("source", metavar="SRC", help="directory, weight file or Hub repository id")
+    convert.add_argument("destination", metavar="DST", help="directory to write to")
+    convert.add_argument("--dtype", metavar="D", help="float32, bfloat16 or float16 (default: as stored)")
+    convert.add_argument("--max-shard-size", default="5GB", metavar="S", help="largest file (default: 5GB)")
+    convert.set_defaults(run=_convert)
     return parser
 
 
@@ -98,13 +109,14 @@ def _generate(args: argparse.Namespace) -> int:
     if any(not stop for stop in args.stop):
         raise GenerationError("--stop: expected some text, found an empty string")
     prompt = args.prompt if args.prompt is not None else sys.stdin.read().removesuffix("\n")
-    directory = find_checkpoint(args.model, revision=args.revision)
+    place = find_checkpoint(args.model, revision=args.revision)
+    directory = place.parent if place.is_file() else place
     tokenizer = load_tokenizer(directory)
     tokens = tokenizer.encode(prompt)
     if not tokens:
         raise GenerationError("PROMPT: expected some text, found an empty prompt")
     options = _sampling(args, generation_config(directory))
-    model = from_pretrained(directory, dtype=args.dtype)
+    model = from_pretrained(place, dtype=args.dtype)
 
     note = _Note()
     note.show("compiling …")
@@ -194,6 +206,18 @@ def _inspect(args: argparse.Namespace) -> int:
     for problem in info.problems:
         print(f"mpt-eqx: problem: {problem}", file=sys.stderr)
     return 1 if info.problems else 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from mpt_eqx.checkpoint import convert
+
+    started = time.monotonic()
+    info = convert(
+        args.source, args.destination, dtype=args.dtype, max_shard_size=args.max_shard_size, revision=args.revision
+    )
+    seconds = time.monotonic() - started
+    print(f"{args.destination}: {info.parameters:,} parameters from {info.format} in {seconds:.1f} s", file=sys.stderr)
+    return 0
 
 
 def _positions(config: MPTConfig) -> str:

@@ -5,14 +5,15 @@ from pathlib import Path
 
 from mpt_eqx.errors import CheckpointError
 
+# Downloaded first, then weights of the first kind that the repository has.
 FILES = (
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
+    *("config.json", "generation_config.json", "chat_template.jinja"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+)
+WEIGHTS = (
+    ("model*.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
+    ("*.gguf",),
 )
 
 
@@ -24,18 +25,20 @@ def find_checkpoint(
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
-    patterns: tuple[str, ...] = FILES,
+    with_weights: bool = True,
 ) -> Path:
     """Returns the local directory of a checkpoint, after downloading what of a Hub repository is not cached yet.
 
+    A file that exists is returned as it is.
+
     Args:
-        source: a directory, or a repository id "owner/name". A directory of that name wins.
+        source: a directory, a file, or a repository id "owner/name". What is on the disk wins.
         revision: branch, tag or commit of the repository.
         subfolder: directory within `source` that holds the checkpoint.
         cache_dir: where downloads are kept instead of huggingface_hub's own cache.
         token: access token, or True for the one stored by `hf auth login`.
         local_files_only: use only what is in the cache.
-        patterns: which files to download.
+        with_weights: whether to download weights, too.
 
     Raises:
         CheckpointError: there is no such directory, or the repository cannot be had.
@@ -46,18 +49,16 @@ def find_checkpoint(
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: no such directory; check subfolder={subfolder!r}")
         return directory
-    if directory.exists():
-        raise CheckpointError(
-            f"{source}: expected a directory, found a file; pass the directory that holds config.json"
-        )
+    if directory.is_file():
+        return directory
     if _looks_like_a_path(source):
         raise CheckpointError(f"{source}: no such directory")
 
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
-    try:
-        snapshot = snapshot_download(
+    def download(patterns: tuple[str, ...]) -> Path:
+        folder = snapshot_download(
             str(source),
             revision=revision,
             cache_dir=cache_dir,
@@ -65,6 +66,14 @@ def find_checkpoint(
             local_files_only=local_files_only,
             allow_patterns=[f"{subfolder}/{pattern}" if subfolder else pattern for pattern in patterns],
         )
+        return Path(folder) / (subfolder or "")
+
+    try:
+        snapshot = download(FILES)
+        for patterns in WEIGHTS if with_weights else ():
+            snapshot = download(patterns)
+            if any(path for pattern in patterns for path in snapshot.glob(pattern)):
+                break
     except hub.HFValidationError as error:
         raise CheckpointError(
             f"{source}: no such directory, and not a repository id, which looks like owner/name"
@@ -76,10 +85,16 @@ def find_checkpoint(
     except hub.RepositoryNotFoundError as error:
         raise CheckpointError(
             f"{source}: no such directory, and no such repository on the Hub (or a private one: pass token=); "
-            f"the original mosaicml/mpt-* repositories have been reported gone since December 2025"
+            f"the original mosaicml/mpt-* repositories have been reported gone since December 2025: "
+            f"use a local copy, a re-upload under another owner, or a GGUF file"
         ) from error
     except hub.RevisionNotFoundError as error:
         raise CheckpointError(f"{source}: the repository has no revision {revision!r}") from error
+    except getattr(hub, "IncompleteSnapshotError", ()) as error:  # since huggingface_hub 2
+        raise CheckpointError(
+            f"{source}: only a part of it is in the Hub's local cache, and the Hub itself is out of reach; "
+            f"download it again with a connection ({_line(error)})"
+        ) from error
     except hub.LocalEntryNotFoundError as error:
         raise CheckpointError(
             f"{source}: no such directory, and not completely in the Hub's local cache, while the Hub itself is out of "
@@ -87,7 +102,9 @@ def find_checkpoint(
         ) from error
     except (hub.HfHubHTTPError, OSError) as error:
         raise CheckpointError(f"{source}: no such directory, and the Hub cannot be reached ({_line(error)})") from error
-    return find_checkpoint(snapshot, subfolder=subfolder)
+    if not snapshot.is_dir():
+        raise CheckpointError(f"{source}: the repository has no directory {subfolder!r}; check subfolder=")
+    return snapshot
 
 
 def _looks_like_a_path(source: str | Path) -> bool:

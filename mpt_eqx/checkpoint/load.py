@@ -1,6 +1,10 @@
 """Loading: from files to the leaves of an MPT, tensor by tensor, without torch."""
 
-from collections.abc import Mapping
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +12,18 @@ import equinox as eqx
 import jax
 import numpy as np
 from jaxtyping import DTypeLike
+from tqdm import tqdm
 
-from mpt_eqx.checkpoint.info import DTYPES, CheckpointInfo, TensorInfo, checkpoint_info
+from mpt_eqx.checkpoint.info import CheckpointInfo, checkpoint_info
 from mpt_eqx.checkpoint.names import EMBEDDING, HEAD, canonical_name, with_leaves
+from mpt_eqx.checkpoint.safetensors_file import ALIGNMENT, DTYPES
+from mpt_eqx.checkpoint.tensors import TensorInfo
 from mpt_eqx.errors import CheckpointError, first_of
 from mpt_eqx.model import MPT
+
+FLOATS = {dtype.name: dtype for dtype in DTYPES.values()}
+CHUNK = 2**24  # numbers that are looked at together
+READERS = 4  # tensors that are copied at the same time
 
 
 def from_pretrained(
@@ -26,14 +37,17 @@ def from_pretrained(
     token: str | bool | None = None,
     local_files_only: bool = False,
     config_overrides: Mapping[str, Any] | None = None,
+    mmap: bool = True,
     check_finite: bool = False,
     progress: bool | None = None,
 ) -> MPT:
     """Returns the model of a checkpoint; every tensor must be there once, with the right shape.
 
     Args:
-        source: a directory, or a Hub repository id "owner/name". A directory of that name wins.
-        dtype: "float32", "bfloat16" or "float16" to convert to; None keeps what is stored.
+        source: a directory, a .safetensors, .bin, .pt or .gguf file, or a Hub repository id "owner/name". What is on
+            the disk wins.
+        dtype: "float32", "bfloat16", "float16" or "float64" to convert to; None keeps what is stored, and makes
+            float32 of quantised GGUF.
         device: where the weights go; None means JAX's default device.
         revision: branch, tag or commit of the repository.
         subfolder: directory within `source` that holds the checkpoint.
@@ -41,13 +55,16 @@ def from_pretrained(
         token: access token, or True for the one stored by `hf auth login`.
         local_files_only: use only what is in the cache.
         config_overrides: keys of config.json to replace, nested as there, such as {"max_seq_len": 4096}.
+        mmap: on CPU, use tensors that lie suitably in the file (64-byte aligned, in the wanted type) where they are.
+            The file must then stay as it is while the model lives. False copies all.
         check_finite: refuse tensors that hold NaN or infinity.
-        progress: a bar on stderr; None means if stderr is a terminal.
+        progress: a bar on stderr, and a line at the end; None means if stderr is a terminal.
 
     Raises:
         CheckpointError: no checkpoint is there, it cannot be read, or its tensors do not fit its configuration.
         ConfigError: its config.json is not one of a supported MPT.
     """
+    started = time.monotonic()
     info = checkpoint_info(
         source,
         revision=revision,
@@ -57,65 +74,140 @@ def from_pretrained(
         local_files_only=local_files_only,
         config_overrides=config_overrides,
     )
-    if info.problems:
-        raise CheckpointError(f"{info.directory}: config.json and the tensors disagree: {'; '.join(info.problems)}")
-    target = _target_dtype(info, dtype)
-    arrays = _read(info, target, device, check_finite, progress)
-    head_is_tied = HEAD in arrays and info.config.tie_word_embeddings
-    if head_is_tied and not np.array_equal(arrays[HEAD], arrays[EMBEDDING]):
-        raise CheckpointError(
-            f"{info.directory}: {HEAD} differs from {EMBEDDING}, although config.json ties them; "
-            f"load with config_overrides={{'tie_word_embeddings': False}} to use both"
-        )
+    refuse_problems(info)
+    target = target_dtype(info, dtype)
+    shown = sys.stderr.isatty() if progress is None else progress
+    arrays = _read(info, target, device, mmap, check_finite, shown)
+    if shown:
+        seconds = time.monotonic() - started
+        print(f"loaded {info.directory.name}: {summary(info, target, seconds)}", file=sys.stderr)
     skeleton = eqx.filter_eval_shape(MPT, info.config, key=jax.random.key(0))
     return with_leaves(skeleton, arrays)
 
 
-def _target_dtype(info: CheckpointInfo, dtype: DTypeLike | None) -> np.dtype:
-    stored = {tensor.dtype: tensor.name for tensor in info.tensors}
-    if dtype is None:
-        if len(stored) > 1:
-            examples = [f"{name} ({kind})" for kind, name in stored.items()]
+def refuse_problems(info: CheckpointInfo) -> None:
+    """Raises a CheckpointError if anything keeps the checkpoint from being loaded."""
+    if info.problems:
+        raise CheckpointError(f"{info.directory}: config.json and the tensors disagree: {'; '.join(info.problems)}")
+
+
+def weights(info: CheckpointInfo) -> dict[str, TensorInfo]:
+    """Returns the tensors that the model has, by canonical name.
+
+    Raises:
+        CheckpointError: a tied model has an lm_head, and it is not the embedding again.
+    """
+    named = {name: tensor for tensor in info.tensors if (name := canonical_name(tensor.name)) is not None}
+    if info.config.tie_word_embeddings and HEAD in named:
+        head, embedding = (named[name].read().reshape(-1) for name in (HEAD, EMBEDDING))
+        if not all(
+            np.array_equal(head[at : at + CHUNK], embedding[at : at + CHUNK]) for at in range(0, len(head), CHUNK)
+        ):
             raise CheckpointError(
-                f"{info.directory}: expected tensors of one type, found {first_of(examples)}; pass dtype="
+                f"{info.directory}: {HEAD} differs from {EMBEDDING}, although config.json ties them; "
+                f"load with config_overrides={{'tie_word_embeddings': False}} to use both"
             )
-        return jax.numpy.dtype(next(iter(stored)))
+        del named[HEAD]
+    return named
+
+
+def target_dtype(info: CheckpointInfo, dtype: DTypeLike | None) -> np.dtype:
+    """Returns the type that the weights of a checkpoint are to have.
+
+    Raises:
+        CheckpointError: `dtype` is no type for weights, is not given where the tensors have several, or is one that
+            JAX has switched off.
+    """
+    stored = {tensor.dtype: tensor.name for tensor in info.tensors if canonical_name(tensor.name)}
+    if dtype is None and len(stored) > 1 and not info.format.startswith("GGUF"):
+        examples = [f"{name} ({kind})" for kind, name in stored.items()]
+        raise CheckpointError(
+            f"{info.directory}: expected tensors of one type, found {first_of(examples)}; pass dtype="
+        )
+    wanted = dtype if dtype is not None else next(iter(stored)) if len(stored) == 1 else "float32"
     try:
-        target = jax.numpy.dtype(dtype)
+        target = jax.numpy.dtype(wanted)
     except TypeError:
         target = None
-    if target is None or target.name not in DTYPES.values():
-        raise CheckpointError(f"dtype: expected {' or '.join(DTYPES.values())}, found {dtype!r}")
+    if target is None or target.name not in FLOATS:
+        raise CheckpointError(f"dtype: expected {' or '.join(FLOATS)}, found {dtype!r}")
+    if target == np.float64 and not jax.config.read("jax_enable_x64"):
+        raise CheckpointError(
+            f"{info.directory}: the weights would be float64, which JAX has switched off; "
+            f"pass dtype='float32', or set jax_enable_x64"
+        )
     return target
 
 
-def _read(
-    info: CheckpointInfo, dtype: np.dtype, device: jax.Device | None, check_finite: bool, progress: bool | None
-) -> dict[str, jax.Array]:
-    from safetensors import safe_open
-    from tqdm import tqdm
+def finite(array: np.ndarray) -> bool:
+    """Tells whether all numbers are finite, a part at a time."""
+    flat = array.reshape(-1)
+    return all(np.isfinite(flat[at : at + CHUNK]).all() for at in range(0, len(flat), CHUNK))
 
-    by_file: dict[str, list[TensorInfo]] = {}
-    for tensor in info.tensors:
-        by_file.setdefault(tensor.file, []).append(tensor)
-    arrays = {}
+
+def summary(info: CheckpointInfo, dtype: np.dtype, seconds: float) -> str:
+    """Returns a line on what was read: parameters, bytes, type, seconds, and the most memory this process has used."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return (
+        f"{info.parameters:,} parameters, {info.parameters * dtype.itemsize / 1e9:.2f} GB {dtype.name}, "
+        f"{seconds:.1f} s, peak memory {peak / 1e9:.2f} GB"
+    )
+
+
+def _read(
+    info: CheckpointInfo, dtype: np.dtype, device: jax.Device | None, mmap: bool, check_finite: bool, progress: bool
+) -> dict[str, jax.Array]:
+    """Returns the arrays by canonical name."""
+    (place,) = jax.device_put(np.zeros(()), device).devices()
+    on_cpu = place.platform == "cpu"
+    named = weights(info)
+
+    def one(tensor: TensorInfo) -> jax.Array:
+        view = tensor.read()
+        if check_finite and not finite(view):
+            raise CheckpointError(f"{info.directory / tensor.file}: {tensor.name} holds NaN or infinity")
+        if not (mmap and on_cpu and _usable(view, dtype)):
+            view = _aligned_copy(view, dtype)
+        return jax.device_put(view, device)
+
     bar = tqdm(
-        total=sum(tensor.size * jax.numpy.dtype(tensor.dtype).itemsize for tensor in info.tensors),
+        total=sum(tensor.size for tensor in named.values()) * dtype.itemsize,
         desc=f"loading {info.directory.name}",
         unit="B",
         unit_scale=True,
-        disable=None if progress is None else not progress,
+        disable=not progress,
         leave=False,
     )
-    with bar:
-        for file, tensors in by_file.items():
-            with safe_open(info.directory / file, framework="np") as opened:
-                for tensor in tensors:
-                    if (name := canonical_name(tensor.name)) is None:
-                        continue
-                    array = opened.get_tensor(tensor.name)
-                    if check_finite and not np.isfinite(array).all():
-                        raise CheckpointError(f"{info.directory / file}: {tensor.name} holds NaN or infinity")
-                    bar.update(array.nbytes)
-                    arrays[name] = jax.device_put(array.astype(dtype, copy=False), device)
+    arrays = {}
+    # Several at a time, because copies wait for the disk; but quantised tensors need memory of their own on the way.
+    with bar, ThreadPoolExecutor(1 if info.format.startswith("GGUF") else READERS) as pool:
+        for name, array in zip(named, _in_order(pool, one, named.values()), strict=True):
+            arrays[name] = array
+            bar.update(array.nbytes)
     return arrays
+
+
+def _in_order(pool: ThreadPoolExecutor, function: Any, tensors: Any) -> Iterator[jax.Array]:
+    """Yields the results in order; the first error ends what has not begun."""
+    futures = [pool.submit(function, tensor) for tensor in tensors]
+    try:
+        for future in futures:
+            yield future.result()
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _usable(view: np.ndarray, dtype: np.dtype) -> bool:
+    """Tells whether JAX can use this memory as it is."""
+    return view.dtype == dtype and view.flags.c_contiguous and view.ctypes.data % ALIGNMENT == 0 and view.size > 0
+
+
+def _aligned_copy(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Returns a copy in another type, at an address that JAX uses without copying once more."""
+    size = view.size * dtype.itemsize
+    room = np.empty(size + ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
+    copy = room[start : start + size].view(dtype).reshape(view.shape)
+    np.copyto(copy, view, casting="unsafe")
+    return copy

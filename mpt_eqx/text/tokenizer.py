@@ -82,8 +82,9 @@ def load_tokenizer(
         cache_dir=cache_dir,
         token=token,
         local_files_only=local_files_only,
-        patterns=FILES,
+        with_weights=False,
     )
+    directory = directory.parent if directory.is_file() else directory
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise CheckpointError(

@@ -1,0 +1,88 @@
+"""How the tensors of a checkpoint differ from those that its configuration asks for, in plain words and by name."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import equinox as eqx
+import jax
+
+from mpt_eqx.checkpoint.names import EMBEDDING, HEAD, canonical_name, named_leaves
+from mpt_eqx.checkpoint.safetensors_file import DTYPES
+from mpt_eqx.checkpoint.tensors import TensorInfo
+from mpt_eqx.config import MPTConfig
+from mpt_eqx.errors import first_of
+from mpt_eqx.model import MPT
+
+FLOATS = tuple(dtype.name for dtype in DTYPES.values())
+
+
+def differences(config: MPTConfig, tensors: Sequence[TensorInfo]) -> Iterator[str]:
+    """Yields what keeps the tensors from being the model's: a guess at the cause, then what differs, ten of each."""
+    skeleton = eqx.filter_eval_shape(MPT, config, key=jax.random.key(0))
+    expected = {name: leaf.shape for name, leaf in named_leaves(skeleton).items()}
+    found: dict[str, TensorInfo] = {}
+    twice = []
+    for tensor in tensors:
+        if (name := canonical_name(tensor.name)) is None:
+            continue
+        if name in found:
+            twice.append(f"{found[name].name} ({found[name].file}) and {tensor.name} ({tensor.file})")
+        found[name] = tensor
+    if config.tie_word_embeddings and HEAD in found:
+        expected[HEAD] = expected[EMBEDDING]
+
+    missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in found]
+    unexpected = [
+        f"{tensor.name} {list(tensor.shape)} ({tensor.file})" for name, tensor in found.items() if name not in expected
+    ]
+    misshaped = [
+        f"{name} (expected {list(shape)}, found {list(found[name].shape)} in {found[name].file})"
+        for name, shape in expected.items()
+        if name in found and found[name].shape != shape
+    ]
+    mistyped = [f"{tensor.name} ({tensor.dtype}, {tensor.file})" for tensor in tensors if tensor.dtype not in FLOATS]
+    if missing or unexpected or misshaped:
+        yield from _causes(config, {name: tensor.shape for name, tensor in found.items()}, set(expected))
+    for kind, names in (
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("misshaped", misshaped),
+        (f"of another type than {', '.join(FLOATS)}", mistyped),
+        ("there twice", twice),
+    ):
+        if names:
+            yield f"{len(names)} {kind}: {first_of(names)}"
+
+
+def _causes(config: MPTConfig, found: Mapping[str, tuple[int, ...]], expected: set[str]) -> Iterator[str]:
+    """Yields which keys of config.json the tensors contradict."""
+    blocks = [int(match[1]) for name in found if (match := re.match(r"transformer\.blocks\.(\d+)\.", name))]
+    if blocks and max(blocks) + 1 != config.n_layers:
+        yield f"config.json says n_layers {config.n_layers}, the tensors have {max(blocks) + 1} blocks"
+    if (wte := found.get(EMBEDDING)) and len(wte) == 2 and wte != (config.vocab_size, config.d_model):
+        yield (
+            f"config.json says vocab_size {config.vocab_size} and d_model {config.d_model}, "
+            f"the embedding is {wte[0]} by {wte[1]}"
+        )
+    for part, key in (
+        ("norm_1.bias", "no_bias"),
+        ("attn.Wqkv.bias", "attention_bias"),
+        ("attn.q_ln.", "qk_ln or qk_gn"),
+    ):
+        there, wanted = any(part in name for name in found), any(part in name for name in expected)
+        if there != wanted:
+            yield f"config.json's {key} does not fit: there are {'' if there else 'no '}tensors {part.strip('.')}"
+    wpe = "transformer.wpe.weight"
+    if (wpe in found) != (wpe in expected):
+        says, holds = ("asks for", "no") if wpe in expected else ("does not ask for", "a")
+        yield f"config.json {says} learned positions (learned_pos_emb, no alibi, no rope), the tensors have {holds} wpe"
+    if HEAD in expected and HEAD not in found:
+        yield "config.json says tie_word_embeddings false, the tensors have no lm_head"
+    qkv = found.get("transformer.blocks.0.attn.Wqkv.weight")
+    rows = (config.n_heads + 2 * config.kv_heads) * config.head_size
+    if qkv and len(qkv) == 2 and qkv[1] == config.d_model and qkv[0] != rows:
+        kv = (qkv[0] - config.d_model) / 2 / config.head_size
+        yield (
+            f"config.json says {config.n_heads} heads over {config.kv_heads} of keys and values, so {rows} rows of "
+            f"Wqkv; its {qkv[0]} rows would be {kv:g} heads of keys and values (attn_type, kv_n_heads)"
+        )
