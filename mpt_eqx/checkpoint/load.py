@@ -162,13 +162,13 @@ def _read(
     on_cpu = place.platform == "cpu"
     named = weights(info)
 
-    def one(tensor: TensorInfo) -> jax.Array:
+    def one(tensor: TensorInfo) -> np.ndarray:
         view = tensor.read()
         if check_finite and not finite(view):
             raise CheckpointError(f"{info.directory / tensor.file}: {tensor.name} holds NaN or infinity")
         if not (mmap and on_cpu and _usable(view, dtype)):
             view = _aligned_copy(view, dtype)
-        return jax.device_put(view, device)
+        return view
 
     bar = tqdm(
         total=sum(tensor.size for tensor in named.values()) * dtype.itemsize,
@@ -182,12 +182,13 @@ def _read(
     # Several at a time, because copies wait for the disk; but quantised tensors need memory of their own on the way.
     with bar, ThreadPoolExecutor(1 if info.format.startswith("GGUF") else READERS) as pool:
         for name, array in zip(named, _in_order(pool, one, named.values()), strict=True):
-            arrays[name] = array
+            # In this thread, because JAX's settings may have been made for it alone.
+            arrays[name] = jax.device_put(array, device)
             bar.update(array.nbytes)
     return arrays
 
 
-def _in_order(pool: ThreadPoolExecutor, function: Any, tensors: Any) -> Iterator[jax.Array]:
+def _in_order(pool: ThreadPoolExecutor, function: Any, tensors: Any) -> Iterator[np.ndarray]:
     """Yields the results in order; the first error ends what has not begun."""
     futures = [pool.submit(function, tensor) for tensor in tensors]
     try:

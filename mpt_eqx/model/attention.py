@@ -53,7 +53,7 @@ def attention(
     if bias is not None:
         scores = scores + bias.astype(scores.dtype)
     # The smallest number instead of −∞, so that a row without any visible key is not NaN.
-    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(mask, scores, float(jnp.finfo(jnp.float32).min))
     weights = jax.nn.softmax(scores, axis=-1)
     if dropout is not None and key is not None:
         weights = dropout(weights, key=key)

@@ -57,7 +57,7 @@ def init_experts(config: MPTConfig, *, residual: bool = False, key: PRNGKeyArray
     if config.ffn_config.ffn_type == "torch_dmoe":
         if config.init_config.name == "default_":
             # The module has no way to reset itself: what its constructor draws remains.
-            return jax.random.uniform(key, (experts * shape[0], shape[1]))
+            return jax.random.uniform(key, (experts * shape[0], shape[1]), jnp.float32)
         return _draw(config, (experts * shape[0], shape[1]), key)
     keys = jax.random.split(key, experts)
     if residual:
@@ -71,12 +71,12 @@ def init_embedding(config: MPTConfig, shape: tuple[int, int], *, key: PRNGKeyArr
     """Returns a new embedding [V, D]: `emb_init_std` or `emb_init_uniform_lim` if given, else the matrix scheme."""
     init = config.init_config
     if init.name == "default_":
-        return jax.random.normal(key, shape)
+        return jax.random.normal(key, shape, jnp.float32)
     if init.emb_init_std is not None:
-        return init.emb_init_std * jax.random.normal(key, shape)
+        return init.emb_init_std * jax.random.normal(key, shape, jnp.float32)
     if (lim := init.emb_init_uniform_lim) is not None:
         low, high = lim if isinstance(lim, tuple) else (-lim, lim)
-        return jax.random.uniform(key, shape, minval=low, maxval=high)
+        return jax.random.uniform(key, shape, jnp.float32, minval=low, maxval=high)
     return _draw(config, shape, key)
 
 
@@ -90,8 +90,10 @@ def _matrix(config: MPTConfig, shape: tuple[int, int], key: PRNGKeyArray) -> Mat
 def _bias(config: MPTConfig, shape: tuple[int, int], key: PRNGKeyArray) -> Float32[Array, " out"]:
     if config.init_config.name == "default_":
         # torch.nn.Linear draws its bias like its weight.
-        return jax.random.uniform(key, shape[:1], minval=-1 / math.sqrt(shape[1]), maxval=1 / math.sqrt(shape[1]))
-    return jnp.zeros(shape[0])
+        return jax.random.uniform(
+            key, shape[:1], jnp.float32, minval=-1 / math.sqrt(shape[1]), maxval=1 / math.sqrt(shape[1])
+        )
+    return jnp.zeros(shape[0], jnp.float32)
 
 
 def _draw(config: MPTConfig, shape: tuple[int, int], key: PRNGKeyArray) -> Matrix:
@@ -108,11 +110,11 @@ def _draw(config: MPTConfig, shape: tuple[int, int], key: PRNGKeyArray) -> Matri
         std = math.sqrt(2 / (5 * config.d_model))
     if init.name.endswith("uniform_"):
         return _uniform(key, shape, math.sqrt(3) * std)
-    return std * jax.random.normal(key, shape)
+    return std * jax.random.normal(key, shape, jnp.float32)
 
 
 def _uniform(key: PRNGKeyArray, shape: tuple[int, int], bound: float) -> Matrix:
-    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+    return jax.random.uniform(key, shape, jnp.float32, minval=-bound, maxval=bound)
 
 
 def _gain(init: InitConfig) -> float:

@@ -120,7 +120,7 @@ class MoE(eqx.Module):
         self.router = Router(config, key=router_key)
         # torch_dmoe has no bias anywhere, whatever no_bias says; mb_dmoe has this one.
         biased = config.ffn_config.ffn_type == "mb_dmoe" and not config.no_bias
-        bias = jnp.zeros(config.d_model) if biased else None
+        bias = jnp.zeros(config.d_model, jnp.float32) if biased else None
         self.experts = Experts(mlp=ExpertMLP(config, key=experts_key), bias=bias)
 
     def __call__(self, x: Float[Array, "T D"], *, key: PRNGKeyArray | None = None) -> Float[Array, "T D"]:

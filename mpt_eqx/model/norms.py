@@ -20,8 +20,8 @@ class LayerNorm(eqx.Module):
     eps: float = eqx.field(static=True)
 
     def __init__(self, size: int, eps: float, *, bias: bool = False):
-        self.weight = jnp.ones(size)
-        self.bias = jnp.zeros(size) if bias else None
+        self.weight = jnp.ones(size, jnp.float32)
+        self.bias = jnp.zeros(size, jnp.float32) if bias else None
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
@@ -46,7 +46,7 @@ class RMSNorm(eqx.Module):
     eps: float = eqx.field(static=True)
 
     def __init__(self, size: int, eps: float):
-        self.weight = jnp.ones(size)
+        self.weight = jnp.ones(size, jnp.float32)
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:

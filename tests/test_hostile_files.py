@@ -1,0 +1,339 @@
+"""Files made to harm: each is loaded in a process of its own, with 1 GB and 10 seconds, and refused in words."""
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch_bytes as tb
+from conftest import GOLDEN
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+NAME = "transformer.blocks.0.norm_1.weight"
+
+
+@pytest.fixture(scope="module")
+def box():
+    """Loads a path in a box; see box.py."""
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", Path(__file__).parent / "box.py"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+    )  # fmt: skip
+
+    def load(path):
+        process.stdin.write(f"{path}\n")
+        return json.loads(process.stdout.readline())
+
+    with process:
+        yield load
+        process.stdin.close()
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A directory with the config of a small model, and no weights."""
+    shutil.copy(GOLDEN / "hf_default" / "config.json", tmp_path)
+    return tmp_path
+
+
+def arrays():
+    return load_file(GOLDEN / "hf_default" / "model.safetensors")
+
+
+def evil(module, name, *arguments):
+    """A pickle that calls a function when it is loaded."""
+    return tb.state_dict({NAME: tb.call(tb.name_of(module, name), *map(tb.text, arguments))})
+
+
+MARK = "touch marker-of-code-that-ran"
+PICKLES = {
+    "os.system": (evil("os", "system", MARK), "found os.system, which is not loaded"),
+    "builtins.exec": (evil("builtins", "exec", "raise SystemExit"), "found builtins.exec, which is not loaded"),
+    "numpy's runstring": (evil("numpy.testing._private.utils", "runstring", MARK), "runstring, which is not loaded"),
+    "collections._sys": (evil("collections", "_sys", MARK), "found collections._sys, which is not loaded"),
+    "OrderedDict's neighbour": (evil("collections", "OrderedDict.fromkeys", "x"), "OrderedDict.fromkeys, which is not"),
+    "torch's own loader": (evil("torch", "load", "x"), "found torch.load, which is not loaded"),
+    "memo bomb": (b"\x80\x02Nr" + (2**28).to_bytes(4, "little") + b".", "memo index 268435456 after 3 operations"),
+    "bytes bomb": (b"\x80\x04\x8e" + (2**40).to_bytes(8, "little") + b".", "expected pickle protocol 2, found 4"),
+    "nested marks": (b"\x80\x02" + b"(" * 1_000_000 + b".", "found a damaged one"),
+    "no end": (b"\x80\x02}", "damaged"),
+    "stack global": (b"\x80\x02X\x02\x00\x00\x00osX\x06\x00\x00\x00system\x93.", "found the operation STACK_GLOBAL"),
+    "new object": (b"\x80\x02c__main__\nX\n)\x81.", "found the operation NEWOBJ"),
+    "long text": (b"\x80\x02X" + (70_000).to_bytes(4, "little") + b"a" * 70_000 + b".", "found a text of 70000 charac"),
+    "not a dict": (b"\x80\x02K\x01.", "expected tensors under names, found int"),
+    "empty": (b"\x80\x02}.", "expected tensors under names, found dict"),
+    "a number among tensors": (tb.state_dict({"epoch": b"K\x01"}), "found 1 other things: 'epoch' (int)"),
+    "item of a list": (b"\x80\x02](K\x00K\x01u.", "damaged"),
+    "state of a storage type": (
+        tb.state_dict({NAME: tb.name_of("torch", "FloatStorage") + b"}(" + tb.text("dtype") + b"K\x01ub"}), "damaged",
+    ),
+    "state of a function": (
+        tb.state_dict({NAME: tb.name_of("torch._utils", "_rebuild_tensor_v2") + b"N}(" + tb.text("x") + b"K\x01u\x86b"}),
+        "damaged",
+    ),
+    "storage that is none": (tb.state_dict({NAME: tb.text("0") + b"Q"}), "expected a storage, found '0'"),
+    "storage without type": (
+        tb.state_dict({NAME: tb.tuple_of(tb.text("storage"), b"N", tb.text("0"), tb.text("cpu"), tb.integer(1)) + b"Q"}),
+        "expected a storage, found",
+    ),
+    "parameter of nothing": (
+        tb.state_dict({NAME: tb.call(tb.name_of("torch._utils", "_rebuild_parameter"), b"N", b"\x88", b"N")}),
+        "expected a tensor in a parameter",
+    ),
+}  # fmt: skip
+STORED = tb.storage("FloatStorage", "0", 32)
+GEOMETRIES = {
+    "beyond the end": (tb.tensor(STORED, (33,)), "does not fit into its storage of 32 numbers"),
+    "offset beyond": (tb.tensor(STORED, (1,), offset=32), "does not fit into its storage of 32 numbers"),
+    "negative offset": (tb.tensor(STORED, (1,), offset=-1), "expected a tensor's offset, size and stride"),
+    "negative size": (tb.tensor(STORED, (-1,), (1,)), "expected a tensor's offset, size and stride"),
+    "negative stride": (tb.tensor(STORED, (2,), (-1,)), "expected a tensor's offset, size and stride"),
+    "stride 0 bomb": (tb.tensor(STORED, (2**40,), (0,)), "does not fit into its storage of 32 numbers"),
+    "product overflow": (tb.tensor(STORED, (2**31, 2**31, 2**31), (0, 0, 0)), "does not fit into its storage"),
+    "rank 9": (tb.tensor(STORED, (1,) * 9), "expected a tensor's offset, size and stride"),
+    "sizes without strides": (tb.tensor(STORED, (2, 2), (1,)), "expected a tensor's offset, size and stride"),
+    "true as a size": (
+        tb.call(tb.name_of("torch._utils", "_rebuild_tensor_v2"), STORED, tb.integer(0), b"\x88\x85", b"\x88\x85"),
+        "expected a tensor's offset, size and stride",
+    ),
+    "storage of another length": (tb.tensor(tb.storage("FloatStorage", "0", 31), (1,)), "expected 124 bytes, found 12"),
+    "storage that is not there": (tb.tensor(tb.storage("FloatStorage", "7", 1), (1,)), "storage '7' is not in the arc"),
+}  # fmt: skip
+ONE = {"0": (32, np.ones(32, np.float32).tobytes())}
+
+
+def assert_refused(answer, message, directory):
+    assert answer["outcome"] == "refused", answer
+    assert message in answer["message"] and str(directory) in answer["message"]
+    assert not Path("marker-of-code-that-ran").exists() and len(answer["message"]) < 2000
+
+
+@pytest.mark.parametrize("attack", PICKLES)
+@pytest.mark.parametrize("write", [tb.write_zip, tb.write_legacy])
+def test_pickles(box, checkpoint, attack, write):
+    stream, message = PICKLES[attack]
+    write(checkpoint / "pytorch_model.bin", stream, ONE if b"Storage" in stream else {})
+    assert_refused(box(checkpoint), message, checkpoint)
+
+
+@pytest.mark.parametrize("attack", GEOMETRIES)
+def test_tensors_that_do_not_fit_their_storage(box, checkpoint, attack):
+    value, message = GEOMETRIES[attack]
+    tb.write_zip(checkpoint / "pytorch_model.bin", tb.state_dict({NAME: value}), ONE)
+    assert_refused(box(checkpoint), message, checkpoint)
+
+
+def zip_with(change):
+    """A torch file of the right tensors, with something else wrong."""
+
+    def write(path):
+        stream, storages = tb.of_arrays(arrays())
+        change(path, stream, storages)
+
+    return write
+
+
+def twice(path, stream, storages):
+    tb.write_zip(path, stream, storages)
+    with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("archive/data/0", b"x")
+
+
+def two_pickles(path, stream, storages):
+    tb.write_zip(path, stream, storages)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("other/data.pkl", stream)
+
+
+def renamed_inside(path, stream, storages):
+    tb.write_zip(path, stream, storages)
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"archive/data/3", b"archive/data/4", 1))
+
+
+def cut(at):
+    def write(path, stream, storages):
+        tb.write_zip(path, stream, storages)
+        path.write_bytes(path.read_bytes()[:at])
+
+    return write
+
+
+def cut_legacy(at):
+    def write(path, stream, storages):
+        tb.write_legacy(path, *tb.of_arrays(arrays(), legacy=True))
+        path.write_bytes(path.read_bytes()[:at])
+
+    return write
+
+
+def legacy(**kwargs):
+    return lambda path, *_: tb.write_legacy(path, *tb.of_arrays(arrays(), legacy=True), **kwargs)
+
+
+def other_number(path, stream, storages):
+    tb.write_legacy(path, *tb.of_arrays(arrays(), legacy=True))
+    path.write_bytes(pickle.dumps(7, protocol=2) + path.read_bytes()[16:])
+
+
+ARCHIVES = {
+    "compressed": (
+        lambda *a: tb.write_zip(*a, compression=zipfile.ZIP_DEFLATED), "expected a stored member, found a compressed",
+    ),
+    "big-endian": (lambda *a: tb.write_zip(*a, byteorder=b"big"), "expected little-endian numbers"),
+    "no pickle": (lambda path, *_: zipfile.ZipFile(path, "w").close(), "expected one data.pkl in the archive, found n"),
+    "two pickles": (two_pickles, "expected one data.pkl in the archive, found"),
+    "two members of one name": (twice, "two members of the archive have one name"),
+    "names that disagree": (renamed_inside, "the archive's directory and the member's own header disagree"),
+    "cut in the middle": (cut(20_000), "expected a torch file, found a damaged one"),
+    "cut at the end": (cut(-10), "expected a torch file, found a damaged one"),
+    "legacy cut in a storage": (cut_legacy(20_000), "or the file's end"),
+    "legacy cut in its pickle": (cut_legacy(300), "damaged"),
+    "legacy, big-endian": (legacy(system={"little_endian": False}), "expected little-endian numbers"),
+    "legacy, keys that are not used": (legacy(keys=["0"]), "are not those that the file lists"),
+    "another pickle": (other_number, "damaged"),
+    "a tar archive": (lambda path, *_: path.write_bytes(bytes(257) + b"ustar" + bytes(250)), "an older one, a tar arc"),
+    "text": (lambda path, *_: path.write_text("hello"), "expected safetensors, a torch file or GGUF, found something"),
+    "nothing": (lambda path, *_: path.write_bytes(b""), "expected safetensors, a torch file or GGUF, found something"),
+    "a git-lfs pointer": (
+        lambda path, *_: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "run `git lfs",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("attack", ARCHIVES)
+def test_archives(box, checkpoint, attack):
+    change, message = ARCHIVES[attack]
+    zip_with(change)(checkpoint / "pytorch_model.bin")
+    assert_refused(box(checkpoint), message, checkpoint)
+
+
+def header(content, data=b"", length=None):
+    text = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def entry(**keys):
+    return {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **keys}}
+
+
+SAFETENSORS = {
+    "header of 2^63 bytes": header({}, length=2**63),
+    "header of 200 MB": header({}, length=200_000_000),
+    "cut": header(entry(), b"1234"),
+    "trailing bytes": header(entry(), bytes(9)),
+    "a hole": header(entry(data_offsets=[4, 12]), bytes(12)),
+    "overlap": header({**entry(), "y": entry()["x"]}, bytes(8)),
+    "shape and bytes disagree": header(entry(shape=[3]), bytes(8)),
+    "overflow": header(entry(shape=[2**62, 2**62]), bytes(8)),
+    "negative": header(entry(shape=[-2]), bytes(8)),
+    "unknown type": header(entry(dtype="F31"), bytes(8)),
+    "not JSON": header(b"{" * 50),
+    "empty": b"",
+    "two entries of one name": header(
+        b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+        bytes(8),
+    ),
+}
+
+
+@pytest.mark.parametrize("attack", SAFETENSORS)
+def test_safetensors(box, checkpoint, attack):
+    (checkpoint / "model.safetensors").write_bytes(SAFETENSORS[attack])
+    assert_refused(box(checkpoint), "expected a safetensors file, found something else or a part", checkpoint)
+
+
+def test_a_dimension_of_2_to_40_beside_a_0(box, checkpoint):
+    held = {name: array for name, array in arrays().items() if name != NAME}
+    save_file(held, checkpoint / "rest.safetensors")
+    (checkpoint / "wide.safetensors").write_bytes(header({NAME: entry(shape=[2**40, 0], data_offsets=[0, 0])["x"]}))
+    index = {name: "rest.safetensors" for name in held} | {NAME: "wide.safetensors"}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    assert_refused(box(checkpoint), f"1 misshaped: {NAME} (expected [32], found [{2**40}, 0]", checkpoint)
+
+
+GGUF = {
+    "2^60 entries": b"GGUF" + (3).to_bytes(4, "little") + bytes(8) + (2**60).to_bytes(8, "little"),
+    "2^60 numbers in an array": b"GGUF" + (3).to_bytes(4, "little") + bytes(8) + (1).to_bytes(8, "little")
+    + (1).to_bytes(8, "little") + b"a" + (9).to_bytes(4, "little") + (4).to_bytes(4, "little") + (2**60).to_bytes(8,"),
+    "a name of 2^60 characters": b"GGUF" + (3).to_bytes(4, "little") + bytes(8) + (1).to_bytes(8, "little")
+    + (2**60).to_bytes(8, "little"),
+    "version 9": b"GGUF" + (9).to_bytes(4, "little") + bytes(16),
+    "nothing in it": b"GGUF" + (3).to_bytes(4, "little") + bytes(16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("attack", GGUF)
+def test_gguf(box, checkpoint, attack):
+    (checkpoint / "model.gguf").write_bytes(GGUF[attack])
+    assert_refused(box(checkpoint), "expected a GGUF file of an MPT, found something else or a part", checkpoint)
+
+
+def test_links_into_a_cache_are_followed(box, checkpoint):
+    """As the Hub's cache has it: the name is plain, the file lies elsewhere."""
+    shutil.copy(GOLDEN / "hf_default" / "model.safetensors", checkpoint / "blob")
+    (checkpoint / "snapshot").mkdir()
+    (checkpoint / "snapshot" / "model.safetensors").symlink_to("../blob")
+    (checkpoint / "snapshot" / "config.json").symlink_to("../config.json")
+    assert box(checkpoint / "snapshot")["outcome"] == "loaded"
+
+
+def written(kind, directory):
+    """A valid checkpoint of each kind; returns its weight file."""
+    from test_formats import write_gguf
+
+    from mpt_eqx import from_pretrained
+
+    directory.mkdir()
+    source = GOLDEN / "hf_default"
+    path = directory / {"safetensors": "model.safetensors", "gguf": "model.gguf"}.get(kind, "pytorch_model.bin")
+    if kind == "safetensors":
+        shutil.copy(source / "model.safetensors", path)
+    elif kind == "gguf":
+        write_gguf(path, from_pretrained(source))
+    else:
+        write = tb.write_zip if kind == "zip" else tb.write_legacy
+        write(path, *tb.of_arrays(arrays(), legacy=kind == "legacy"))
+    shutil.copy(source / "config.json", directory)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy", "gguf", "config.json", "index"])
+def test_bytes_changed_at_random(box, tmp_path_factory, kind):
+    """Refused with our own error, or loaded; nothing else, and nothing is run. No format has sums over its numbers."""
+    directory = tmp_path_factory.mktemp("fuzz") / "m"
+    if kind == "index":
+        shutil.copytree(GOLDEN / "hf_sharded", directory)
+        path = directory / "model.safetensors.index.json"
+    elif kind == "config.json":
+        path = written("safetensors", directory).parent / "config.json"
+    else:
+        path = written(kind, directory)
+    original = path.read_bytes()
+    assert box(directory)["outcome"] == "loaded"
+    digest = box(directory)["digest"]
+    # The numbers themselves are most of a file; what describes them stands at its two ends.
+    head, tail = min(2500, len(original)), max(0, len(original) - 2500)
+    places = st.integers(0, head - 1) | st.integers(tail, len(original) - 1)
+    changes = st.lists(st.tuples(places, st.integers(0, 255)), min_size=1, max_size=4)
+
+    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(changes, st.none() | st.integers(0, len(original)))
+    def fuzz(changes, length):
+        data = bytearray(original)
+        for place, value in changes:
+            data[place] = value
+        path.write_bytes(data[:length])
+        answer = box(directory)
+        assert answer["outcome"] in ("loaded", "refused"), answer
+        if bytes(data[:length]) == original:
+            assert answer["digest"] == digest
+
+    fuzz()
