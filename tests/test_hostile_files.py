@@ -75,12 +75,12 @@ PICKLES = {
         tb.state_dict({NAME: tb.name_of("torch", "FloatStorage") + b"}(" + tb.text("dtype") + b"K\x01ub"}), "damaged",
     ),
     "state of a function": (
-        tb.state_dict({NAME: tb.name_of("torch._utils", "_rebuild_tensor_v2") + b"N}(" + tb.text("x") + b"K\x01u\x86b"}),
+        tb.state_dict({NAME: tb.name_of("torch._utils", "_rebuild_tensor_v2") + b"N}(" + tb.text("x") + b"Nu\x86b"}),
         "damaged",
     ),
     "storage that is none": (tb.state_dict({NAME: tb.text("0") + b"Q"}), "expected a storage, found '0'"),
     "storage without type": (
-        tb.state_dict({NAME: tb.tuple_of(tb.text("storage"), b"N", tb.text("0"), tb.text("cpu"), tb.integer(1)) + b"Q"}),
+        tb.state_dict({NAME: tb.tuple_of(tb.text("storage"), b"N", tb.text("0"), b"N", tb.integer(1)) + b"Q"}),
         "expected a storage, found",
     ),
     "parameter of nothing": (
@@ -259,15 +259,19 @@ def test_a_dimension_of_2_to_40_beside_a_0(box, checkpoint):
     assert_refused(box(checkpoint), f"1 misshaped: {NAME} (expected [32], found [{2**40}, 0]", checkpoint)
 
 
+def numbers(*pairs):
+    """Little-endian numbers of so many bytes."""
+    return b"".join(value.to_bytes(size, "little") for value, size in pairs)
+
+
+HEAD = b"GGUF" + numbers((3, 4), (0, 8))
 GGUF = {
-    "2^60 entries": b"GGUF" + (3).to_bytes(4, "little") + bytes(8) + (2**60).to_bytes(8, "little"),
-    "2^60 numbers in an array": b"GGUF" + (3).to_bytes(4, "little") + bytes(8) + (1).to_bytes(8, "little")
-    + (1).to_bytes(8, "little") + b"a" + (9).to_bytes(4, "little") + (4).to_bytes(4, "little") + (2**60).to_bytes(8,"),
-    "a name of 2^60 characters": b"GGUF" + (3).to_bytes(4, "little") + bytes(8) + (1).to_bytes(8, "little")
-    + (2**60).to_bytes(8, "little"),
-    "version 9": b"GGUF" + (9).to_bytes(4, "little") + bytes(16),
-    "nothing in it": b"GGUF" + (3).to_bytes(4, "little") + bytes(16),
-}  # fmt: skip
+    "2^60 entries": HEAD + numbers((2**60, 8)),
+    "2^60 numbers in an array": HEAD + numbers((1, 8), (1, 8)) + b"a" + numbers((9, 4), (4, 4), (2**60, 8)),
+    "a name of 2^60 characters": HEAD + numbers((1, 8), (2**60, 8)),
+    "version 9": b"GGUF" + numbers((9, 4), (0, 8), (0, 8)),
+    "nothing in it": HEAD + numbers((0, 8)),
+}
 
 
 @pytest.mark.parametrize("attack", GGUF)

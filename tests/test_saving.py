@@ -1,13 +1,10 @@
 """A save that ends early leaves the old checkpoint or the new one, never a mixture, and never fewer tensors."""
 
 import json
-import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import equinox as eqx
@@ -15,15 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-SAVE = """
-import sys, os, jax, jax.numpy as jnp
-sys.path.insert(0, {tests!r})
-from test_saving import model_of
-from mpt_eqx import save_pretrained
-{before}
-save_pretrained(model_of({value}), {directory!r}, max_shard_size={size})
-"""
 
 
 def model_of(value):
@@ -48,73 +36,50 @@ def value_of(directory):
     return int(values.pop())
 
 
-def run(directory, value, *, size=20_000, before="", **kwargs):
-    script = SAVE.format(
-        tests=str(Path(__file__).parent), before=before, value=value, directory=str(directory), size=size
-    )
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, **kwargs)
+@pytest.fixture(scope="module")
+def saver():
+    """Saves in a process that is killed on the way; see saver.py."""
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", Path(__file__).parent / "saver.py"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+    )  # fmt: skip
+
+    def save(directory, *values, size=20_000, **when):
+        order = {"directory": str(directory), "values": values, "size": size, **when}
+        process.stdin.write(json.dumps(order) + "\n")
+        return int(process.stdout.readline())
+
+    with process:
+        yield save
+        process.stdin.close()
 
 
-KILL_AT = """
-import os, signal
-count = 0
-def killing(original):
-    def call(*args, **kwargs):
-        global count
-        count += 1
-        if count == {moment}:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
-    return call
-for name in ("replace", "fsync", "unlink"):
-    setattr(os, name, killing(getattr(os, name)))
-"""
-
-
-@pytest.mark.parametrize(("old_size", "new_size"), [(20_000, 10**9), (10**9, 20_000), (20_000, 20_000)])
-def test_killed_between_any_two_steps(tmp_path, old_size, new_size):
+@pytest.mark.parametrize(("old_size", "new_size"), [(20_000, 10**9), (10**9, 20_000), (20_000, 20_000), (10**9, 10**9)])
+def test_killed_between_any_two_steps(saver, tmp_path, old_size, new_size):
     """At every sync, move and removal in turn; the next save makes good what was left."""
-    from mpt_eqx import save_pretrained
-
-    save_pretrained(model_of(1), tmp_path / "old", max_shard_size=old_size)
+    assert saver(tmp_path / "old", 1, size=old_size) == 0
     (tmp_path / "old" / "notes.txt").write_text("mine")
     outcomes = []
-    moments = [*range(1, 40, 4), *range(3, 40, 4)] if new_size == old_size else range(1, 40, 3)
-    for moment in sorted(moments):
+    for moment in range(1, 60):
         directory = tmp_path / str(moment)
         shutil.copytree(tmp_path / "old", directory)
-        done = run(directory, 2, size=new_size, before=KILL_AT.format(moment=moment))
+        status = saver(directory, 2, size=new_size, moment=moment)
         outcomes.append(value_of(directory))
         assert (directory / "notes.txt").read_text() == "mine"
-        if done.returncode == 0:
+        if status == 0:
             break
-        assert done.returncode == -signal.SIGKILL
-        save_pretrained(model_of(3), directory, max_shard_size=new_size)
-        assert value_of(directory) == 3
+        assert status == signal.SIGKILL
+        assert saver(directory, 3, size=new_size) == 0 and value_of(directory) == 3
         assert not [path for path in directory.iterdir() if path.suffix == ".new" or "save" in path.name]
-    assert outcomes[0] == 1 and outcomes[-1] == 2 and outcomes == sorted(outcomes)
+    assert status == 0 and outcomes[0] == 1 and outcomes[-1] == 2 and outcomes == sorted(outcomes)
 
 
-def test_killed_at_any_time(tmp_path):
-    """A process that saves one model after the other is killed at random moments."""
-    before = "import mpt_eqx, itertools\n" + SAVE.split("{before}")[0].split("\n", 2)[2]
-    script = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from test_saving import model_of\nfrom mpt_eqx import save_pretrained\n"
-        "models = [model_of(i) for i in range(3)]\n"
-        f"save_pretrained(models[0], {str(tmp_path / 'm')!r}, max_shard_size=20_000)\n"
-        "print('ready', flush=True)\n"
-        "while True:\n"
-        f"    for model in models: save_pretrained(model, {str(tmp_path / 'm')!r}, max_shard_size=20_000)\n"
-    )
-    assert before
+def test_killed_at_any_time(saver, tmp_path):
     rng = np.random.default_rng(0)
-    for _ in range(6):
-        with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout.readline() == "ready\n"
-            time.sleep(rng.uniform(0, 0.3))
-            process.kill()
-        assert value_of(tmp_path / "m") in (0, 1, 2)
+    saver(tmp_path, 0)
+    for _ in range(20):
+        assert saver(tmp_path, 0, 1, 2, seconds=rng.uniform(0, 0.3)) == signal.SIGKILL
+        assert value_of(tmp_path) in (0, 1, 2)
 
 
 def test_a_full_disk(tmp_path):
@@ -123,14 +88,16 @@ def test_a_full_disk(tmp_path):
 
     save_pretrained(model_of(1), tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
-    before = (
-        "import signal, resource; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))"
+    script = (
+        f"import sys, signal, resource; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from test_saving import model_of\nfrom mpt_eqx import save_pretrained\n"
+        "model = model_of(2)\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+        f"save_pretrained(model, {str(tmp_path)!r})"
     )
-    done = run(tmp_path, 2, size=10**9, before=before)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert f"CheckpointError: {tmp_path}: cannot be written ([Errno 27] File too large)" in done.stderr
     assert value_of(tmp_path) == 1 and sorted(path.name for path in tmp_path.iterdir()) == names
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 50_000
 
 
 def test_an_error_in_the_middle_leaves_the_old_checkpoint(tmp_path, monkeypatch):
@@ -169,4 +136,3 @@ def test_a_journal_that_is_wrong(tmp_path):
     (tmp_path / "mpt_eqx-save.json").write_text("x")
     with pytest.raises(CheckpointError, match="mpt_eqx-save.json: expected JSON"):
         from_pretrained(tmp_path)
-    assert os.path.exists(tmp_path)

@@ -100,8 +100,10 @@ def find_checkpoint(
             f"{source}: no such directory, and not completely in the Hub's local cache, while the Hub itself is out of "
             f"reach (no connection, HF_HUB_OFFLINE, or local_files_only=True)"
         ) from error
-    except (hub.HfHubHTTPError, OSError) as error:
-        raise CheckpointError(f"{source}: no such directory, and the Hub cannot be reached ({_line(error)})") from error
+    except Exception as error:  # the transport beneath the Hub's library has errors of its own
+        raise CheckpointError(
+            f"{source}: no such directory, and the Hub cannot be reached or the download broke off ({_line(error)})"
+        ) from error
     if not snapshot.is_dir():
         raise CheckpointError(f"{source}: the repository has no directory {subfolder!r}; check subfolder=")
     return snapshot
@@ -120,4 +122,4 @@ def _looks_like_a_path(source: str | Path) -> bool:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mpt_eqx.checkpoint.differences import differences
-from mpt_eqx.checkpoint.files import CONFIG, files_of, weight_files
+from mpt_eqx.checkpoint.files import CONFIG, NEW, files_of, weight_files
 from mpt_eqx.checkpoint.formats import read_weight_file
 from mpt_eqx.checkpoint.hub import find_checkpoint
 from mpt_eqx.checkpoint.tensors import TensorInfo
@@ -69,7 +69,10 @@ def checkpoint_info(
         config = MPTConfig.from_dict(override(content, config_overrides or {}))
     except ConfigError as error:
         raise ConfigError(f"{path or paths[0]}: {error}") from None
-    tensors = tuple(tensor for file in files for tensor in file.tensors)
+    # Under its final name also where an interrupted save left a file beside it.
+    tensors = tuple(
+        dataclasses.replace(tensor, file=tensor.file.removesuffix(NEW)) for file in files for tensor in file.tensors
+    )
     held = {(tensor.name, tensor.file) for tensor in tensors}
     lost = [f"{name} ({file})" for name, file in index.items() if (name, file) not in held]
     lines = [f"{len(lost)} tensors not in the file that the index names: {first_of(lost)}"] if lost else []

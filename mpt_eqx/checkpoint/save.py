@@ -116,7 +116,7 @@ def parse_size(size: int | str) -> int:
     return int(match[1]) * UNITS[match[2]]
 
 
-def _outgoing(name: str, leaf: jax.Array) -> Outgoing:
+def _outgoing(name: str, leaf: jax.Array | np.ndarray) -> Outgoing:
     return Outgoing(name, leaf.shape, np.dtype(leaf.dtype), lambda: np.asarray(leaf))
 
 
