@@ -225,7 +225,7 @@ def _positions(config: MPTConfig) -> str:
     kinds = [
         *([f"ALiBi, alibi_bias_max {attn.alibi_bias_max:g}"] if attn.alibi else []),
         *([f"rotary, rope_theta {attn.rope_theta:g}"] if attn.rope else []),
-        *(["learned"] if config.has_learned_positions else []),
+        *(["learned"] if config.learned_pos_emb else []),
     ]
     return " and ".join(kinds) or "none"
 

@@ -65,7 +65,7 @@ class MPTConfig:
         vocab_size: rows of the embedding; may exceed the tokenizer's size.
         resid_pdrop: dropout in training on what attention and FFN add to the residual stream, a probability.
         emb_pdrop: dropout in training on the embedding, a probability.
-        learned_pos_emb: positions as learned vectors; it counts only where neither alibi nor rope is on.
+        learned_pos_emb: positions as learned vectors; becomes False where alibi or rope is on.
         logit_scale: factor on the logits, or "inv_sqrt_d_model"; None for none.
         final_logit_softcapping: logits become c·tanh(logits/c), after logit_scale, c > 0; None for none.
         no_bias: True when no Linear and no norm has a bias.
@@ -118,6 +118,9 @@ class MPTConfig:
         check_probability("emb_pdrop", self.emb_pdrop)
         for name in ("learned_pos_emb", "no_bias", "tie_word_embeddings"):
             check_bool(name, getattr(self, name))
+        if self.attn_config.alibi or self.attn_config.rope:
+            # As llm-foundry does, whatever a file says: mpt-7b's own says true and has no such tensor.
+            object.__setattr__(self, "learned_pos_emb", False)
         if self.attention_bias is not None:
             check_bool("attention_bias", self.attention_bias)
         if self.logit_scale != "inv_sqrt_d_model":
@@ -162,7 +165,7 @@ class MPTConfig:
         check_number("expansion_ratio", self.expansion_ratio)
         if self.ffn_config.ffn_hidden_size is None:
             width = self.d_model * self.expansion_ratio
-            if width != int(width) or width < 1:
+            if not 1 <= width < 2**31 or width != int(width):
                 raise ConfigError(
                     f"expansion_ratio: expected d_model·expansion_ratio to be a whole number, "
                     f"found {self.d_model}·{self.expansion_ratio}"
@@ -174,7 +177,7 @@ class MPTConfig:
             raise ConfigError(f"block_overrides: expected one entry for each of {self.n_layers} blocks, found {found}")
         for i, override in enumerate(overrides):
             check_part(f"block_overrides[{i}]", override, BlockOverride)
-            if override.nope and self.has_learned_positions:
+            if override.nope and self.learned_pos_emb:
                 raise ConfigError(f"block_overrides[{i}]: nope: expected false with learned positions, found true")
             for name in ("reuse_kv_layer_idx", "reuse_kv_x_layer_idx"):
                 if (getattr(override, name) or 0) + i < 0:
@@ -204,11 +207,6 @@ class MPTConfig:
     def ffn_hidden_size(self) -> int:
         """Width of the FFN's hidden layer."""
         return self.ffn_config.ffn_hidden_size or int(self.d_model * self.expansion_ratio)
-
-    @property
-    def has_learned_positions(self) -> bool:
-        """Whether there is a wpe; llm-foundry switches learned_pos_emb off under ALiBi and rope, whatever it says."""
-        return self.learned_pos_emb and not self.attn_config.alibi and not self.attn_config.rope
 
     @property
     def has_attention_bias(self) -> bool:
@@ -260,7 +258,7 @@ class MPTConfig:
             network = ups * self.ffn_hidden_size * (d + bias) + d * (self.ffn_hidden_size + bias)
             network += 2 * d if ffn.ffn_type == "te_ln_mlp" else norm
         total = self.vocab_size * d * (1 if self.tie_word_embeddings else 2) + norm
-        total += self.max_seq_len * d if self.has_learned_positions else 0
+        total += self.max_seq_len * d if self.learned_pos_emb else 0
         for layer in self.layers:
             own = layer.kv_from is None
             total += norm + (q + (2 * kv if own else 0)) * (d + self.has_attention_bias) + d * (q + bias) + network

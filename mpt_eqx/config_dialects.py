@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mpt_eqx.config_blocks import as_tuning, collapse_overrides, expand_overrides
+from mpt_eqx.config_checks import shown
 from mpt_eqx.config_parts import MOE_FIELDS, MOE_TYPES, ActFnConfig, AttnConfig, FFNConfig, InitConfig, RopeHFConfig
 from mpt_eqx.errors import ConfigError
 
@@ -110,7 +111,8 @@ PRETRAINED_CONFIG = {
     *("diversity_penalty", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "output_scores"),
     *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences"),
     *("forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty"),
-    *("suppress_tokens", "begin_suppress_tokens", "tf_legacy_loss"),
+    *("suppress_tokens", "begin_suppress_tokens", "tf_legacy_loss", "attn_implementation", "_attn_implementation"),
+    *("_attn_implementation_autoset", "_commit_hash", "gradient_checkpointing"),
 }
 
 
@@ -174,7 +176,7 @@ def to_canonical(d: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(d, Mapping):
         raise ConfigError(f"config: expected a dict, found {type(d).__name__}")
     if d.get("model_type", "mpt") not in ("mpt", *FLAT_MODEL_TYPES):
-        raise ConfigError(f"model_type: expected 'mpt', found {d['model_type']!r}; not supported")
+        raise ConfigError(f"model_type: expected 'mpt', found {shown(d['model_type'])}; not supported")
     if d.get("model_type") in FLAT_MODEL_TYPES or ("attn_config" not in d and set(d) & set(FLAT)):
         d = _nest(d)
     parts = {name: _part(d, name) for name in ("attn_config", "ffn_config", "init_config")}
@@ -182,6 +184,7 @@ def to_canonical(d: Mapping[str, Any]) -> dict[str, Any]:
     for name, values in {"": top, **parts}.items():
         _refuse(name, values)
     _check_dail(parts["attn_config"])
+    _check_tuning(parts["attn_config"])
 
     canonical: dict[str, Any] = {key: top[key] for key in TAKEN[""] if key in top}
     for name, values in parts.items():
@@ -194,12 +197,17 @@ def to_canonical(d: Mapping[str, Any]) -> dict[str, Any]:
         # Its embedding treats the padding token like any other.
         canonical.pop("pad_token_id", None)
     # llm-foundry looks at clip_qkv's truth value: 0 and false mean none.
-    if not attn.get("clip_qkv", None):
+    if attn.get("clip_qkv") in (0, None, False):
         attn["clip_qkv"] = None
+    # The same for the norm of the expert weights; and it takes names of norms in any case.
+    if canonical["ffn_config"].get("moe_normalize_expert_weights") in (0, None, False):
+        canonical["ffn_config"]["moe_normalize_expert_weights"] = None
+    if isinstance(canonical.get("norm_type"), str):
+        canonical["norm_type"] = canonical["norm_type"].lower()
     if isinstance(lim := init.get("emb_init_uniform_lim"), list):
         init["emb_init_uniform_lim"] = tuple(lim)
     # Its YAML reader may leave a number as text.
-    if isinstance(div := init.get("init_div_is_residual"), str) and div.isnumeric():
+    if isinstance(div := init.get("init_div_is_residual"), str) and div.isdecimal() and div.isascii():
         init["init_div_is_residual"] = float(div)
     return canonical
 
@@ -245,6 +253,10 @@ def to_config_json(canonical: Mapping[str, Any]) -> dict[str, Any]:
     d["expansion_ratio"] = _int_if_whole(canonical["expansion_ratio"])
     attn["alibi_bias_max"] = _int_if_whole(attn["alibi_bias_max"])
     attn["attn_pdrop"] = _int_if_whole(attn["attn_pdrop"])
+    for key in ("embedding_fraction", "norm_eps", "logit_scale", "final_logit_softcapping", "emb_pdrop", "resid_pdrop"):
+        if isinstance(d[key], int):
+            d[key] = float(d[key])
+    attn["attn_temperature_tuning"] = _floats(attn["attn_temperature_tuning"])
     for key in ("clip_qkv", "softmax_scale"):
         if attn[key] is not None:
             attn[key] = float(attn[key])
@@ -264,16 +276,24 @@ def to_config_json(canonical: Mapping[str, Any]) -> dict[str, Any]:
     init = dict(canonical["init_config"])
     if isinstance(lim := init["emb_init_uniform_lim"], tuple):
         init["emb_init_uniform_lim"] = list(lim)
+    impl = "torch"
     if d["block_overrides"] is not None:
-        d["block_overrides"] = collapse_overrides(d["block_overrides"])
+        blocks = [
+            {**block, "attn_temperature_tuning": _floats(block["attn_temperature_tuning"])}
+            for block in d["block_overrides"]
+        ]
+        d["block_overrides"] = collapse_overrides(blocks)
+        # llm-foundry can leave ALiBi out of single blocks with this implementation only.
+        if attn["alibi"] and any(block["nope"] for block in blocks):
+            impl = "flash"
     return {
         "architectures": ["MPTForCausalLM"],
         "model_type": "mpt",
         **d,
-        "attn_config": {**attn, "attn_impl": "torch"},
+        "attn_config": {**attn, "attn_impl": impl},
         "ffn_config": ffn,
         "init_config": init,
-        "layer_norm_epsilon": canonical["norm_eps"],
+        "layer_norm_epsilon": d["norm_eps"],
         "use_cache": True,
     }
 
@@ -298,7 +318,9 @@ def _nest(d: Mapping[str, Any]) -> dict[str, Any]:
             value = "low_precision_layernorm" if value else "layernorm"
         part, name = FLAT[key]
         if parts[part].setdefault(name, value) != value:
-            raise ConfigError(f"{name}: expected the same value as {key}={value!r}, found {parts[part][name]!r}")
+            raise ConfigError(
+                f"{name}: expected the same value as {key}={shown(value)}, found {shown(parts[part][name])}"
+            )
     nested["model_type"] = "mpt"
     return nested
 
@@ -306,21 +328,35 @@ def _nest(d: Mapping[str, Any]) -> dict[str, Any]:
 def _check_dail(attn_config: Mapping[str, Any]) -> None:
     """Raises where flash-attn's rotation would not be the plain one."""
     dail = attn_config.get("rope_dail_config") or {}
+    if not isinstance(dail, Mapping) or set(dail) - {"type", "pos_idx_in_fp32", "xpos_scale_base"}:
+        raise ConfigError(f"attn_config.rope_dail_config: expected type and pos_idx_in_fp32, found {shown(dail)}")
     if not attn_config.get("rope") or attn_config.get("rope_impl", "dail") != "dail":
         return
     for key, plain in (("type", "original"), ("pos_idx_in_fp32", True)):
-        if not isinstance(dail, Mapping) or dail.get(key, plain) != plain:
+        if dail.get(key, plain) != plain:
             raise ConfigError(
-                f"attn_config.rope_dail_config.{key}: expected {json.dumps(plain)}, found {dail!r:.200}; "
+                f"attn_config.rope_dail_config.{key}: expected {json.dumps(plain)}, found {shown(dail)}; "
                 f"other values are not supported"
             )
+
+
+def _check_tuning(attn_config: Mapping[str, Any]) -> None:
+    """Raises where llm-foundry's two implementations of attention count positions differently."""
+    tuning = attn_config.get("attn_temperature_tuning")
+    if not isinstance(tuning, Mapping) or not tuning.get("attn_scale") or not attn_config.get("attn_uses_sequence_id"):
+        return
+    if (impl := attn_config.get("attn_impl", "flash")) != "torch":
+        raise ConfigError(
+            f"attn_config.attn_impl: expected 'torch' for attn_temperature_tuning with attn_uses_sequence_id, "
+            f"found {shown(impl)}, with which every packed sequence begins at 0; not supported"
+        )
 
 
 def _dataclass(name: str, d: Any, of: type) -> Any:
     """Returns a nested object of config.json as the dataclass `of`."""
     keys = {field.name for field in dataclasses.fields(of)}
     if not isinstance(d, Mapping) or set(d) - keys:
-        raise ConfigError(f"{name}: expected an object with keys of {sorted(keys)}, found {d!r:.200}; not supported")
+        raise ConfigError(f"{name}: expected an object with keys of {sorted(keys)}, found {shown(d)}; not supported")
     return of(**d)
 
 
@@ -329,7 +365,7 @@ def _part(d: Mapping[str, Any], name: str) -> dict[str, Any]:
     if part is None:
         return {}
     if not isinstance(part, Mapping):
-        raise ConfigError(f"{name}: expected an object, found {part!r}")
+        raise ConfigError(f"{name}: expected an object, found {shown(part)}")
     return dict(part)
 
 
@@ -339,7 +375,9 @@ def _resolve_aliases(d: Mapping[str, Any]) -> dict[str, Any]:
         if alias in top:
             value = top.pop(alias)
             if top.setdefault(name, value) != value:
-                raise ConfigError(f"{name}: expected the same value as {alias}={value!r}, found {top[name]!r}")
+                raise ConfigError(
+                    f"{name}: expected the same value as {alias}={shown(value)}, found {shown(top[name])}"
+                )
     return top
 
 
@@ -351,16 +389,21 @@ def _refuse(part: str, values: Mapping[str, Any]) -> None:
         if key in PLAIN_ONLY[part]:
             if value not in PLAIN_ONLY[part][key]:
                 supported = " or ".join(json.dumps(plain) for plain in PLAIN_ONLY[part][key]) or "no such key"
-                raise ConfigError(f"{path}: expected {supported}, found {value!r}; other values are not supported")
+                raise ConfigError(f"{path}: expected {supported}, found {shown(value)}; other values are not supported")
         elif key not in TAKEN[part] and key not in ignored:
             raise ConfigError(
-                f"{path}: unknown key with value {value!r}; it could change the maths, so it is not ignored: "
+                f"{path}: unknown key with value {shown(value)}; it could change the maths, so it is not ignored: "
                 f"remove it from the config if it is mere bookkeeping"
             )
 
 
 def _without_none(d: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in d.items() if value is not None}
+
+
+def _floats(d: Mapping[str, float] | None) -> dict[str, float] | None:
+    """Returns the numbers as floats: llm-foundry wants an override to have the type of what it overrides."""
+    return None if d is None else {key: float(value) for key, value in d.items()}
 
 
 def _int_if_whole(value: float) -> float:

@@ -37,8 +37,9 @@ class RopeHFConfig:
         low_freq_factor: llama3: wavelengths above original_max_position_embeddings / this are divided fully.
         high_freq_factor: llama3: wavelengths below original_max_position_embeddings / this are left alone; must
             differ from low_freq_factor.
-        original_max_position_embeddings: trained length in tokens; needed by llama3; for dynamic, None means the
-            model's max_seq_len.
+        original_max_position_embeddings: trained length in tokens; needed by llama3. For dynamic, None means the
+            model's max_seq_len; a number lets a model run past its trained length (llm-foundry does not look at it
+            there and always takes max_seq_len).
     """
 
     type: str = "no_scaling"
@@ -52,6 +53,10 @@ class RopeHFConfig:
         check_choice(f"{name}.type", self.type, ROPE_TYPES)
         check_number(f"{name}.factor", self.factor)
         llama3 = self.type == "llama3"
+        for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+            takes = llama3 or (self.type == "dynamic" and key == "original_max_position_embeddings")
+            if not takes and getattr(self, key) is not None:
+                raise ConfigError(f"{name}.{key}: expected no such key with type {self.type!r}")
         check_number(f"{name}.low_freq_factor", self.low_freq_factor, optional=not llama3)
         check_number(f"{name}.high_freq_factor", self.high_freq_factor, optional=not llama3)
         check_int(
@@ -250,6 +255,8 @@ class InitConfig:
             check_number("init_config.init_div_is_residual", self.init_div_is_residual)
         check_number("init_config.init_std", self.init_std, low=-math.inf, optional=True)
         check_number("init_config.emb_init_std", self.emb_init_std, low=-math.inf, optional=True)
+        if (self.emb_init_std or 0) < 0:
+            raise ConfigError(f"init_config.emb_init_std: expected a number ≥ 0, found {self.emb_init_std}")
         lim = self.emb_init_uniform_lim
         if isinstance(lim, tuple):
             if len(lim) != 2:
@@ -258,6 +265,8 @@ class InitConfig:
                 )
             for bound in lim:
                 check_number("init_config.emb_init_uniform_lim", bound, low=-math.inf)
+            if lim[0] > lim[1]:
+                raise ConfigError(f"init_config.emb_init_uniform_lim: expected low ≤ high, found {list(lim)}")
         else:
             check_number("init_config.emb_init_uniform_lim", lim, low=-math.inf, optional=True)
         if self.name == "baseline_" and self.init_std is None:

@@ -98,7 +98,19 @@ def test_inspect_what_is_wrong(tmp_path):
     (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"n_layers": 3}))
     done = run("inspect", tmp_path / "m")
     assert done.returncode == 1
-    assert done.stderr.startswith("mpt-eqx: problem: 6 missing: transformer.blocks.2.")
+    assert done.stderr.startswith("mpt-eqx: problem: config.json says n_layers 3, the tensors have 2 blocks\n")
+    assert "mpt-eqx: problem: 6 missing: transformer.blocks.2." in done.stderr
+
+
+def test_convert(tmp_path):
+    done = run(
+        "convert", GOLDEN / "hf_bin" / "bf16_legacy", tmp_path / "m", "--dtype", "float32", "--max-shard-size", "9KB"
+    )
+    assert done.returncode == 0 and done.stdout == ""
+    assert "parameters from torch in" in done.stderr
+    assert run("inspect", tmp_path / "m").returncode == 0
+    done = run("convert", GOLDEN / "hf_ignored_keys", tmp_path / "n")
+    assert done.returncode == 1 and done.stderr.startswith("mpt-eqx: error: ") and not (tmp_path / "n").exists()
 
 
 @pytest.mark.parametrize(
@@ -115,7 +127,10 @@ def test_inspect_what_is_wrong(tmp_path):
             ["generate", "x", "--max-new-tokens", "2000"],
             "exceed max_seq_len=1024; shorten the input, or load the model for more",
         ),
-        (["generate", "x", "--dtype", "int4"], "dtype: expected float32 or float16 or bfloat16, found 'int4'"),
+        (
+            ["generate", "x", "--dtype", "int4"],
+            "dtype: expected float64 or float32 or float16 or bfloat16, found 'int4'",
+        ),
         (["generate", "x", "--stop", ""], "--stop: expected some text, found an empty string"),
         (["inspect", "./none"], "./none: no such directory"),
     ],

@@ -24,6 +24,13 @@ def overrides(content):
     return {"block_overrides": {"order": [{"name": "default"}, {"name": "x"}], "overrides": {"x": content}}}
 
 
+def nested(depth):
+    order = [{"name": "default"}]
+    for _ in range(depth):
+        order = [{"order": order}]
+    return order
+
+
 # As MosaicML published it beside mpt-7b-storywriter.
 STORYWRITER = with_keys(
     architectures=["MPTForCausalLM"], auto_map={"AutoConfig": "configuration_mpt.MPTConfig"}, emb_pdrop=0,
@@ -162,10 +169,24 @@ def test_clip_qkv_is_off_when_it_is_false(off):
         ({"ffn_config": {"moe_num_experts": 0}}, "ffn_config.moe_num_experts: expected a whole number from 1 to 4096"),
         ({"ffn_config": {"mlp_type": "x"}}, "ffn_config.mlp_type: expected 'mlp' or 'glu', found 'x'"),
         ({"ffn_config": {"moe_jitter_eps": -1}}, "ffn_config.moe_jitter_eps: expected a finite number > 0 or null"),
-        ({"ffn_config": {"moe_normalize_expert_weights": 0}}, "moe_normalize_expert_weights: expected a finite number"),
+        ({"ffn_config": {"moe_normalize_expert_weights": -1}}, "moe_normalize_expert_weights: expected a finite numbe"),
         ({"ffn_config": {"uniform_expert_assignment": True}}, "uniform_expert_assignment: expected false, found True"),
         ({"init_config": {"name": "magic_"}}, "init_config.name: expected 'kaiming_normal_' or"),
         ({"init_config": {"name": "baseline_"}}, "init_config.init_std: expected a number with name 'baseline_'"),
+        ({"expansion_ratio": 1e308}, "expansion_ratio: expected d_model·expansion_ratio to be a whole number, found 3"),
+        ({"norm_eps": 10**400}, "norm_eps: expected a finite number > 0, found 1000"),
+        ({"d_model": 10**5000}, "d_model: expected a whole number from 1 to 2147483647, found something too long to s"),
+        ({"attn_config": {"clip_qkv": []}}, "attn_config.clip_qkv: expected a finite number > 0 or null, found []"),
+        ({"attn_config": {"rope_dail_config": {"interleaved": True}}}, "rope_dail_config: expected type and pos_idx_i"),
+        ({"attn_config": {"rope_hf_config": {"type": "linear", "low_freq_factor": 1}}}, "expected no such key with ty"),
+        ({"attn_config": {"attn_uses_sequence_id": True, "attn_temperature_tuning": {"attn_scale": 1.0}}},
+         "attn_config.attn_impl: expected 'torch' for attn_temperature_tuning with attn_uses_sequence_id, found 'flas"),
+        ({"init_config": {"init_div_is_residual": "²"}}, "init_div_is_residual: expected a finite number > 0, found '"),
+        ({"init_config": {"emb_init_std": -1}}, "init_config.emb_init_std: expected a number ≥ 0, found -1"),
+        ({"init_config": {"emb_init_uniform_lim": [2, 1]}}, "emb_init_uniform_lim: expected low ≤ high, found [2, 1]"),
+        ({"block_overrides": {"order": nested(40), "overrides": {}}}, "expected at most 16 orders within another, fou"),
+        ({"block_overrides": {"order": nested(3000), "overrides": {}}}, "expected at most 16 orders within another, f"),
+        ({"block_overrides": {"order": [], "overrides": {1: {}}}}, "block_overrides.overrides: expected an object, fo"),
         ({"init_config": {"emb_init_uniform_lim": [1, 2, 3]}}, "emb_init_uniform_lim: expected one bound or"),
         ({"init_config": {"init_div_is_residual": "x"}}, "init_div_is_residual: expected a finite number > 0, found"),
         ({"hidden_size": 64}, "d_model: expected the same value as hidden_size=64, found 32"),
@@ -282,12 +303,38 @@ def test_a_flat_key_beside_an_attn_config_is_not_taken_for_one():
         MPTConfig.from_dict({**PLAIN, "alibi": True})
 
 
+def test_what_llm_foundry_and_transformers_refuse_to_read_is_not_written(tiny_config):
+    """Types they check strictly, and a single block without positions."""
+    from mpt_eqx import AttnConfig, BlockOverride, MPTConfig, TemperatureTuning
+
+    config = MPTConfig.from_dict(with_keys(embedding_fraction=1, logit_scale=2, norm_eps=1))
+    written = config.to_dict()
+    for key in ("embedding_fraction", "logit_scale", "norm_eps", "layer_norm_epsilon"):
+        assert type(written[key]) is float
+    blocks = (BlockOverride(nope=True, attn_temperature_tuning=TemperatureTuning(attn_scale=1)), BlockOverride())
+    for attn_config, impl in ((AttnConfig(alibi=True), "flash"), (AttnConfig(rope=True), "torch")):
+        config = tiny_config(attn_config=attn_config, block_overrides=blocks)
+        written = config.to_dict()
+        assert written["attn_config"]["attn_impl"] == impl and written["learned_pos_emb"] is False
+        (override,) = written["block_overrides"]["overrides"].values()
+        for tuning in (written["attn_config"], override["attn_config"]):
+            assert {type(value) for value in tuning["attn_temperature_tuning"].values()} == {float}
+        assert MPTConfig.from_dict(written) == config
+
+
+def test_bookkeeping_is_read_over_and_case_does_not_matter():
+    from mpt_eqx import MPTConfig
+
+    extra = {"_attn_implementation_autoset": True, "attn_implementation": None, "norm_type": "LayerNorm"}
+    assert MPTConfig.from_dict(with_keys(**extra)) == MPTConfig.from_dict(with_keys(norm_type="layernorm"))
+
+
 def test_learned_positions_are_there_only_without_others():
     from mpt_eqx import MPTConfig
 
     for keys, learned in (({"alibi": True}, False), ({"alibi": False, "rope": True}, False), ({"alibi": False}, True)):
-        assert MPTConfig.from_dict(with_keys(learned_pos_emb=True, attn_config=keys)).has_learned_positions is learned
-    assert not MPTConfig.from_dict(with_keys(learned_pos_emb=False, attn_config={"alibi": False})).has_learned_positions
+        assert MPTConfig.from_dict(with_keys(learned_pos_emb=True, attn_config=keys)).learned_pos_emb is learned
+    assert not MPTConfig.from_dict(with_keys(learned_pos_emb=False, attn_config={"alibi": False})).learned_pos_emb
 
 
 def test_transformers_pad_token_trains_like_any_other():

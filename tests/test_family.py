@@ -440,7 +440,7 @@ def test_longer_than_max_seq_len_on_request_but_for_learned_positions(tmp_path, 
     tokens = jnp.arange(40, dtype=jnp.int32)
     save_pretrained(MPT(config, key=jax.random.key(0)), tmp_path)
     model, longer = from_pretrained(tmp_path), {"config_overrides": {"max_seq_len": 48}}
-    if config.has_learned_positions:
+    if config.learned_pos_emb:
         with pytest.raises(
             MPTError, match="at most max_seq_len=32, found 40; learned positions end there; shorten the"
         ):

@@ -190,14 +190,39 @@ def test_randomness_in_training(tiny_config, tiny_model, where):
 def test_dropout_keeps_the_mean():
     """Attention weights are dropped after the softmax, and the rest is scaled up."""
     from mpt_eqx.model.attention import attention
+    from mpt_eqx.model.dropout import Dropout
 
     v = jnp.ones((1, 64, 2))
-    drop = eqx.nn.Dropout(0.25)
+    drop = Dropout(0.25)
     out = jax.vmap(lambda key: attention(v, v, v, None, jnp.ones((64, 64), bool), 1.0, dropout=drop, key=key))(
         jax.random.split(jax.random.key(0), 50)
     )
     np.testing.assert_allclose(out.mean(), 1, atol=0.01)
     assert out.std() > 0.05
+
+
+def test_dropout_of_everything_has_no_gradient_but_is_finite(tiny_config):
+    from mpt_eqx import MPT
+    from mpt_eqx.train import next_token_loss
+
+    model = MPT(tiny_config(resid_pdrop=1.0), key=jax.random.key(0))
+    grads = eqx.filter_grad(next_token_loss)(model, jnp.arange(12).reshape(2, 6), key=jax.random.key(0))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(eqx.filter(grads, eqx.is_array)))
+    assert np.all(grads.blocks[0].attn.Wqkv.weight == 0)
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_a_mask_of_ones_and_zeros(tiny_config, learned):
+    """As tokenizers give it; learned and rotary positions count it."""
+    from mpt_eqx import MPT, AttnConfig
+    from mpt_eqx.train import next_token_loss
+
+    attn_config = AttnConfig() if learned else AttnConfig(rope=True, rope_impl="hf")
+    model = MPT(tiny_config(attn_config=attn_config), key=jax.random.key(0))
+    tokens, mask = jnp.arange(8), jnp.asarray([0, 0, 1, 1, 1, 1, 1, 1])
+    np.testing.assert_array_equal(model(tokens, mask=mask), model(tokens, mask=mask.astype(bool)))
+    one, other = (next_token_loss(model, tokens[None], mask=m[None]) for m in (mask, mask.astype(bool)))
+    assert one == other
 
 
 def test_every_row_of_a_batch_has_its_own_dropout(tiny_config):

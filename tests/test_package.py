@@ -133,6 +133,7 @@ def test_every_test_that_the_readme_names_exists():
         [sys.executable, "-m", "pytest", "-n0", "--collect-only", ROOT / "tests"], capture_output=True, text=True
     )
     there = {line.split("::")[-1] for line in done.stdout.splitlines() if "::" in line}
+    there |= {name.split("[")[0] for name in there}
     named = set(re.findall(r"`(test_\w+(?:\[[^`]+\])?)`", (ROOT / "README.md").read_text()))
     assert len(named) > 40 and named <= there, named - there
 
@@ -146,6 +147,17 @@ def test_the_readmes_figures_are_the_committed_ones():
         assert f"{figures[name]:.3f}" in card
     for name in ("nats", "gzip", "xz"):
         assert f"{figures[name]:.2f}" in readme
+
+
+def test_the_readmes_figures_of_loading_are_the_committed_ones():
+    steps = json.loads((ROOT / "benchmarks" / "results" / "loading.json").read_text())["steps"]
+    readme = (ROOT / "README.md").read_text()
+    for figure in (
+        f"takes {steps['convert']['seconds']} s and {steps['convert']['anonymous_GB']} GB",
+        f"loads in {steps['load']['seconds']} s with {steps['load']['anonymous_GB']} GB",
+        f"load in {steps['load_torch']['seconds']} s",
+    ):
+        assert figure in readme
 
 
 def test_the_shipped_model(shipped):

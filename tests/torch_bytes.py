@@ -2,6 +2,7 @@
 
 import pickle
 import zipfile
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -49,6 +50,16 @@ def state_dict(entries):
     return b"\x80\x02}(" + b"".join(text(name) + value for name, value in entries.items()) + b"u."
 
 
+def of_shapes(shapes, dtype, content):
+    """As `of_arrays`, with bytes that are made when they are written: content(count) yields them."""
+    entries, storages = {}, {}
+    for number, (name, shape) in enumerate(shapes.items()):
+        count = int(np.prod(shape))
+        entries[name] = tensor(storage(KINDS[dtype], str(number), count), shape)
+        storages[str(number)] = (count, content(count))
+    return state_dict(entries), storages
+
+
 def of_arrays(arrays, *, legacy=False, nest=()):
     """The pickle of a state dict of arrays, and the storages' bytes by key."""
     entries, storages = {}, {}
@@ -68,7 +79,8 @@ def write_zip(path, stream, storages, *, compression=zipfile.ZIP_STORED, byteord
         archive.writestr("archive/byteorder", byteorder)
         for key, (_, content) in storages.items():
             with archive.open(zipfile.ZipInfo(f"archive/data/{key}"), "w", force_zip64=True) as member:
-                member.write(content)
+                for part in content if isinstance(content, Iterator) else [content]:
+                    member.write(part)
         archive.writestr("archive/version", b"3\n")
 
 

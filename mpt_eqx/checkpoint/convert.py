@@ -74,7 +74,8 @@ def convert(
             view = tensor.read()
             if not finite(view):
                 raise CheckpointError(f"{info.directory / tensor.file}: {tensor.name} holds NaN or infinity")
-            array = view.astype(target, copy=False)
+            with np.errstate(over="ignore"):  # looked for in the next line
+                array = view.astype(target, copy=False)
             if array is not view and not finite(array):
                 raise CheckpointError(f"{info.directory / tensor.file}: {tensor.name} does not fit into {target.name}")
             return array

@@ -40,7 +40,9 @@ def differences(config: MPTConfig, tensors: Sequence[TensorInfo]) -> Iterator[st
         for name, shape in expected.items()
         if name in found and found[name].shape != shape
     ]
-    mistyped = [f"{tensor.name} ({tensor.dtype}, {tensor.file})" for tensor in tensors if tensor.dtype not in FLOATS]
+    mistyped = [
+        f"{tensor.name} ({tensor.dtype}, {tensor.file})" for tensor in found.values() if tensor.dtype not in FLOATS
+    ]
     if missing or unexpected or misshaped:
         yield from _causes(config, {name: tensor.shape for name, tensor in found.items()}, set(expected))
     for kind, names in (

@@ -29,8 +29,8 @@ ALIASES = (
     (r"\.norm_attn_norm\.", "."),
     *((re.escape(theirs), ours) for ours, theirs in TRANSFORMER_ENGINE),
 )
-# Buffers that follow from the configuration.
-IGNORED = r"^transformer\.rotary_embedding\.inv_freq$"
+# No weights: a buffer that follows from the configuration, and what Transformer Engine keeps for itself.
+IGNORED = r"^transformer\.rotary_embedding\.inv_freq$|.*\._extra_state$"
 
 
 def canonical_name(name: str) -> str | None:

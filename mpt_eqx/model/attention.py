@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
 from mpt_eqx.config import LayerConfig, MPTConfig, TemperatureTuning
 from mpt_eqx.model.cache import LayerCache
+from mpt_eqx.model.dropout import Dropout, dropped
 from mpt_eqx.model.init import init_heads, init_linear
 from mpt_eqx.model.linear import Linear
 from mpt_eqx.model.norms import LayerNorm
@@ -24,7 +25,7 @@ def attention(
     scale: float,
     *,
     softcap: float | None = None,
-    dropout: eqx.nn.Dropout | None = None,
+    dropout: Dropout | None = None,
     key: PRNGKeyArray | None = None,
 ) -> Float[Array, "N T H"]:
     """Returns softmax(scale · q kᵀ + bias, where masked) v for each of N heads.
@@ -55,8 +56,7 @@ def attention(
     # The smallest number instead of −∞, so that a row without any visible key is not NaN.
     scores = jnp.where(mask, scores, float(jnp.finfo(jnp.float32).min))
     weights = jax.nn.softmax(scores, axis=-1)
-    if dropout is not None and key is not None:
-        weights = dropout(weights, key=key)
+    weights = dropped(weights, dropout, key)
     return jnp.einsum("NTS,NSH->NTH", weights.astype(v.dtype), v, preferred_element_type=wide(v.dtype)).astype(v.dtype)
 
 
@@ -99,7 +99,7 @@ class Attention(eqx.Module):
     alibi: ALiBi | None
     rotary: Rotary | DynamicRotary | None
     temperature: Temperature | None
-    dropout: eqx.nn.Dropout | None
+    dropout: Dropout | None
     n_heads: int = eqx.field(static=True)
     kv_heads: int = eqx.field(static=True)
     head_size: int = eqx.field(static=True)
@@ -128,7 +128,7 @@ class Attention(eqx.Module):
         self.rotary = None if layer.nope else make_rotary(config)
         tuning = layer.attn_temperature_tuning
         self.temperature = None if tuning is None else Temperature(tuning)
-        self.dropout = eqx.nn.Dropout(attn.attn_pdrop) if attn.attn_pdrop else None
+        self.dropout = Dropout(attn.attn_pdrop) if attn.attn_pdrop else None
         self.n_heads, self.kv_heads, self.head_size = n, k, h
         self.norm_per_head = attn.qk_gn
         # Also where head_dim is given, the default follows d_model.

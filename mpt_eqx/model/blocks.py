@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from mpt_eqx.config import MOE_TYPES, LayerConfig, MPTConfig
 from mpt_eqx.model.attention import Attention
 from mpt_eqx.model.cache import LayerCache
+from mpt_eqx.model.dropout import Dropout, dropped
 from mpt_eqx.model.ffn import GLU, MLP
 from mpt_eqx.model.moe import MoE
 from mpt_eqx.model.norms import LayerNorm, RMSNorm, make_norm
@@ -20,7 +21,7 @@ class Block(eqx.Module):
     attn: Attention
     norm_2: LayerNorm | RMSNorm
     ffn: MLP | GLU | MoE
-    resid_dropout: eqx.nn.Dropout | None
+    resid_dropout: Dropout | None
 
     def __init__(self, config: MPTConfig, layer: LayerConfig, *, key: PRNGKeyArray):
         attn_key, ffn_key = jax.random.split(key)
@@ -32,7 +33,7 @@ class Block(eqx.Module):
         self.norm_2 = LayerNorm(config.d_model, 1e-5, bias=True) if te else make_norm(config)
         network = MoE if ffn_type in MOE_TYPES else GLU if ffn_type == "mptglu" else MLP
         self.ffn = network(config, key=ffn_key)
-        self.resid_dropout = eqx.nn.Dropout(config.resid_pdrop) if config.resid_pdrop else None
+        self.resid_dropout = Dropout(config.resid_pdrop) if config.resid_pdrop else None
 
     def __call__(
         self,
@@ -57,8 +58,3 @@ class Block(eqx.Module):
         x = x + dropped(h, self.resid_dropout, keys[1])
         x = x + dropped(self.ffn(self.norm_2(x), key=keys[2]), self.resid_dropout, keys[3])
         return x, kv
-
-
-def dropped(x: Float[Array, "T D"], dropout: eqx.nn.Dropout | None, key: PRNGKeyArray | None) -> Float[Array, "T D"]:
-    """Returns x after dropout, where there is one and a key is given."""
-    return x if dropout is None or key is None else dropout(x, key=key)

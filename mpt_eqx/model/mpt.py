@@ -10,8 +10,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.errors import MPTError
-from mpt_eqx.model.blocks import Block, dropped
+from mpt_eqx.model.blocks import Block
 from mpt_eqx.model.cache import KVCache, LayerCache
+from mpt_eqx.model.dropout import Dropout, dropped
 from mpt_eqx.model.init import init_embedding, init_linear
 from mpt_eqx.model.linear import Embedding, Linear
 from mpt_eqx.model.norms import LayerNorm, RMSNorm, make_norm
@@ -23,12 +24,13 @@ class MPT(eqx.Module):
     """An MPT language model for one sequence of tokens; a batch is `jax.vmap(model)`.
 
     Its arrays are exactly the tensors of a checkpoint, under the checkpoint's names. What a configuration does not use
-    is None.
+    is None. Only where it asks for dropout or jitter are there other leaves, the switches that `eqx.nn.inference_mode`
+    turns; then `eqx.filter_jit` and `eqx.filter_grad` are needed, as for any Equinox model with dropout.
     """
 
     wte: Embedding
     wpe: Embedding | None
-    emb_dropout: eqx.nn.Dropout | None
+    emb_dropout: Dropout | None
     blocks: tuple[Block, ...]
     norm_f: LayerNorm | RMSNorm
     lm_head: Linear | None
@@ -46,9 +48,9 @@ class MPT(eqx.Module):
         v, d = config.vocab_size, config.d_model
         wte = init_embedding(config, (v, d), key=wte_key)
         self.wte = Embedding(wte if config.pad_token_id is None else wte.at[config.pad_token_id].set(0))
-        learned = config.has_learned_positions
+        learned = config.learned_pos_emb
         self.wpe = Embedding(init_embedding(config, (config.max_seq_len, d), key=wpe_key)) if learned else None
-        self.emb_dropout = eqx.nn.Dropout(config.emb_pdrop) if config.emb_pdrop else None
+        self.emb_dropout = Dropout(config.emb_pdrop) if config.emb_pdrop else None
         self.blocks = tuple(
             Block(config, layer, key=block_key) for layer, block_key in zip(config.layers, block_keys, strict=True)
         )
@@ -61,7 +63,7 @@ class MPT(eqx.Module):
         self,
         tokens: Int[Array, " T"],
         *,
-        mask: Bool[Array, " T"] | None = None,
+        mask: Bool[Array, " T"] | Int[Array, " T"] | None = None,
         sequence_ids: Int[Array, " T"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "T V"]:
@@ -69,8 +71,8 @@ class MPT(eqx.Module):
 
         Args:
             tokens: token ids, 0 ≤ id < vocab_size; at most max_seq_len of them.
-            mask: True at real tokens, False at padding, which may stand anywhere; None when all are real. Logits at
-                padding mean nothing.
+            mask: True (or 1) at real tokens, False (or 0) at padding, which may stand anywhere; None when all are
+                real. Logits at padding mean nothing.
             sequence_ids: which of several packed sequences each token belongs to, −1 for padding; tokens see their own
                 sequence only. For models with attn_uses_sequence_id.
             key: randomness of dropout and jitter, needed when the configuration asks for them, except under
@@ -86,7 +88,7 @@ class MPT(eqx.Module):
         self,
         tokens: Int[Array, " T"],
         *,
-        mask: Bool[Array, " T"] | None = None,
+        mask: Bool[Array, " T"] | Int[Array, " T"] | None = None,
         sequence_ids: Int[Array, " T"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "T D"], ...]:
@@ -97,15 +99,16 @@ class MPT(eqx.Module):
         self._check(tokens, mask, sequence_ids, key)
         place = jnp.arange(tokens.shape[0])
         visible = place[None, :] <= place[:, None]
+        if mask is not None:
+            mask = mask.astype(bool)  # tokenizers give 0 and 1
         if sequence_ids is not None:
             visible &= sequence_ids[None, :] == sequence_ids[:, None]
             mask = sequence_ids >= 0 if mask is None else mask & (sequence_ids >= 0)
         if mask is not None:
             visible &= mask[None, :]
         token = place if mask is None else token_positions(mask)
-        emb_key, *block_keys = (
-            (None,) * (1 + len(self.blocks)) if key is None else jax.random.split(key, 1 + len(self.blocks))
-        )
+        n_keys = 1 + len(self.blocks)
+        emb_key, *block_keys = (None,) * n_keys if key is None else jax.random.split(key, n_keys)
         x = self._embed(tokens, token, emb_key)
         inputs, x, _ = self._run(
             x, Positions(query=place, token=token, key=place, visible=visible), (None,) * len(self.blocks), block_keys
@@ -177,7 +180,7 @@ class MPT(eqx.Module):
     def _check(
         self,
         tokens: Int[Array, " T"],
-        mask: Bool[Array, " T"] | None,
+        mask: Bool[Array, " T"] | Int[Array, " T"] | None,
         sequence_ids: Int[Array, " T"] | None,
         key: PRNGKeyArray | None,
     ) -> None:
@@ -212,7 +215,7 @@ class MPT(eqx.Module):
 
 def longer(config: MPTConfig, n: int) -> str:
     """Returns what to do about an input of n tokens, which is more than max_seq_len."""
-    if config.has_learned_positions:
+    if config.learned_pos_emb:
         return "learned positions end there; shorten the input"
     how = f"from_pretrained(…, config_overrides={{'max_seq_len': {n}}})"
     return f"shorten the input, or load the model for more with {how}"

@@ -1,4 +1,7 @@
-"""The order of rounding in low precision: as the references have it, each function rounds once, to the type of x."""
+"""The order of rounding in low precision: as the references have it, each function rounds once, to the type of x.
+
+Under jit XLA may leave a rounding out and keep more precision.
+"""
 
 import jax.numpy as jnp
 import numpy as np

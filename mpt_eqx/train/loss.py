@@ -13,7 +13,7 @@ def next_token_loss(
     model: MPT,
     tokens: Int[Array, "B T"],
     *,
-    mask: Bool[Array, "B T"] | None = None,
+    mask: Bool[Array, "B T"] | Int[Array, "B T"] | None = None,
     labels: Int[Array, "B T"] | None = None,
     sequence_ids: Int[Array, "B T"] | None = None,
     key: PRNGKeyArray | None = None,
@@ -23,7 +23,7 @@ def next_token_loss(
     Args:
         model: the model.
         tokens: a batch of token ids, 0 ≤ id < vocab_size.
-        mask: True at real tokens; None when all are real.
+        mask: True (or 1) at real tokens; None when all are real.
         labels: the tokens again (the shift by one happens here), with -100 where none is to be predicted; None means
             every real token. Without any label the loss is 0.
         sequence_ids: as in `MPT.__call__`; −1 counts as padding.
@@ -32,7 +32,7 @@ def next_token_loss(
     Source: llm-foundry 8c8dd48, llmfoundry/models/mpt/modeling_mpt.py, compute_loss_from_logits.
     """
     if labels is None:
-        real = jnp.ones_like(tokens, bool) if mask is None else mask
+        real = jnp.ones_like(tokens, bool) if mask is None else mask.astype(bool)
         real = real if sequence_ids is None else real & (sequence_ids >= 0)
         labels = jnp.where(real, tokens, IGNORED)
     keys = None if key is None else jax.random.split(key, len(tokens))
