@@ -49,8 +49,7 @@ def numbers(count):
     yield ((bits & 0x807F) | 0x3C00).tobytes()
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
+def write_every_format(root):
     """The same model, 0.97 GB in bfloat16, in every format."""
     from test_formats import write_gguf
 
@@ -68,7 +67,6 @@ def checkpoints(tmp_path_factory):
     )
     skeleton = eqx.filter_eval_shape(MPT, config, key=jax.random.key(0))
     shapes = {name: leaf.shape for name, leaf in named_leaves(skeleton).items()}
-    root = tmp_path_factory.mktemp("large")
     for name in ("zip", "legacy", "gguf", "q8_0"):
         (root / name).mkdir()
         (root / name / "config.json").write_text(json.dumps(config.to_dict()))
@@ -82,6 +80,12 @@ def checkpoints(tmp_path_factory):
     write_gguf(root / "q8_0" / "model.gguf", from_pretrained(root / "zip", dtype="float32"), "Q8_0")
     small = MPT(MPTConfig.preset("mpt-small-cpu"), key=jax.random.key(0))
     save_pretrained(small, root / "small")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    root = tmp_path_factory.mktemp("large")
+    write_every_format(root)
     return root
 
 

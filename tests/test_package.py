@@ -158,6 +158,8 @@ def test_the_readmes_figures_of_loading_are_the_committed_ones():
         f"load in {steps['load_torch']['seconds']} s",
     ):
         assert figure in readme
+    for row in json.loads((ROOT / "benchmarks" / "results" / "memory.json").read_text()):
+        assert f"| {row['format']} | {row['how']} | {row['peak_over_weights']} |" in readme
 
 
 def test_the_shipped_model(shipped):
