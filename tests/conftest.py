@@ -1,6 +1,9 @@
 """What every test shares. The package is imported inside fixtures only: the type checks are hooked in before that."""
 
 import json
+import subprocess
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +23,20 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+@contextmanager
+def asked_by_line(script: str):
+    """Runs one of the helper scripts and yields a function that gives it a line and returns the line it answers."""
+    command = [sys.executable, "-W", "ignore", Path(__file__).parent / script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as process:
+
+        def ask(line: str) -> str:
+            process.stdin.write(f"{line}\n")
+            return process.stdout.readline()
+
+        yield ask
+        process.stdin.close()
 
 
 @pytest.fixture

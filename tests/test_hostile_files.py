@@ -3,15 +3,13 @@
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch_bytes as tb
-from conftest import GOLDEN
+from conftest import GOLDEN, asked_by_line
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -22,18 +20,8 @@ NAME = "transformer.blocks.0.norm_1.weight"
 @pytest.fixture(scope="module")
 def box():
     """Loads a path in a box; see box.py."""
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", Path(__file__).parent / "box.py"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
-    )  # fmt: skip
-
-    def load(path):
-        process.stdin.write(f"{path}\n")
-        return json.loads(process.stdout.readline())
-
-    with process:
-        yield load
-        process.stdin.close()
+    with asked_by_line("box.py") as ask:
+        yield lambda path: json.loads(ask(path))
 
 
 @pytest.fixture

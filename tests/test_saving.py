@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import asked_by_line
 
 
 def model_of(value):
@@ -39,19 +40,12 @@ def value_of(directory):
 @pytest.fixture(scope="module")
 def saver():
     """Saves in a process that is killed on the way; see saver.py."""
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", Path(__file__).parent / "saver.py"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
-    )  # fmt: skip
+    with asked_by_line("saver.py") as ask:
 
-    def save(directory, *values, size=20_000, **when):
-        order = {"directory": str(directory), "values": values, "size": size, **when}
-        process.stdin.write(json.dumps(order) + "\n")
-        return int(process.stdout.readline())
+        def save(directory, *values, size=20_000, **when):
+            return int(ask(json.dumps({"directory": str(directory), "values": values, "size": size, **when})))
 
-    with process:
         yield save
-        process.stdin.close()
 
 
 @pytest.mark.parametrize(("old_size", "new_size"), [(20_000, 10**9), (10**9, 20_000), (20_000, 20_000), (10**9, 10**9)])

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import DTypeLike
-from tqdm import tqdm
 
 from mpt_eqx.checkpoint.files import files_of
 from mpt_eqx.checkpoint.info import CheckpointInfo, checkpoint_info
-from mpt_eqx.checkpoint.load import finite, refuse_problems, target_dtype, weights
+from mpt_eqx.checkpoint.load import byte_bar, finite, refuse_problems, target_dtype, weights
 from mpt_eqx.checkpoint.names import stored_name
 from mpt_eqx.checkpoint.safetensors_file import Outgoing
 from mpt_eqx.checkpoint.save import parse_size, write_checkpoint
@@ -60,14 +59,7 @@ def convert(
         raise CheckpointError(f"{directory}: expected another directory than the source")
     named = weights(info)
     shown = sys.stderr.isatty() if progress is None else progress
-    bar = tqdm(
-        total=sum(tensor.size for tensor in named.values()) * target.itemsize,
-        desc=f"converting {info.directory.name}",
-        unit="B",
-        unit_scale=True,
-        disable=not shown,
-        leave=False,
-    )
+    total = sum(tensor.size for tensor in named.values()) * target.itemsize
 
     def outgoing(name: str, tensor: TensorInfo) -> Outgoing:
         def read() -> np.ndarray:
@@ -83,7 +75,7 @@ def convert(
         return Outgoing(stored_name(name, info.config), tensor.shape, target, read)
 
     companions = [path for name, path in files_of(info.directory).items() if name in COMPANIONS]
-    with bar:
+    with byte_bar(f"converting {info.directory.name}", total, shown) as bar:
         write_checkpoint(
             directory,
             info.config,

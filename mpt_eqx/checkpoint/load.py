@@ -154,6 +154,11 @@ def summary(info: CheckpointInfo, dtype: np.dtype, seconds: float) -> str:
     )
 
 
+def byte_bar(description: str, total: int, shown: bool) -> tqdm:
+    """Returns a progress bar on stderr that counts bytes and goes away at its end."""
+    return tqdm(total=total, desc=description, unit="B", unit_scale=True, disable=not shown, leave=False)
+
+
 def _read(
     info: CheckpointInfo, dtype: np.dtype, device: jax.Device | None, mmap: bool, check_finite: bool, progress: bool
 ) -> dict[str, jax.Array]:
@@ -170,14 +175,7 @@ def _read(
             view = _aligned_copy(view, dtype)
         return view
 
-    bar = tqdm(
-        total=sum(tensor.size for tensor in named.values()) * dtype.itemsize,
-        desc=f"loading {info.directory.name}",
-        unit="B",
-        unit_scale=True,
-        disable=not progress,
-        leave=False,
-    )
+    bar = byte_bar(f"loading {info.directory.name}", sum(t.size for t in named.values()) * dtype.itemsize, progress)
     arrays = {}
     # Several at a time, because copies wait for the disk; but quantised tensors need memory of their own on the way.
     with bar, ThreadPoolExecutor(1 if info.format.startswith("GGUF") else READERS) as pool:
