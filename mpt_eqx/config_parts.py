@@ -30,6 +30,8 @@ INIT_NAMES = (
 class RopeHFConfig:
     """How rotary positions are stretched: `attn_config.rope_hf_config` of config.json, for rope_impl "hf".
 
+    Keys that the type has no use for may be there, as in the reference.
+
     Args:
         type: "no_scaling", "linear" (positions divided by factor), "dynamic" (a larger base past the trained length)
             or "llama3" (low frequencies divided by factor).
@@ -53,10 +55,6 @@ class RopeHFConfig:
         check_choice(f"{name}.type", self.type, ROPE_TYPES)
         check_number(f"{name}.factor", self.factor)
         llama3 = self.type == "llama3"
-        for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
-            takes = llama3 or (self.type == "dynamic" and key == "original_max_position_embeddings")
-            if not takes and getattr(self, key) is not None:
-                raise ConfigError(f"{name}.{key}: expected no such key with type {self.type!r}")
         check_number(f"{name}.low_freq_factor", self.low_freq_factor, optional=not llama3)
         check_number(f"{name}.high_freq_factor", self.high_freq_factor, optional=not llama3)
         check_int(

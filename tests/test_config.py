@@ -178,7 +178,6 @@ def test_clip_qkv_is_off_when_it_is_false(off):
         ({"d_model": 10**5000}, "d_model: expected a whole number from 1 to 2147483647, found something too long to s"),
         ({"attn_config": {"clip_qkv": []}}, "attn_config.clip_qkv: expected a finite number > 0 or null, found []"),
         ({"attn_config": {"rope_dail_config": {"interleaved": True}}}, "rope_dail_config: expected type and pos_idx_i"),
-        ({"attn_config": {"rope_hf_config": {"type": "linear", "low_freq_factor": 1}}}, "expected no such key with ty"),
         ({"attn_config": {"attn_uses_sequence_id": True, "attn_temperature_tuning": {"attn_scale": 1.0}}},
          "attn_config.attn_impl: expected 'torch' for attn_temperature_tuning with attn_uses_sequence_id, found 'flas"),
         ({"init_config": {"init_div_is_residual": "²"}}, "init_div_is_residual: expected a finite number > 0, found '"),
