@@ -131,8 +131,8 @@ def test_nothing_compiles_again(tiny_model, prompts):
 
 def test_the_cache_is_updated_in_place(tiny_model):
     """The cache is donated, and a decode step of several rows needs little memory besides it."""
+    from mpt_eqx.generation.choose import SamplingOptions
     from mpt_eqx.generation.decode import decode, prefill
-    from mpt_eqx.generation.sampling import SamplingOptions
 
     state = prefill(tiny_model, np.zeros((4, 32), np.int32), np.full(4, 3, np.int32), 4096)
     options = SamplingOptions(

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int, Key
 
-from mpt_eqx.generation.sampling import SamplingOptions, choose
+from mpt_eqx.generation.choose import SamplingOptions, choose
 from mpt_eqx.model import MPT, KVCache
 
 

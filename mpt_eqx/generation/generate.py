@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from mpt_eqx.errors import GenerationError
+from mpt_eqx.generation.choose import SamplingOptions
 from mpt_eqx.generation.decode import Decoded, decode, prefill
-from mpt_eqx.generation.sampling import SamplingOptions
 from mpt_eqx.model import MPT
 from mpt_eqx.model.mpt import longer
 
