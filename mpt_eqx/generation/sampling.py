@@ -1,13 +1,22 @@
-"""Sampling: pure functions on the logits of one row. Entries that are filtered out become −∞."""
+"""Sampling: pure functions on the logits of one row. Entries that are filtered out become −∞.
+
+Each does what the class of that name in transformers 5.23, generation/logits_process.py, does with its default
+min_tokens_to_keep of 1. All are for jit and vmap: an option may be a traced array, so that another value never
+compiles again, and has a neutral value that leaves the logits as they are. Entries that are −∞ already stay −∞.
+Probabilities are computed in float32 whatever the type of the logits, which the result has too.
+"""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from mpt_eqx.model.precision import wide
 
 
 def temperature(logits: Float[Array, " V"], t: float | Float32[Array, ""]) -> Float[Array, " V"]:
-    """Returns logits / t, for a temperature t > 0."""
-    return logits / jnp.asarray(t, logits.dtype)
+    """Returns logits / t, for a temperature t > 0; 1 is neutral."""
+    computed = wide(logits.dtype)
+    return (logits.astype(computed) / jnp.asarray(t, computed)).astype(logits.dtype)
 
 
 def top_k(logits: Float[Array, " V"], k: int | Int[Array, ""]) -> Float[Array, " V"]:
@@ -29,3 +38,124 @@ def top_p(logits: Float[Array, " V"], p: float | Float32[Array, ""]) -> Float[Ar
     kept_in_order = (before < p) | (p >= 1) | (jnp.arange(logits.shape[0]) == 0)
     kept = jnp.zeros(logits.shape, bool).at[order].set(kept_in_order)
     return jnp.where(kept, logits, -jnp.inf)
+
+
+def min_p(logits: Float[Array, " V"], p: float | Float32[Array, ""]) -> Float[Array, " V"]:
+    """Returns the logits whose probability is at least p times the largest probability, 0 ≤ p ≤ 1; 0 is neutral.
+
+    Source: Nguyen et al. 2024, "Turning up the heat: min-p sampling", arXiv:2407.01082.
+    """
+    probs = jax.nn.softmax(logits.astype(jnp.float32))
+    return _with_probability(logits, probs, p * probs.max())
+
+
+def typical_p(logits: Float[Array, " V"], p: float | Float32[Array, ""]) -> Float[Array, " V"]:
+    """Returns the fewest logits, the most typical first, whose probabilities sum to p or more; 0 ≤ p ≤ 1, 1 is neutral.
+
+    A token is the more typical the less its surprise −log P differs from the entropy H, the mean surprise. Tokens as
+    typical as the last that is kept stay too. The likeliest token may well go.
+
+    Source: Meister et al. 2022, "Locally typical sampling", arXiv:2202.00666.
+    """
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+    distance = jnp.abs(log_probs + _entropy(log_probs))
+    order = jnp.argsort(distance)
+    mass = jnp.cumsum(jnp.exp(log_probs[order]))
+    last = jnp.minimum(jnp.sum(mass < p), logits.shape[0] - 1)
+    # p = 1 keeps all, whatever the sum is rounded to.
+    return jnp.where((distance <= distance[order[last]]) | (p >= 1), logits, -jnp.inf)
+
+
+def epsilon_cutoff(logits: Float[Array, " V"], e: float | Float32[Array, ""]) -> Float[Array, " V"]:
+    """Returns the logits whose probability is at least e, and the largest in any case; 0 ≤ e < 1, 0 is neutral.
+
+    Source: Hewitt et al. 2022, "Truncation sampling as language model desmoothing", arXiv:2210.15191.
+    """
+    return _with_probability(logits, jax.nn.softmax(logits.astype(jnp.float32)), e)
+
+
+def eta_cutoff(logits: Float[Array, " V"], e: float | Float32[Array, ""]) -> Float[Array, " V"]:
+    """Returns the logits whose probability is at least η, and the largest in any case; 0 ≤ e < 1, 0 is neutral.
+
+    η = min(e, √e · exp(−H)), where H is the entropy in nats: the flatter the distribution, the lower the cutoff.
+
+    Source: Hewitt et al. 2022, "Truncation sampling as language model desmoothing", arXiv:2210.15191, with α = √ε.
+    """
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+    eta = jnp.minimum(e, jnp.sqrt(e) * jnp.exp(-_entropy(log_probs)))
+    return _with_probability(logits, jnp.exp(log_probs), eta)
+
+
+def repetition_penalty(
+    logits: Float[Array, " V"],
+    tokens: Int[Array, " T"],
+    mask: Bool[Array, " T"],
+    penalty: float | Float32[Array, ""],
+) -> Float[Array, " V"]:
+    """Makes the tokens that a row has already less likely, or with a penalty < 1 likelier.
+
+    The logit of each is divided by the penalty where it is ≥ 0 and multiplied by it where it is negative, once however
+    often the token occurs.
+
+    Args:
+        logits: logits of the next token.
+        tokens: tokens of the row so far, from 0 to V − 1 where they count.
+        mask: which of them count; the others may hold anything.
+        penalty: > 0; 1 is neutral.
+
+    Source: Keskar et al. 2019, "CTRL", arXiv:1909.05858; the case of a negative logit as in transformers 5.23.
+    """
+    computed = wide(logits.dtype)
+    wider, factor = logits.astype(computed), jnp.asarray(penalty, computed)
+    penalised = jnp.where(wider < 0, wider * factor, wider / factor).astype(logits.dtype)
+    return jnp.where(_among(tokens, mask, logits.shape[0]), penalised, logits)
+
+
+def no_repeat_ngram(
+    logits: Float[Array, " V"], tokens: Int[Array, " T"], mask: Bool[Array, " T"], n: int | Int[Array, ""]
+) -> Float[Array, " V"]:
+    """Bans each token that would end a sequence of n tokens that the row has already.
+
+    These are the tokens that followed the last n − 1 tokens wherever those stood before; n = 1 bans every token of the
+    row. Nothing sees to it that a token is left. Takes memory for T + V entries, and n − 1 steps.
+
+    Args:
+        logits: logits of the next token.
+        tokens: tokens of the row so far, from 0 to V − 1 where they count.
+        mask: which of them count: one stretch without gaps. The others, before and after it, may hold anything.
+        n: length of a sequence that must not come twice, ≥ 0; 0 is neutral.
+
+    Source: Paulus et al. 2017, "A deep reinforced model for abstractive summarization", arXiv:1705.04304.
+    """
+    places = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+    earlier = jnp.asarray(n, jnp.int32) - 1
+    length = jnp.sum(mask, dtype=jnp.int32)
+    end = jnp.max(jnp.where(mask, places, -1)) + 1
+
+    def preceded_alike(i: Int[Array, ""], alike: Bool[Array, " T"]) -> Bool[Array, " T"]:
+        return alike & (jnp.roll(tokens, i) == tokens[end - i])
+
+    # Only places with n − 1 tokens before them, so that what a roll brings in from the other end is never looked at.
+    follows = mask & (places - earlier >= end - length) & (earlier >= 0)
+    # No step at all for an n that no row reaches, however large.
+    steps = jnp.where(earlier < length, earlier, 0)
+    follows = jax.lax.fori_loop(1, steps + 1, preceded_alike, follows)
+    return jnp.where(_among(tokens, follows, logits.shape[0]), -jnp.inf, logits)
+
+
+def _with_probability(
+    logits: Float[Array, " V"], probs: Float32[Array, " V"], least: float | Float32[Array, ""]
+) -> Float[Array, " V"]:
+    """Returns the logits with at least this probability, and in any case all that equal the largest."""
+    return jnp.where((probs >= least) | (logits == logits.max()), logits, -jnp.inf)
+
+
+def _entropy(log_probs: Float32[Array, " V"]) -> Float32[Array, ""]:
+    """Returns −Σ P log P in nats; what has no probability adds nothing."""
+    return -jnp.sum(jnp.where(jnp.isneginf(log_probs), 0, jnp.exp(log_probs) * log_probs))
+
+
+def _among(tokens: Int[Array, " T"], mask: Bool[Array, " T"], vocab_size: int) -> Bool[Array, " V"]:
+    """Tells of each token of the vocabulary whether it is among those that the mask leaves."""
+    places = jnp.where(mask, tokens.astype(jnp.int32), vocab_size)
+    return jnp.zeros(vocab_size, bool).at[places].set(True, mode="drop")

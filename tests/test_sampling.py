@@ -1,0 +1,428 @@
+"""The functions of sampling equal recorded values and plain float64 formulas, and stop when a formula is changed."""
+
+import functools
+import inspect
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+CASE = json.loads((GOLDEN / "logits_processors" / "case.json").read_text())["ops"]
+EXPECTED = load_file(GOLDEN / "logits_processors" / "expected.safetensors")
+
+# The function of each class, and the option that it takes.
+CLASSES = {
+    "TemperatureLogitsWarper": ("temperature", "temperature"),
+    "TopKLogitsWarper": ("top_k", "top_k"),
+    "TopPLogitsWarper": ("top_p", "top_p"),
+    "MinPLogitsWarper": ("min_p", "min_p"),
+    "TypicalLogitsWarper": ("typical_p", "mass"),
+    "EpsilonLogitsWarper": ("epsilon_cutoff", "epsilon"),
+    "EtaLogitsWarper": ("eta_cutoff", "epsilon"),
+    "RepetitionPenaltyLogitsProcessor": ("repetition_penalty", "penalty"),
+    "NoRepeatNGramLogitsProcessor": ("no_repeat_ngram", "ngram_size"),
+}
+# min_tokens_to_keep is 6, 4 and 3 there; the functions always keep one and have no such option.
+KEEP_MORE = ("topk3_keep6", "topp0.2_keep4", "minp0.9_keep3")
+OPS = tuple(op for op in CASE if op not in KEEP_MORE)
+# Rows with equal logits, of which top_p may keep one or the other.
+TIES = (0, 1)
+
+NEUTRAL = {
+    "temperature": (1.0,),
+    "top_k": (16, 17, 50000),
+    "top_p": (1.0,),
+    "min_p": (0.0,),
+    "typical_p": (1.0,),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "repetition_penalty": (1.0,),
+    "no_repeat_ngram": (0,),
+}
+OPTIONS = {
+    "temperature": (0.3, 0.7, 1.5, 30.0),
+    "top_k": (1, 2, 7, 15),
+    "top_p": (0.0, 0.2, 0.6, 0.97),
+    "min_p": (0.01, 0.1, 0.6, 1.0),
+    "typical_p": (0.0, 0.2, 0.6, 0.97),
+    "epsilon_cutoff": (0.001, 0.05, 0.2, 0.99),
+    "eta_cutoff": (0.001, 0.05, 0.2, 0.99),
+    "repetition_penalty": (0.5, 1.1, 1.3, 5.0),
+    "no_repeat_ngram": (1, 2, 3, 5),
+}
+FUNCTIONS = tuple(NEUTRAL)
+WITH_TOKENS = ("repetition_penalty", "no_repeat_ngram")
+V, T = 16, 14
+
+
+@functools.cache
+def function(name, jit=False):
+    from mpt_eqx import sampling
+
+    return jax.jit(getattr(sampling, name)) if jit else getattr(sampling, name)
+
+
+def call(name, logits, option, tokens=None, mask=None, jit=False):
+    """The function's result; tokens go to those that take them."""
+    context = (tokens, mask) if name in WITH_TOKENS else ()
+    return function(name, jit)(logits, *context, option)
+
+
+def row(seed=0, dtype=np.float32):
+    """Logits (some filtered out already), tokens with padding on both sides, and their mask."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=V).astype(np.float32) * 2
+    logits[rng.choice(V, 4, replace=False)] = -np.inf
+    tokens, mask = placed(rng.integers(4, size=9).tolist(), 2, rng.integers(-1, V + 1, size=T))
+    return jnp.asarray(logits).astype(dtype), tokens, mask
+
+
+def placed(real, left, garbage):
+    """Arrays of tokens and mask with the real tokens after `left` others."""
+    tokens, mask = np.array(garbage), np.zeros(T, bool)
+    tokens[left : left + len(real)], mask[left : left + len(real)] = real, True
+    return jnp.asarray(tokens, jnp.int32), jnp.asarray(mask)
+
+
+def check_recorded(sampling, op):
+    """Runs an op's functions one after the other and compares each row with what transformers gave."""
+    everything = jnp.ones(EXPECTED["input_ids"].shape[1], bool)
+    for i, logits in enumerate(EXPECTED["scores"]):
+        found = jnp.asarray(logits)
+        for step in CASE[op]:
+            name, option = CLASSES[step["cls"]]
+            context = (jnp.asarray(EXPECTED["input_ids"][i], jnp.int32), everything) if name in WITH_TOKENS else ()
+            found = getattr(sampling, name)(found, *context, step[option])
+        found, wanted = np.asarray(found), EXPECTED[f"out.{op}"][i]
+        if i in TIES and any(step["cls"] == "TopPLogitsWarper" for step in CASE[op]):
+            found, wanted = np.sort(found), np.sort(wanted)
+        np.testing.assert_array_equal(np.isfinite(found), np.isfinite(wanted))
+        np.testing.assert_allclose(found, wanted, atol=1e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_recorded(op):
+    from mpt_eqx import sampling
+
+    check_recorded(sampling, op)
+
+
+def test_every_class_that_was_recorded_is_compared():
+    assert {step["cls"] for op in OPS for step in CASE[op]} == set(CLASSES)
+    assert {op for op in CASE if any(step.get("min_tokens_to_keep", 1) > 1 for step in CASE[op])} == set(KEEP_MORE)
+
+
+# Plain formulations, in float64. Those of filters give what is kept. Float32 cannot tell what lies within `slack` of a
+# border: with slack > 0 all of it is kept, with slack < 0 none.
+
+
+def probabilities(logits):
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
+
+
+def entropy(probs):
+    return -sum(p * np.log(p) for p in probs if p > 0)
+
+
+def plain_min_p(logits, p, slack):
+    probs = probabilities(logits)
+    return (probs >= p * (1 - slack) * probs.max()) | (logits == logits.max())
+
+
+def plain_typical_p(logits, p, slack):
+    probs = probabilities(logits)
+    with np.errstate(divide="ignore"):
+        atypical = np.abs(-np.log(probs) - entropy(probs))
+    total = 0.0
+    for token in np.argsort(atypical):
+        total += probs[token]
+        if total >= p + slack:
+            break
+    # Another logit at the border may come before this one in float32.
+    border = set(logits[np.isclose(atypical, atypical[token], rtol=0, atol=abs(slack))])
+    return (atypical <= atypical[token] + (slack if len(border) > 1 else 1e-9)) | (p == 1)
+
+
+def plain_epsilon_cutoff(logits, e, slack):
+    return (probabilities(logits) >= e * (1 - slack)) | (logits == logits.max())
+
+
+def plain_eta_cutoff(logits, e, slack):
+    probs = probabilities(logits)
+    eta = min(e, np.sqrt(e) * np.exp(-entropy(probs)))
+    return (probs >= eta * (1 - slack)) | (logits == logits.max())
+
+
+def plain_repetition_penalty(logits, real, penalty):
+    out = logits.copy()
+    for token in set(real):
+        out[token] = logits[token] * penalty if logits[token] < 0 else logits[token] / penalty
+    return out
+
+
+def plain_no_repeat_ngram(logits, real, n):
+    out = logits.copy()
+    for start in range(len(real) - n + 1):
+        *before, last = real[start : start + n] or [None]
+        if n and before == real[len(real) - n + 1 :]:
+            out[last] = -np.inf
+    return out
+
+
+FILTERS = {
+    "min_p": plain_min_p,
+    "typical_p": plain_typical_p,
+    "epsilon_cutoff": plain_epsilon_cutoff,
+    "eta_cutoff": plain_eta_cutoff,
+}
+
+
+def check_filter(call, name, logits, option):
+    """Compares a filter with its plain formulation, and tells whether no logit was too near to the border to judge."""
+    found = np.asarray(call(jnp.asarray(logits), option))
+    plain = FILTERS[name]
+    surely, maybe = (plain(logits.astype(np.float64), option, slack) & np.isfinite(logits) for slack in (-1e-5, 1e-5))
+    kept = np.isfinite(found)
+    assert (surely <= kept).all() and (kept <= maybe).all() and kept.any()
+    np.testing.assert_array_equal(found, np.where(kept, logits, -np.inf))
+    return (surely == maybe).all()
+
+
+def check_tokens(call, name, logits, real, left, garbage, option):
+    """Compares a function that sees tokens with its plain formulation, which sees no padding."""
+    plain = {"repetition_penalty": plain_repetition_penalty, "no_repeat_ngram": plain_no_repeat_ngram}[name]
+    found = call(jnp.asarray(logits), *placed(real, left, garbage), option)
+    np.testing.assert_allclose(found, plain(logits.astype(np.float64), real, option), rtol=1e-6)
+    return found
+
+
+def logit_rows(size):
+    number = st.one_of(st.just(-np.inf), st.integers(-40, 40).map(lambda x: x / 8), st.floats(-30, 30, width=32))
+    rows = st.lists(number, min_size=size, max_size=size).map(lambda x: np.array(x, np.float32))
+    return rows.filter(lambda x: np.isfinite(x).any())
+
+
+any_logits = st.sampled_from([1, 3, V]).flatmap(logit_rows)
+any_probability = st.one_of(st.floats(0, 1, exclude_max=True), st.sampled_from([1e-4, 0.05, 0.5]))
+any_real = st.lists(st.integers(0, 2), max_size=10)
+any_garbage = st.lists(st.integers(-1, 3) | st.just(V), min_size=T, max_size=T)
+
+
+@pytest.mark.parametrize("name", FILTERS)
+@settings(max_examples=100, deadline=None)
+@given(any_logits, any_probability)
+def test_filters_equal_their_plain_formulation(name, logits, option):
+    check_filter(function(name, jit=True), name, logits, option)
+
+
+@settings(max_examples=100, deadline=None)
+@given(logit_rows(V), any_real, st.integers(0, 4), any_garbage, st.integers(0, 4), any_garbage, st.floats(0.1, 10))
+def test_repetition_penalty_is_plain_wherever_the_tokens_stand(logits, real, left, garbage, left2, garbage2, penalty):
+    call = function("repetition_penalty", jit=True)
+    one = check_tokens(call, "repetition_penalty", logits, real, left, garbage, penalty)
+    np.testing.assert_array_equal(call(logits, *placed(real, left2, garbage2), penalty), one)
+
+
+@settings(max_examples=200, deadline=None)
+@given(logit_rows(V), any_real, st.integers(0, 4), any_garbage, st.integers(0, 4), any_garbage, st.integers(0, 12))
+def test_no_repeat_ngram_is_plain_wherever_the_tokens_stand(logits, real, left, garbage, left2, garbage2, n):
+    call = function("no_repeat_ngram", jit=True)
+    one = check_tokens(call, "no_repeat_ngram", logits, real, left, garbage, n)
+    np.testing.assert_array_equal(call(logits, *placed(real, left2, garbage2), n), one)
+
+
+@pytest.mark.parametrize(
+    ("real", "n", "banned"),
+    [
+        ([1, 2, 3, 1, 2], 3, [3]),
+        ([1, 2, 3, 1, 2, 4, 1, 2], 3, [3, 4]),
+        ([1, 2, 3, 1, 2], 2, [3]),
+        ([1, 2, 3, 1, 2], 1, [1, 2, 3]),
+        ([5, 5, 5], 2, [5]),
+        ([5, 5], 3, []),
+        ([1, 2, 3, 1, 2], 5, []),
+        ([1, 2, 3, 1, 2], 2**31 - 1, []),
+        ([], 1, []),
+        ([], 2, []),
+    ],
+)
+def test_what_no_repeat_ngram_bans(real, n, banned):
+    tokens, mask = placed(real, 3, [1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2])
+    found = function("no_repeat_ngram")(jnp.zeros(V), tokens, mask, n)
+    assert np.flatnonzero(np.isneginf(found)).tolist() == banned
+
+
+def test_tokens_of_small_types():
+    logits = jnp.arange(300.0)
+    for name in WITH_TOKENS:
+        for dtype in (jnp.int8, jnp.int16, jnp.int32):
+            found = function(name)(logits, jnp.array([7, 3, 9], dtype), jnp.array([False, True, True]), 1)
+            wanted = [3, 9] if name == "no_repeat_ngram" else []
+            assert np.flatnonzero(np.asarray(found) != np.arange(300)).tolist() == wanted
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_neutral_values_change_nothing(name, dtype):
+    spread = jnp.array([-jnp.inf, 90, -90, 60, -0.0, 0.0, 1e-6, *np.linspace(-9, 9, V - 7)]).astype(dtype)
+    for logits, tokens, mask in (row(0, dtype), (spread, jnp.arange(T), jnp.ones(T, bool))):
+        for option in NEUTRAL[name]:
+            found = call(name, logits, option, tokens, mask)
+            assert found.dtype == logits.dtype
+            np.testing.assert_array_equal(found.astype(jnp.float32), logits.astype(jnp.float32))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_is_filtered_already_stays_so(name):
+    logits, tokens, mask = row(1)
+    for left in (V, 3, 1, 0):
+        fewer = jnp.where(jnp.arange(V) < left, logits.at[0].set(-1.0), -jnp.inf)
+        for option in (*OPTIONS[name], *NEUTRAL[name]):
+            found = np.asarray(call(name, fewer, option, tokens, mask, jit=True))
+            assert not np.isnan(found).any() and np.isneginf(found[np.isneginf(fewer)]).all()
+            if left and name != "no_repeat_ngram":
+                assert np.isfinite(found).any()
+    if name not in WITH_TOKENS:
+        # Also where probabilities are too small for float32, or all equal.
+        for logits in (jnp.array([0.0, -200.0, -300.0]), jnp.array([1e30, -1e30, 3.0]), jnp.full(3, -7.0)):
+            for option in OPTIONS[name]:
+                found = np.asarray(call(name, logits, option, jit=True))
+                assert np.isfinite(found).any() and not np.isnan(found).any()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_low_precision_rounds_the_result_alone(name, dtype):
+    for seed in range(3):
+        logits, tokens, mask = row(seed, dtype)
+        for option in OPTIONS[name]:
+            found = call(name, logits, option, tokens, mask, jit=True)
+            wanted = call(name, logits.astype(jnp.float32), option, tokens, mask, jit=True).astype(dtype)
+            assert found.dtype == jnp.dtype(dtype)
+            np.testing.assert_array_equal(found.astype(jnp.float32), wanted.astype(jnp.float32))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_rows_with_traced_options_equal_each_row_alone(name):
+    """Under jit and vmap, each row with an option of its own, and compiled once for all of their values."""
+    traced = []
+
+    def rows(logits, options, tokens, mask):
+        traced.append(name)
+        return jax.vmap(lambda *row: call(name, *row))(logits, options, tokens, mask)
+
+    logits, tokens, mask = (jnp.stack(x) for x in zip(*(row(seed) for seed in range(4)), strict=True))
+    compiled = jax.jit(rows)
+    for turn in range(3):
+        options = np.roll((*OPTIONS[name][:3], NEUTRAL[name][0]), turn)
+        found = compiled(logits, jnp.asarray(options, jnp.float32 if options.dtype.kind == "f" else None), tokens, mask)
+        for i, option in enumerate(options.tolist()):
+            np.testing.assert_allclose(found[i], call(name, logits[i], option, tokens[i], mask[i]), rtol=1e-6)
+    assert traced == [name]
+
+
+def test_no_repeat_ngram_needs_memory_for_a_row_alone():
+    t, v = 8192, 50432
+    shapes = [((v,), jnp.float32), ((t,), jnp.int32), ((t,), bool), ((), jnp.int32)]
+    arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    memory = function("no_repeat_ngram", jit=True).lower(*arguments).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 32 * (t + v)
+
+
+# For each formula a part of it and what takes its place.
+MUTATIONS = [
+    ("temperature", "/ jnp.asarray", "* jnp.asarray"),
+    ("top_k", ">= kth", "> kth"),
+    ("top_k", "- 1]", "- 2]"),
+    ("top_p", "(before < p)", "(before + probs < p)"),
+    ("top_p", "| (p >= 1) | (jnp.arange(logits.shape[0]) == 0)", ""),
+    ("min_p", "p * probs.max()", "p"),
+    ("typical_p", "+ _entropy(log_probs)", ""),
+    ("typical_p", "jnp.abs", ""),
+    ("typical_p", "jnp.sum(mass < p)", "jnp.sum(mass < p) - 1"),
+    ("typical_p", "<= distance[", "< distance["),
+    ("epsilon_cutoff", ", e)", ", e / 2)"),
+    ("eta_cutoff", "jnp.minimum", "jnp.maximum"),
+    ("eta_cutoff", "jnp.sqrt(e)", "e"),
+    ("eta_cutoff", "-_entropy", "_entropy"),
+    ("repetition_penalty", "wider < 0", "wider > 0"),
+    ("repetition_penalty", "_among(tokens, mask,", "_among(tokens, mask | True,"),
+    ("no_repeat_ngram", "jnp.int32) - 1", "jnp.int32)"),
+    ("no_repeat_ngram", "mask & (places", "(places"),
+    ("no_repeat_ngram", ">= end - length", ">= 0"),
+    ("no_repeat_ngram", " & (earlier >= 0)", ""),
+    ("no_repeat_ngram", "jnp.roll(tokens, i)", "jnp.roll(tokens, -i)"),
+    ("no_repeat_ngram", "tokens[end - i]", "tokens[i - 1]"),
+    ("no_repeat_ngram", "fori_loop(1, steps + 1", "fori_loop(1, steps"),
+    ("no_repeat_ngram", "fori_loop(1,", "fori_loop(2,"),
+    ("no_repeat_ngram", "return alike & (", "return ("),
+    ("_with_probability", "probs >= least", "probs > 2 * least"),
+    ("_with_probability", " | (logits == logits.max())", ""),
+    ("_entropy", "jnp.isneginf(log_probs)", "log_probs > 0"),
+    ("_entropy", "jnp.exp(log_probs) * log_probs", "jnp.exp2(log_probs) * log_probs"),
+    ("_among", "mask, tokens.astype(jnp.int32), vocab_size", "mask, tokens.astype(jnp.int32), 0"),
+]
+
+
+def mutated(name, part, other):
+    """The module of the functions, with a part of one of them replaced."""
+    from mpt_eqx import sampling
+
+    source = inspect.getsource(sampling)
+    start = source.index(f"\ndef {name}(")
+    end = source.find("\ndef ", start + 1) % (len(source) + 1)
+    assert source[start:end].count(part) == 1
+    module = types.ModuleType("mutated")
+    exec(source[:start] + source[start:end].replace(part, other) + source[end:], module.__dict__)
+    return module
+
+
+# Which functions a helper is part of.
+PART_OF = {
+    "_with_probability": ("min_p", "epsilon_cutoff", "eta_cutoff"),
+    "_entropy": ("typical_p", "eta_cutoff"),
+    "_among": WITH_TOKENS,
+}
+
+
+def check(sampling, names):
+    """Compares functions with the recorded values, and with plain formulations on drawn rows.
+
+    Gives for each row that was drawn whether no logit of it was too near to a border to judge.
+    """
+    rng, clear = np.random.default_rng(0), []
+    for name in names:
+        compiled = jax.jit(getattr(sampling, name))
+        for turn in range(60):
+            logits = np.where(rng.random(V) < 0.2, -np.inf, rng.normal(size=V) * 2).astype(np.float32)
+            option = (*OPTIONS[name], NEUTRAL[name][0])[turn % 5]
+            if name in FILTERS:
+                clear.append(check_filter(compiled, name, logits, option))
+            elif name in WITH_TOKENS:
+                real, garbage = rng.integers(3, size=turn % 11).tolist(), rng.integers(-1, 3, size=T)
+                check_tokens(compiled, name, logits, real, turn % 4, garbage, option)
+    for op in OPS:
+        if any(CLASSES[step["cls"]][0] in names for step in CASE[op]):
+            check_recorded(sampling, op)
+    return clear
+
+
+def test_the_checks_pass_and_judge_nearly_every_row():
+    from mpt_eqx import sampling
+
+    assert np.mean(check(sampling, FUNCTIONS)) > 0.98
+
+
+@pytest.mark.parametrize(("name", "part", "other"), MUTATIONS, ids=[f"{m[0]}: {m[1]} → {m[2]}" for m in MUTATIONS])
+def test_the_checks_notice_a_mutation(name, part, other):
+    sampling = mutated(name, part, other)
+    with pytest.raises(AssertionError):
+        check(sampling, PART_OF.get(name, (name,)))
