@@ -255,7 +255,7 @@ def attention(change):
 
         return formula
 
-    return replaced("attention", "attention", changed)
+    return replaced("multihead", "attention", changed)
 
 
 def but(**new):
@@ -372,13 +372,13 @@ MUTATIONS = [
     ("hf_default", "no causality", attention(but(mask=lambda a: jnp.ones_like(a["mask"])))),
     ("hf_default", "shifted norm", replaced("norms", "LayerNorm.__call__", lambda f: lambda n, x: f(n, x) + 0.01)),
     ("hf_default", "tanh gelu", replaced("activations", "jax.nn.gelu", lambda f: lambda x, approximate: f(x))),
-    ("hf_clip_qkv", "no clip", replaced("attention", "Attention._clipped", lambda f: lambda self, x: x)),
+    ("hf_clip_qkv", "no clip", replaced("multihead", "Attention._clipped", lambda f: lambda self, x: x)),
     ("f_bias", "no bias", replaced("linear", "Linear.__call__", lambda f: lambda w, x: f(type(w)(w.weight), x))),
     ("f_rmsnorm", "mean removed", replaced("norms", "RMSNorm.__call__", without_mean)),
     ("f_lp_rmsnorm", "divided by rsqrt", replaced("norms", "jax.lax.rsqrt", lambda f: jnp.sqrt)),
-    ("f_gqa_kv2", "heads interleaved", replaced("attention", "Attention.__call__", heads_interleaved)),
-    ("f_qk_ln", "k not normed", replaced("attention", "Attention._heads", only("q_ln"))),
-    ("f_qk_gn", "q not normed", replaced("attention", "Attention._heads", only("k_ln"))),
+    ("f_gqa_kv2", "heads interleaved", replaced("multihead", "Attention.__call__", heads_interleaved)),
+    ("f_qk_ln", "k not normed", replaced("multihead", "Attention._heads", only("q_ln"))),
+    ("f_qk_gn", "q not normed", replaced("multihead", "Attention._heads", only("k_ln"))),
     ("f_attn_softcap", "no cap", attention(but(softcap=lambda a: None))),
     ("f_attn_softcap", "cap on the bias too", attention(cap_after_the_bias)),
     ("f_final_softcap", "no cap", replaced("mpt", "softcapped", lambda f: lambda x, cap: x)),
@@ -386,8 +386,8 @@ MUTATIONS = [
     ("f_rope", "half the angle", replaced("rotary", "rotate", lambda f: lambda x, angles: f(x, angles / 2))),
     ("f_rope", "neighbours paired", replaced("rotary", "rotate", paired_with_neighbours)),
     ("f_rope_llama3", "no blend", replaced("rotary", "np.clip", lambda f: lambda x, low, high: (x > 0.5) * 1.0)),
-    ("f_temp_tuning", "late", replaced("attention", "Temperature.__call__", lambda f: lambda t, q, p: f(t, q, p - 1))),
-    ("f_sliding_window", "one key fewer", replaced("attention", "Attention.__call__", window_one_shorter)),
+    ("f_temp_tuning", "late", replaced("multihead", "Temperature.__call__", lambda f: lambda t, q, p: f(t, q, p - 1))),
+    ("f_sliding_window", "one key fewer", replaced("multihead", "Attention.__call__", window_one_shorter)),
     ("f_learned_pos", "late", replaced("linear", "Embedding.__call__", positions_one_late)),
     ("f_glu_silu", "gate and up swapped", replaced("ffn", "GLU.__call__", gate_and_up_swapped)),
     ("f_act_quick_gelu", "1.7", replaced("activations", "scaled", lambda f: lambda x, factor: f(x, 1.7))),

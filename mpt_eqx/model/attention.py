@@ -1,19 +1,16 @@
-"""Attention: the formula first, then the module that holds its weights."""
+"""Attention: the formula, and the same read block by block from a cache."""
 
-import equinox as eqx
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
-from mpt_eqx.config import LayerConfig, MPTConfig, TemperatureTuning
-from mpt_eqx.model.cache import LayerCache
+from mpt_eqx.model.cache import BLOCK, LayerCache
 from mpt_eqx.model.dropout import Dropout, dropped
-from mpt_eqx.model.init import init_heads, init_linear
-from mpt_eqx.model.linear import Linear
-from mpt_eqx.model.norms import LayerNorm
-from mpt_eqx.model.positions import ALiBi, Positions
 from mpt_eqx.model.precision import scaled, softcapped, wide
-from mpt_eqx.model.rotary import DynamicRotary, Rotary, make_rotary
+
+BiasAndMask = Callable[[Int[Array, " S"]], tuple[Float32[Array, "N T S"] | None, Bool[Array, "T S"]]]
 
 
 def attention(
@@ -30,8 +27,7 @@ def attention(
 ) -> Float[Array, "N T H"]:
     """Returns softmax(scale · q kᵀ + bias, where masked) v for each of N heads.
 
-    Scores are rounded to the type of q after the product, the scale and the cap, then the float32 bias makes them
-    float32, in which the softmax is taken; its weights are rounded to the type of v. This order is the references'.
+    The softmax is taken in float32; its weights are rounded to the type of v, as in the references.
 
     Args:
         q: queries of T positions.
@@ -46,6 +42,24 @@ def attention(
 
     Source: llm-foundry 8c8dd48, llmfoundry/models/layers/attention.py, scaled_multihead_dot_product_attention.
     """
+    weights = jax.nn.softmax(attention_scores(q, k, bias, mask, scale, softcap), axis=-1)
+    weights = dropped(weights, dropout, key)
+    return jnp.einsum("NTS,NSH->NTH", weights.astype(v.dtype), v, preferred_element_type=wide(v.dtype)).astype(v.dtype)
+
+
+def attention_scores(
+    q: Float[Array, "N T H"],
+    k: Float[Array, "N S H"],
+    bias: Float32[Array, "N T S"] | None,
+    mask: Bool[Array, "T S"],
+    scale: float,
+    softcap: float | None,
+) -> Float[Array, "N T S"]:
+    """Returns scale · q kᵀ, capped, plus bias; the smallest float32 where masked.
+
+    Scores are rounded to the type of q after the product, the scale and the cap, then the float32 bias makes them
+    float32 (float64 for float64). This order is the references'. Arguments as in `attention`.
+    """
     scores = jnp.einsum("NTH,NSH->NTS", q, k, preferred_element_type=wide(q.dtype)).astype(q.dtype)
     scores = scaled(scores, scale)
     if softcap is not None:
@@ -54,156 +68,65 @@ def attention(
     if bias is not None:
         scores = scores + bias.astype(scores.dtype)
     # The smallest number instead of −∞, so that a row without any visible key is not NaN.
-    scores = jnp.where(mask, scores, float(jnp.finfo(jnp.float32).min))
-    weights = jax.nn.softmax(scores, axis=-1)
-    weights = dropped(weights, dropout, key)
-    return jnp.einsum("NTS,NSH->NTH", weights.astype(v.dtype), v, preferred_element_type=wide(v.dtype)).astype(v.dtype)
+    return jnp.where(mask, scores, float(jnp.finfo(jnp.float32).min))
 
 
-class Temperature(eqx.Module):
-    """q · (1 + attn_scale · log(⌊(position + 1) / floor_scale⌋ + 1)), computed in float32.
+def blockwise_attention(
+    q: Float[Array, "N T H"],
+    cache: LayerCache,
+    bias_and_mask: BiasAndMask,
+    length: Int[Array, ""],
+    scale: float,
+    *,
+    softcap: float | None = None,
+) -> Float[Array, "N T H"]:
+    """Returns what `attention` does with the keys and values of a cache, but never holds more than a block of scores.
 
-    Source: llm-foundry 0.22, llmfoundry/models/layers/attention.py, apply_temperature_tuning. There a cached step
-    counts its position from 0 again; here it counts from the start of the input, as in the full forward pass of both.
+    The softmax is taken online: a running maximum and sum, by which earlier blocks are scaled down when a larger score
+    turns up. Blocks beyond `length` are not read; a block that is masked as a whole changes no bit of the result.
+    Rounding differs from `attention` in one place: the weights are rounded to the type of v before the division by
+    their sum.
+
+    Args:
+        q: queries of T positions.
+        cache: keys and values.
+        bias_and_mask: makes both, for given positions of keys.
+        length: how many rows of the cache are to be read.
+        scale: as in `attention`.
+        softcap: as in `attention`.
+
+    Source: arXiv:1805.02867, section 3; arXiv:2112.05682.
     """
+    sums = wide(q.dtype)
 
-    floor_scale: float = eqx.field(static=True)
-    attn_scale: float = eqx.field(static=True)
+    def read(number: Int[Array, ""], so_far: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        largest, total, mixed = so_far
+        block = cache.block(number)
+        bias, mask = bias_and_mask(number * BLOCK + jnp.arange(BLOCK))
+        scores = attention_scores(q, block.k, bias, mask, scale, softcap)
+        new_largest = jnp.maximum(largest, jnp.max(scores, axis=-1))
+        shrink = jnp.exp(largest - new_largest)
+        weights = jnp.exp(scores - new_largest[..., None])
+        total = total * shrink + jnp.sum(weights, axis=-1)
+        gathered = jnp.einsum("NTS,NSH->NTH", weights.astype(q.dtype), block.v, preferred_element_type=sums)
+        return new_largest, total, mixed * shrink[..., None] + gathered
 
-    def __init__(self, config: TemperatureTuning):
-        self.floor_scale = config.floor_scale
-        self.attn_scale = config.attn_scale
-
-    def __call__(self, q: Float[Array, "N T H"], query_pos: Int[Array, " T"]) -> Float[Array, "N T H"]:
-        """Returns the queries sharpened."""
-        steps = jnp.floor((query_pos + 1).astype(jnp.float32) / self.floor_scale)
-        factor = jnp.log(steps + 1) * self.attn_scale + 1
-        return (q.astype(wide(q.dtype)) * factor[:, None].astype(wide(q.dtype))).astype(q.dtype)
+    none = jnp.full(q.shape[:2], float(jnp.finfo(jnp.float32).min), sums)
+    start = (none, jnp.zeros_like(none), jnp.zeros(q.shape, sums))
+    _, total, mixed = jax.lax.fori_loop(0, (_longest(length) + BLOCK - 1) // BLOCK, read, start)
+    return (mixed / total[..., None]).astype(q.dtype)
 
 
-class Attention(eqx.Module):
-    """Self-attention of N query heads over K heads of keys and values; query head n reads key head ⌊n·K/N⌋.
+@jax.custom_batching.custom_vmap
+def _longest(length: Int[Array, ""]) -> Int[Array, ""]:
+    """Returns `length`, or under vmap the largest one for all rows.
 
-    Which of the weights there are is decided by the configuration: `Wqkv`, whose rows are [q; k; v] with the heads of
-    each one after another; or `Wq`, `Wk` and `Wv`; or `Wq` alone, where keys and values are another block's. What a
-    model does not use is None.
+    The rows of a batch then run through the same blocks. With a number of blocks for each row the loop's counter
+    would have a batch axis, and every block would be gathered row by row.
     """
+    return length
 
-    Wqkv: Linear | None
-    Wq: Linear | None
-    Wk: Linear | None
-    Wv: Linear | None
-    q_ln: LayerNorm | None
-    k_ln: LayerNorm | None
-    out_proj: Linear
-    alibi: ALiBi | None
-    rotary: Rotary | DynamicRotary | None
-    temperature: Temperature | None
-    dropout: Dropout | None
-    n_heads: int = eqx.field(static=True)
-    kv_heads: int = eqx.field(static=True)
-    head_size: int = eqx.field(static=True)
-    norm_per_head: bool = eqx.field(static=True)
-    scale: float = eqx.field(static=True)
-    clip_qkv: float | None = eqx.field(static=True)
-    softcap: float | None = eqx.field(static=True)
-    sliding_window: int | None = eqx.field(static=True)
 
-    def __init__(self, config: MPTConfig, layer: LayerConfig, *, key: PRNGKeyArray):
-        attn, bias = config.attn_config, config.has_attention_bias
-        n, k, h = config.n_heads, config.kv_heads, config.head_size
-        q_key, k_key, v_key, out_key = jax.random.split(key, 4)
-        own_kv = layer.kv_from is None
-        fused = attn.fused_qkv and own_kv
-        self.Wqkv = init_heads(config, n + 2 * k, bias, key=q_key) if fused else None
-        self.Wq = None if fused else init_heads(config, n, bias, key=q_key)
-        self.Wk = init_heads(config, k, bias, key=k_key) if own_kv and not fused else None
-        self.Wv = init_heads(config, k, bias, key=v_key) if own_kv and not fused else None
-        # llm-foundry hands neither norm_type nor norm_eps on to these two.
-        normed, norm_bias = attn.qk_ln or attn.qk_gn, not config.no_bias
-        self.q_ln = LayerNorm(h if attn.qk_gn else n * h, 1e-5, bias=norm_bias) if normed else None
-        self.k_ln = LayerNorm(h if attn.qk_gn else k * h, 1e-5, bias=norm_bias) if normed and own_kv else None
-        self.out_proj = init_linear(config, (config.d_model, n * h), not config.no_bias, residual=True, key=out_key)
-        self.alibi = ALiBi(n, attn.alibi_bias_max) if attn.alibi and not layer.nope else None
-        self.rotary = None if layer.nope else make_rotary(config)
-        tuning = layer.attn_temperature_tuning
-        self.temperature = None if tuning is None else Temperature(tuning)
-        self.dropout = Dropout(attn.attn_pdrop) if attn.attn_pdrop else None
-        self.n_heads, self.kv_heads, self.head_size = n, k, h
-        self.norm_per_head = attn.qk_gn
-        # Also where head_dim is given, the default follows d_model.
-        self.scale = attn.softmax_scale or (config.d_model / n) ** -0.5
-        self.clip_qkv = attn.clip_qkv
-        self.softcap = attn.attn_logit_softcapping
-        self.sliding_window = layer.sliding_window_size
-
-    def __call__(
-        self,
-        x: Float[Array, "T D"],
-        positions: Positions,
-        kv: LayerCache | None = None,
-        x_kv: Float[Array, "T D"] | None = None,
-        *,
-        key: PRNGKeyArray | None = None,
-    ) -> tuple[Float[Array, "T D"], LayerCache]:
-        """Returns what T positions gather from S, and the keys and values they gathered from.
-
-        Args:
-            x: the normed residual stream.
-            positions: where the T rows of x and the S keys stand.
-            kv: keys and values so far, to which those of the T rows are added; None attends within x alone. In a block
-                that reads another block's, those of that block, with the T rows added.
-            x_kv: what keys and values are computed from, if not x.
-            key: randomness of dropout; None for none.
-        """
-        q, k, v = self._project(x, x if x_kv is None else x_kv)
-        q = self._heads(q, self.n_heads, self.q_ln)
-        if self.temperature is not None:
-            q = self.temperature(q, positions.query)
-        if self.rotary is not None:
-            q = self.rotary(q, positions)
-        if k is not None and v is not None:
-            k, v = self._heads(k, self.kv_heads, self.k_ln), self._heads(v, self.kv_heads, None)
-            if self.rotary is not None:
-                k = self.rotary(k, positions)
-            kv = LayerCache(k, v) if kv is None else kv.write(k, v, positions.query)
-        assert kv is not None  # the model gives it to a block that has no keys of its own
-
-        bias = None if self.alibi is None else self.alibi(positions)
-        mask = positions.visible
-        if self.sliding_window is not None:
-            mask &= positions.key[None, :] >= positions.query[:, None] - self.sliding_window
-        shape = q.shape
-        if self.kv_heads != self.n_heads:
-            # The queries that share a key head stand as more positions of that head.
-            groups = self.n_heads // self.kv_heads
-            q = q.reshape(self.kv_heads, -1, self.head_size)
-            bias = None if bias is None else bias.reshape(self.kv_heads, -1, bias.shape[-1])
-            mask = jnp.tile(mask, (groups, 1))
-        h = attention(q, kv.k, kv.v, bias, mask, self.scale, softcap=self.softcap, dropout=self.dropout, key=key)
-        h = jnp.swapaxes(h.reshape(shape), 0, 1).reshape(x.shape[0], -1)
-        return self.out_proj(h), kv
-
-    def _project(
-        self, x: Float[Array, "T D"], x_kv: Float[Array, "T D"]
-    ) -> tuple[Float[Array, "T NH"], Float[Array, "T KH"] | None, Float[Array, "T KH"] | None]:
-        """Returns q, k and v with all heads in a row, clipped; k and v are None where they are another block's."""
-        if self.Wqkv is not None:
-            ends = (self.n_heads * self.head_size, (self.n_heads + self.kv_heads) * self.head_size)
-            q, k, v = jnp.split(self._clipped(self.Wqkv(x)), ends, axis=-1)
-            return q, k, v
-        assert self.Wq is not None
-        q = self._clipped(self.Wq(x))
-        if self.Wk is None or self.Wv is None:
-            return q, None, None
-        return q, self._clipped(self.Wk(x_kv)), self._clipped(self.Wv(x_kv))
-
-    def _clipped(self, x: Float[Array, "T O"]) -> Float[Array, "T O"]:
-        return x if self.clip_qkv is None else jnp.clip(x, -self.clip_qkv, self.clip_qkv)
-
-    def _heads(self, x: Float[Array, "T NH"], n: int, norm: LayerNorm | None) -> Float[Array, "N T H"]:
-        """Returns x normed and split into its n heads."""
-        if norm is not None and not self.norm_per_head:
-            x = norm(x)
-        x = jnp.swapaxes(x.reshape(x.shape[0], n, -1), 0, 1)
-        return norm(x) if norm is not None and self.norm_per_head else x
+@_longest.def_vmap
+def _(size: int, batched: list[bool], length: Int[Array, " B"]) -> tuple[Int[Array, ""], bool]:
+    return _longest(jnp.max(length)), False

@@ -5,11 +5,11 @@ import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from mpt_eqx.config import MOE_TYPES, LayerConfig, MPTConfig
-from mpt_eqx.model.attention import Attention
-from mpt_eqx.model.cache import LayerCache
+from mpt_eqx.model.cache import KeysValues, LayerCache
 from mpt_eqx.model.dropout import Dropout, dropped
 from mpt_eqx.model.ffn import GLU, MLP
 from mpt_eqx.model.moe import MoE
+from mpt_eqx.model.multihead import Attention
 from mpt_eqx.model.norms import LayerNorm, RMSNorm, make_norm
 from mpt_eqx.model.positions import Positions
 
@@ -39,11 +39,11 @@ class Block(eqx.Module):
         self,
         x: Float[Array, "T D"],
         positions: Positions,
-        kv: LayerCache | None = None,
+        kv: KeysValues | LayerCache | None = None,
         x_kv: Float[Array, "T D"] | None = None,
         *,
         key: PRNGKeyArray | None = None,
-    ) -> tuple[Float[Array, "T D"], LayerCache]:
+    ) -> tuple[Float[Array, "T D"], KeysValues | LayerCache]:
         """Returns the residual stream after this layer, and the keys and values that it read.
 
         Args:

@@ -1,24 +1,51 @@
 """The KV cache: keys and values of the tokens seen so far, as plain arrays."""
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Int
+import numpy as np
+from jaxtyping import Array, DTypeLike, Float, Int, UInt16
 
 from mpt_eqx.config import MPTConfig
 
+BLOCK = 128
+"""Keys that a cached query reads at a time; the capacity of a cache is a multiple of it."""
 
-class LayerCache(eqx.Module):
-    """Keys and values of one layer, for S positions; heads come first, as the products of a decode step read them."""
+
+class KeysValues(eqx.Module):
+    """Keys and values of one layer, for S positions; heads come first, as the products read them."""
 
     k: Float[Array, "K S H"]
     v: Float[Array, "K S H"]
 
-    def write(self, k: Float[Array, "K T H"], v: Float[Array, "K T H"], positions: Int[Array, " T"]) -> "LayerCache":
+
+class LayerCache(eqx.Module):
+    """Keys and values of one layer with room for S positions, stored.
+
+    bfloat16 and float16 are stored as their bits: XLA's CPU backend cannot write into an array of theirs in place and
+    would turn the whole cache into float32 and back for every token.
+    """
+
+    k: Float[Array, "K S H"] | UInt16[Array, "K S H"]
+    v: Float[Array, "K S H"] | UInt16[Array, "K S H"]
+    dtype: np.dtype = eqx.field(static=True)
+
+    def write(self, new: KeysValues, positions: Int[Array, " T"]) -> "LayerCache":
         """Returns the cache with T rows written at `positions`; those beyond the capacity are dropped."""
-        return LayerCache(
-            k=self.k.at[:, positions].set(k, mode="drop"),
-            v=self.v.at[:, positions].set(v, mode="drop"),
-        )
+
+        def written(old: Array, rows: Float[Array, "K T H"]) -> Array:
+            return old.at[:, positions].set(jax.lax.bitcast_convert_type(rows, old.dtype), mode="drop")
+
+        return LayerCache(k=written(self.k, new.k), v=written(self.v, new.v), dtype=self.dtype)
+
+    def block(self, number: Int[Array, ""]) -> KeysValues:
+        """Returns the BLOCK rows from `number` · BLOCK on."""
+
+        def rows(stored: Array) -> Float[Array, "K S H"]:
+            part = jax.lax.dynamic_slice_in_dim(stored, number * BLOCK, BLOCK, axis=1)
+            return jax.lax.bitcast_convert_type(part, self.dtype)
+
+        return KeysValues(k=rows(self.k), v=rows(self.v))
 
 
 class KVCache(eqx.Module):
@@ -33,10 +60,16 @@ class KVCache(eqx.Module):
 
     @classmethod
     def empty(cls, config: MPTConfig, capacity: int, dtype: DTypeLike) -> "KVCache":
-        """Returns a cache for `capacity` tokens that holds none."""
-        rows = jnp.zeros((config.kv_heads, capacity, config.head_size), dtype)
+        """Returns a cache that holds no tokens and has room for `capacity`, rounded up to whole blocks."""
+        shape = (config.kv_heads, -(-capacity // BLOCK) * BLOCK, config.head_size)
+        dtype = np.dtype(dtype)
+        # Made by numpy, so that no size of cache costs a compilation; each array is its own, so that it can be donated.
+        stored = np.zeros(shape, np.uint16 if dtype.itemsize == 2 else dtype)
         return cls(
-            layers=tuple(LayerCache(rows, rows) if layer.kv_from is None else None for layer in config.layers),
+            layers=tuple(
+                LayerCache(jnp.array(stored), jnp.array(stored), dtype) if layer.kv_from is None else None
+                for layer in config.layers
+            ),
             length=jnp.zeros((), jnp.int32),
         )
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.errors import MPTError
 from mpt_eqx.model.blocks import Block
-from mpt_eqx.model.cache import KVCache, LayerCache
+from mpt_eqx.model.cache import KeysValues, KVCache, LayerCache
 from mpt_eqx.model.dropout import Dropout, dropped
 from mpt_eqx.model.init import init_embedding, init_linear
 from mpt_eqx.model.linear import Embedding, Linear
@@ -98,21 +98,19 @@ class MPT(eqx.Module):
         """
         self._check(tokens, mask, sequence_ids, key)
         place = jnp.arange(tokens.shape[0])
-        visible = place[None, :] <= place[:, None]
         if mask is not None:
             mask = mask.astype(bool)  # tokenizers give 0 and 1
         if sequence_ids is not None:
-            visible &= sequence_ids[None, :] == sequence_ids[:, None]
             mask = sequence_ids >= 0 if mask is None else mask & (sequence_ids >= 0)
-        if mask is not None:
-            visible &= mask[None, :]
+        allowed = None if mask is None else jnp.broadcast_to(mask, (len(tokens), len(tokens)))
+        if allowed is not None and sequence_ids is not None:
+            allowed &= sequence_ids[None, :] == sequence_ids[:, None]
         token = place if mask is None else token_positions(mask)
         n_keys = 1 + len(self.blocks)
         emb_key, *block_keys = (None,) * n_keys if key is None else jax.random.split(key, n_keys)
         x = self._embed(tokens, token, emb_key)
-        inputs, x, _ = self._run(
-            x, Positions(query=place, token=token, key=place, visible=visible), (None,) * len(self.blocks), block_keys
-        )
+        positions = Positions(query=place, token=token, allowed=allowed)
+        inputs, x, _ = self._run(x, positions, (None,) * len(self.blocks), block_keys)
         return (*inputs, self.norm_f(x))
 
     def extend(self, tokens: Int[Array, " T"], cache: KVCache) -> tuple[Float[Array, "T D"], KVCache]:
@@ -128,11 +126,13 @@ class MPT(eqx.Module):
             overwritten by what comes next.
         """
         query = cache.length + jnp.arange(tokens.shape[0])
-        keys = jnp.arange(cache.capacity)
-        positions = Positions(query=query, token=query, key=keys, visible=keys[None, :] <= query[:, None])
+        positions = Positions(query=query, token=query, allowed=None)
         x = self._embed(tokens, query, None)
         _, x, written = self._run(x, positions, cache.layers, (None,) * len(self.blocks))
-        layers = tuple(None if old is None else new for old, new in zip(cache.layers, written, strict=True))
+        layers = tuple(
+            new if isinstance(old, LayerCache) and isinstance(new, LayerCache) else None
+            for old, new in zip(cache.layers, written, strict=True)
+        )
         return self.norm_f(x), KVCache(layers=layers, length=cache.length + tokens.shape[0])
 
     def unembed(self, x: Float[Array, "T D"]) -> Float[Array, "T V"]:
@@ -165,10 +165,10 @@ class MPT(eqx.Module):
         positions: Positions,
         cache: Sequence[LayerCache | None],
         keys: Sequence[PRNGKeyArray | None],
-    ) -> tuple[list[Float[Array, "T D"]], Float[Array, "T D"], list[LayerCache]]:
+    ) -> tuple[list[Float[Array, "T D"]], Float[Array, "T D"], list[KeysValues | LayerCache]]:
         """Returns the input of each block, the output of the last, and the keys and values that each block read."""
         inputs: list[Float[Array, "T D"]] = []
-        read: list[LayerCache] = []
+        read: list[KeysValues | LayerCache] = []
         for block, layer, own, key in zip(self.blocks, self.config.layers, cache, keys, strict=True):
             inputs.append(x)
             kv = own if layer.kv_from is None else read[layer.kv_from]

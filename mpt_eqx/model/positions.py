@@ -7,19 +7,17 @@ from jaxtyping import Array, Bool, Float32, Int
 
 
 class Positions(eqx.Module):
-    """Where the T queries and S keys of one call stand, and who sees whom.
+    """Where the T queries of one call stand, and what they may see.
 
     Attributes:
         query: place of each query in its input, 0-based, padding counted; in the cache, also where its key is written.
         token: how many real tokens stand before each query; the same as `query` where nothing is padded.
-        key: place of each key.
-        visible: True where a query may see a key.
+        allowed: True where a query may see a key; None for all keys. Those after the query are hidden besides.
     """
 
     query: Int[Array, " T"]
     token: Int[Array, " T"]
-    key: Int[Array, " S"]
-    visible: Bool[Array, "T S"]
+    allowed: Bool[Array, "T T"] | None
 
 
 def token_positions(mask: Bool[Array, " T"]) -> Int[Array, " T"]:
@@ -73,6 +71,6 @@ class ALiBi(eqx.Module):
     n_heads: int = eqx.field(static=True)
     bias_max: float = eqx.field(static=True)
 
-    def __call__(self, positions: Positions) -> Float32[Array, "N T S"]:
+    def __call__(self, query_pos: Int[Array, " T"], key_pos: Int[Array, " S"]) -> Float32[Array, "N T S"]:
         """Returns the bias to add to the scores."""
-        return alibi_bias(alibi_slopes(self.n_heads, self.bias_max), positions.query, positions.key)
+        return alibi_bias(alibi_slopes(self.n_heads, self.bias_max), query_pos, key_pos)

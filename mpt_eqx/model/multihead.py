@@ -1,0 +1,182 @@
+"""The module that holds the weights of attention, and makes queries, keys and values for the formula."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
+
+from mpt_eqx.config import LayerConfig, MPTConfig, TemperatureTuning
+from mpt_eqx.model.attention import attention, blockwise_attention
+from mpt_eqx.model.cache import KeysValues, LayerCache
+from mpt_eqx.model.dropout import Dropout
+from mpt_eqx.model.init import init_heads, init_linear
+from mpt_eqx.model.linear import Linear
+from mpt_eqx.model.norms import LayerNorm
+from mpt_eqx.model.positions import ALiBi, Positions
+from mpt_eqx.model.precision import wide
+from mpt_eqx.model.rotary import DynamicRotary, Rotary, make_rotary
+
+
+class Temperature(eqx.Module):
+    """q · (1 + attn_scale · log(⌊(position + 1) / floor_scale⌋ + 1)), computed in float32.
+
+    Source: llm-foundry 0.22, llmfoundry/models/layers/attention.py, apply_temperature_tuning. There a cached step
+    counts its position from 0 again; here it counts from the start of the input, as in the full forward pass of both.
+    """
+
+    floor_scale: float = eqx.field(static=True)
+    attn_scale: float = eqx.field(static=True)
+
+    def __init__(self, config: TemperatureTuning):
+        self.floor_scale = config.floor_scale
+        self.attn_scale = config.attn_scale
+
+    def __call__(self, q: Float[Array, "N T H"], query_pos: Int[Array, " T"]) -> Float[Array, "N T H"]:
+        """Returns the queries sharpened."""
+        steps = jnp.floor((query_pos + 1).astype(jnp.float32) / self.floor_scale)
+        factor = jnp.log(steps + 1) * self.attn_scale + 1
+        return (q.astype(wide(q.dtype)) * factor[:, None].astype(wide(q.dtype))).astype(q.dtype)
+
+
+class Attention(eqx.Module):
+    """Self-attention of N query heads over K heads of keys and values; query head n reads key head ⌊n·K/N⌋.
+
+    Which of the weights there are is decided by the configuration: `Wqkv`, whose rows are [q; k; v] with the heads of
+    each one after another; or `Wq`, `Wk` and `Wv`; or `Wq` alone, where keys and values are another block's. What a
+    model does not use is None.
+    """
+
+    Wqkv: Linear | None
+    Wq: Linear | None
+    Wk: Linear | None
+    Wv: Linear | None
+    q_ln: LayerNorm | None
+    k_ln: LayerNorm | None
+    out_proj: Linear
+    alibi: ALiBi | None
+    rotary: Rotary | DynamicRotary | None
+    temperature: Temperature | None
+    dropout: Dropout | None
+    n_heads: int = eqx.field(static=True)
+    kv_heads: int = eqx.field(static=True)
+    head_size: int = eqx.field(static=True)
+    norm_per_head: bool = eqx.field(static=True)
+    scale: float = eqx.field(static=True)
+    clip_qkv: float | None = eqx.field(static=True)
+    softcap: float | None = eqx.field(static=True)
+    sliding_window: int | None = eqx.field(static=True)
+
+    def __init__(self, config: MPTConfig, layer: LayerConfig, *, key: PRNGKeyArray):
+        attn, bias = config.attn_config, config.has_attention_bias
+        n, k, h = config.n_heads, config.kv_heads, config.head_size
+        q_key, k_key, v_key, out_key = jax.random.split(key, 4)
+        own_kv = layer.kv_from is None
+        fused = attn.fused_qkv and own_kv
+        self.Wqkv = init_heads(config, n + 2 * k, bias, key=q_key) if fused else None
+        self.Wq = None if fused else init_heads(config, n, bias, key=q_key)
+        self.Wk = init_heads(config, k, bias, key=k_key) if own_kv and not fused else None
+        self.Wv = init_heads(config, k, bias, key=v_key) if own_kv and not fused else None
+        # llm-foundry hands neither norm_type nor norm_eps on to these two.
+        normed, norm_bias = attn.qk_ln or attn.qk_gn, not config.no_bias
+        self.q_ln = LayerNorm(h if attn.qk_gn else n * h, 1e-5, bias=norm_bias) if normed else None
+        self.k_ln = LayerNorm(h if attn.qk_gn else k * h, 1e-5, bias=norm_bias) if normed and own_kv else None
+        self.out_proj = init_linear(config, (config.d_model, n * h), not config.no_bias, residual=True, key=out_key)
+        self.alibi = ALiBi(n, attn.alibi_bias_max) if attn.alibi and not layer.nope else None
+        self.rotary = None if layer.nope else make_rotary(config)
+        tuning = layer.attn_temperature_tuning
+        self.temperature = None if tuning is None else Temperature(tuning)
+        self.dropout = Dropout(attn.attn_pdrop) if attn.attn_pdrop else None
+        self.n_heads, self.kv_heads, self.head_size = n, k, h
+        self.norm_per_head = attn.qk_gn
+        # Also where head_dim is given, the default follows d_model.
+        self.scale = attn.softmax_scale or (config.d_model / n) ** -0.5
+        self.clip_qkv = attn.clip_qkv
+        self.softcap = attn.attn_logit_softcapping
+        self.sliding_window = layer.sliding_window_size
+
+    def __call__(
+        self,
+        x: Float[Array, "T D"],
+        positions: Positions,
+        kv: KeysValues | LayerCache | None = None,
+        x_kv: Float[Array, "T D"] | None = None,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "T D"], KeysValues | LayerCache]:
+        """Returns what T positions gather, and the keys and values they gathered from.
+
+        Args:
+            x: the normed residual stream.
+            positions: where the T rows of x stand, and what they may see.
+            kv: the cache to which the keys and values of the T rows are added; None attends within x alone. In a block
+                that reads another block's, those of that block, with the T rows added.
+            x_kv: what keys and values are computed from, if not x.
+            key: randomness of dropout; None for none.
+        """
+        q, k, v = self._project(x, x if x_kv is None else x_kv)
+        q = self._heads(q, self.n_heads, self.q_ln)
+        if self.temperature is not None:
+            q = self.temperature(q, positions.query)
+        if self.rotary is not None:
+            q = self.rotary(q, positions)
+        if k is not None and v is not None:
+            k, v = self._heads(k, self.kv_heads, self.k_ln), self._heads(v, self.kv_heads, None)
+            if self.rotary is not None:
+                k = self.rotary(k, positions)
+            own = KeysValues(k, v)
+            kv = kv.write(own, positions.query) if isinstance(kv, LayerCache) else own
+        assert kv is not None  # the model gives it to a block that has no keys of its own
+
+        shape = q.shape
+        # The queries that share a key head stand as more positions of that head.
+        q = q.reshape(self.kv_heads, -1, self.head_size)
+
+        def bias_and_mask(keys: Int[Array, " S"]) -> tuple[Float32[Array, "K GT S"] | None, Bool[Array, "GT S"]]:
+            return self._bias_and_mask(positions, keys)
+
+        if isinstance(kv, LayerCache):
+            h = blockwise_attention(q, kv, bias_and_mask, positions.query[-1] + 1, self.scale, softcap=self.softcap)
+        else:
+            bias, mask = bias_and_mask(positions.query)
+            h = attention(q, kv.k, kv.v, bias, mask, self.scale, softcap=self.softcap, dropout=self.dropout, key=key)
+        h = jnp.swapaxes(h.reshape(shape), 0, 1).reshape(x.shape[0], -1)
+        return self.out_proj(h), kv
+
+    def _bias_and_mask(
+        self, positions: Positions, keys: Int[Array, " S"]
+    ) -> tuple[Float32[Array, "K GT S"] | None, Bool[Array, "GT S"]]:
+        """Returns the bias and who sees whom, for the T queries of the G heads over each key head and S keys."""
+        bias = None if self.alibi is None else self.alibi(positions.query, keys)
+        mask = keys[None, :] <= positions.query[:, None]
+        if positions.allowed is not None:
+            mask &= positions.allowed
+        if self.sliding_window is not None:
+            mask &= keys[None, :] >= positions.query[:, None] - self.sliding_window
+        if (groups := self.n_heads // self.kv_heads) > 1:
+            bias = None if bias is None else bias.reshape(self.kv_heads, -1, bias.shape[-1])
+            mask = jnp.tile(mask, (groups, 1))
+        return bias, mask
+
+    def _project(
+        self, x: Float[Array, "T D"], x_kv: Float[Array, "T D"]
+    ) -> tuple[Float[Array, "T NH"], Float[Array, "T KH"] | None, Float[Array, "T KH"] | None]:
+        """Returns q, k and v with all heads in a row, clipped; k and v are None where they are another block's."""
+        if self.Wqkv is not None:
+            ends = (self.n_heads * self.head_size, (self.n_heads + self.kv_heads) * self.head_size)
+            q, k, v = jnp.split(self._clipped(self.Wqkv(x)), ends, axis=-1)
+            return q, k, v
+        assert self.Wq is not None
+        q = self._clipped(self.Wq(x))
+        if self.Wk is None or self.Wv is None:
+            return q, None, None
+        return q, self._clipped(self.Wk(x_kv)), self._clipped(self.Wv(x_kv))
+
+    def _clipped(self, x: Float[Array, "T O"]) -> Float[Array, "T O"]:
+        return x if self.clip_qkv is None else jnp.clip(x, -self.clip_qkv, self.clip_qkv)
+
+    def _heads(self, x: Float[Array, "T NH"], n: int, norm: LayerNorm | None) -> Float[Array, "N T H"]:
+        """Returns x normed and split into its n heads."""
+        if norm is not None and not self.norm_per_head:
+            x = norm(x)
+        x = jnp.swapaxes(x.reshape(x.shape[0], n, -1), 0, 1)
+        return norm(x) if norm is not None and self.norm_per_head else x
