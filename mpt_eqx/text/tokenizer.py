@@ -1,17 +1,16 @@
 """The tokenizer of a checkpoint: text to token ids and back, also piece by piece."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpt_eqx.checkpoint.hub import find_checkpoint
 from mpt_eqx.config_dialects import read_json_object
 from mpt_eqx.errors import CheckpointError, MPTError
+from mpt_eqx.text import chat
 
 if TYPE_CHECKING:
     import tokenizers
-
-FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json")
 
 
 class Tokenizer:
@@ -22,14 +21,18 @@ class Tokenizer:
         vocab_size: how many ids the tokenizer knows; an MPT's embedding may have more rows.
     """
 
-    def __init__(self, backend: "tokenizers.Tokenizer", eos_token_ids: Sequence[int]):
+    def __init__(
+        self, backend: "tokenizers.Tokenizer", eos_token_ids: Sequence[int], *, directory: str | Path | None = None
+    ):
         """Wraps a tokenizer of the `tokenizers` library.
 
         Args:
             backend: the tokenizer.
             eos_token_ids: ids that end a text.
+            directory: where the checkpoint is; its chat template is read from there when it is wanted.
         """
         self._backend = backend
+        self._directory = None if directory is None else Path(directory)
         self.eos_token_ids = tuple(eos_token_ids)
         self.vocab_size = backend.get_vocab_size()
 
@@ -49,6 +52,46 @@ class Tokenizer:
         for token in tokens:
             if piece := decoder.step(self._backend, int(token)):
                 yield piece
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """Returns the token ids of the prompt that a chat template makes of messages.
+
+        What a message says is always ordinary text: `<|im_end|>` in it ends nothing. Only the template writes control
+        tokens, and the tokens that tokenizer.json would add to every text it writes itself, if it wants them.
+
+        Args:
+            messages: dicts of role ("system", "user", "assistant") and content, at least one.
+            chat_template: "chatml" (llm-foundry's default for chat models), "mpt-instruct" (MosaicML's instruct
+                models), or a Jinja template; None for the checkpoint's own, in chat_template.jinja or
+                tokenizer_config.json.
+            add_generation_prompt: whether the prompt ends where the assistant begins to speak.
+
+        Raises:
+            MPTError: messages of another form, no template, or one that fails, does not take the messages or is too
+                expensive; or the extra `text` is not installed.
+            CheckpointError, ConfigError: a file of the checkpoint is not what it should be.
+        """
+        pieces = self.chat_pieces(messages, chat_template=chat_template, add_generation_prompt=add_generation_prompt)
+        return chat.encode_pieces(self._backend, pieces)
+
+    def chat_pieces(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[chat.Piece]:
+        """Returns the prompt of `apply_chat_template` as text: (text, id of the control token it is, or None) each."""
+        return chat.chat_pieces(
+            self._backend, messages,
+            directory=self._directory, chat_template=chat_template, add_generation_prompt=add_generation_prompt,
+        )  # fmt: skip
 
 
 def load_tokenizer(
@@ -94,7 +137,7 @@ def load_tokenizer(
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise CheckpointError(f"{path}: expected a tokenizer, found something else ({error})") from None
-    return Tokenizer(backend, _eos_token_ids(directory, backend))
+    return Tokenizer(backend, _eos_token_ids(directory, backend), directory=directory)
 
 
 def generation_config(directory: Path) -> dict[str, Any]:
