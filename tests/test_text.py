@@ -81,6 +81,54 @@ def test_where_the_ends_come_from(tmp_path, files, ids):
     assert load_tokenizer(tmp_path).eos_token_ids == ids
 
 
+def changed(tmp_path, **changes):
+    from mpt_eqx import SHIPPED_MODEL
+
+    content = json.loads((SHIPPED_MODEL / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**content, **changes}))
+    return content
+
+
+def test_the_size_of_the_vocabulary_is_the_highest_id_and_one(tmp_path):
+    import tokenizers
+
+    from mpt_eqx.text import Tokenizer, load_tokenizer
+
+    content = changed(tmp_path)
+    end, word = content["added_tokens"][0], {"lstrip": False, "rstrip": False, "single_word": False, "normalized": True}
+    changed(tmp_path, added_tokens=[end, {"id": 4096, "content": "    ", "special": False, **word}])
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.vocab_size == 4097 and tokenizer.encode("a    ")[-1] == 4096
+    for vocabulary, size in (({"a": 0, "b": 700}, 701), ({}, 0)):
+        backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="a"))
+        assert Tokenizer(backend, ()).vocab_size == size
+
+
+def test_added_tokens_keep_their_ids_or_are_refused(tmp_path):
+    from mpt_eqx import CheckpointError
+    from mpt_eqx.text import load_tokenizer
+
+    content = changed(tmp_path)
+    changed(
+        tmp_path, added_tokens=[*content["added_tokens"], {**content["added_tokens"][0], "id": 5000, "content": "<x>"}]
+    )
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer.json: .* found '<x>' with id 5000, which would become 4096; fill"
+    ):
+        load_tokenizer(tmp_path)
+
+
+def test_no_text_is_cut_or_filled_up(tmp_path):
+    from mpt_eqx.text import load_tokenizer
+
+    cut = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    fill = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0}
+    changed(tmp_path)
+    whole = load_tokenizer(tmp_path).encode("one two three four")
+    changed(tmp_path, truncation=cut, padding={**fill, "pad_token": "<|endoftext|>"})
+    assert load_tokenizer(tmp_path).encode("one two three four") == whole and 2 < len(whole) < 9
+
+
 def test_no_tokenizer(tmp_path):
     from mpt_eqx import CheckpointError
     from mpt_eqx.text import load_tokenizer

@@ -129,7 +129,8 @@ def encode_pieces(backend: "tokenizers.Tokenizer", pieces: Sequence[Piece]) -> l
 
     controls = control_tokens(backend)
     names = _private({id_ for _, id_ in pieces if id_ is not None}, [text for text, _ in pieces])
-    spaces = {id_: token for id_, token in _added(backend).items() if token.content not in controls}
+    tokens = _added(backend)
+    spaces = {id_: token for id_, token in tokens.items() if token.content not in controls}
     clone = tokenizers.Tokenizer(backend.model)
     clone.normalizer, clone.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
     size = clone.get_vocab_size()
@@ -142,7 +143,8 @@ def encode_pieces(backend: "tokenizers.Tokenizer", pieces: Sequence[Piece]) -> l
     encoded = [ids.get(id_, id_) for id_ in clone.encode(text, add_special_tokens=False).ids]
     unknown = backend.token_to_id(getattr(backend.model, "unk_token", None) or "")
     # A word that was added, and that the model knows too, is an ordinary word.
-    guarded = {i for text, i in controls.items() if i != unknown and (_added(backend)[i].special or not text.isalnum())}
+    words = {id_ for id_, token in tokens.items() if token.content.isalnum() and not token.special}
+    guarded = set(controls.values()) - words - {unknown}
     if [i for i in encoded if i in guarded] != [i for _, i in pieces if i in guarded]:
         raise MPTError(
             "messages: expected text that can be encoded as ordinary text, found the text of a special token that this "

@@ -1,5 +1,6 @@
 """The tokenizer of a checkpoint: text to token ids and back, also piece by piece."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ class Tokenizer:
 
     Attributes:
         eos_token_ids: ids that end a text.
-        vocab_size: how many ids the tokenizer knows; an MPT's embedding may have more rows.
+        vocab_size: the highest id that the tokenizer knows, plus one; an MPT's embedding may have more rows.
     """
 
     def __init__(
@@ -34,7 +35,8 @@ class Tokenizer:
         self._backend = backend
         self._directory = None if directory is None else Path(directory)
         self.eos_token_ids = tuple(eos_token_ids)
-        self.vocab_size = backend.get_vocab_size()
+        # Not the number of tokens: there may be gaps between the ids.
+        self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
 
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of `text`; no beginning or end is added unless tokenizer.json says so."""
@@ -109,7 +111,8 @@ def load_tokenizer(
     tokenizer_config.json.
 
     Raises:
-        CheckpointError: no checkpoint is there, or it has no tokenizer.json that can be read.
+        CheckpointError: no checkpoint is there, or it has no tokenizer.json that can be read, or one whose added
+            tokens cannot have the ids it says.
         MPTError: the extra `text` is not installed.
     """
     try:
@@ -137,6 +140,10 @@ def load_tokenizer(
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise CheckpointError(f"{path}: expected a tokenizer, found something else ({error})") from None
+    _check_added_ids(path, backend)
+    # What a trainer set for its batches; text would be cut without a word.
+    backend.no_truncation()
+    backend.no_padding()
     return Tokenizer(backend, _eos_token_ids(directory, backend), directory=directory)
 
 
@@ -165,6 +172,17 @@ def until_stop(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
         held = held[len(held) - keep :]
     if held:
         yield held
+
+
+def _check_added_ids(path: Path, backend: "tokenizers.Tokenizer") -> None:
+    """Raises where the library numbers an added token anew: it does so without a word where ids leave a gap."""
+    for token in json.loads(path.read_text(encoding="utf-8")).get("added_tokens") or []:
+        if (found := backend.token_to_id(token["content"])) != token["id"]:
+            raise CheckpointError(
+                f"{path}: expected added tokens whose ids go on from the vocabulary's without a gap, found "
+                f"{token['content']!r} with id {token['id']}, which would become {found}; fill the gap with "
+                f"tokens that no text has"
+            )
 
 
 def _eos_token_ids(directory: Path, backend: "tokenizers.Tokenizer") -> list[int]:
