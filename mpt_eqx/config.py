@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mpt_eqx.config_checks import check_bool, check_choice, check_int, check_number, check_part, check_probability
-from mpt_eqx.config_dialects import from_canonical, read_json_object, to_canonical, to_config_json
+from mpt_eqx.config_dialects import as_written, from_canonical, read_json_object, to_canonical, to_config_json
 from mpt_eqx.config_parts import MOE_TYPES
 from mpt_eqx.config_parts import ActFnConfig as ActFnConfig
 from mpt_eqx.config_parts import AttnConfig as AttnConfig
@@ -287,9 +287,13 @@ class MPTConfig:
         """Reads the content of a config.json, in llm-foundry's dialect, transformers' or the flat one of early 2023.
 
         Raises:
-            ConfigError: a key is unknown and could change the maths, or its value is wrong or not supported.
+            ConfigError: a key is unknown and could change the maths, or its value is wrong or not supported. The
+                message names the key as the file spells it.
         """
-        return cls(**from_canonical(to_canonical(d)))
+        try:
+            return cls(**from_canonical(to_canonical(d)))
+        except ConfigError as error:
+            raise ConfigError(as_written(str(error), d)) from None
 
     @classmethod
     def from_json_file(cls, path: str | Path) -> "MPTConfig":

@@ -43,7 +43,8 @@ def collapse_overrides(blocks: list[dict[str, Any]]) -> dict[str, Any]:
     overrides: dict[str, dict[str, Any]] = {}
     order = []
     for block in blocks:
-        changed = {key: value for key, value in block.items() if value not in (None, False)}
+        # By identity, because a window of 0 equals False.
+        changed = {key: value for key, value in block.items() if value is not None and value is not False}
         content = {"attn_config": changed}
         name = next((name for name in overrides if overrides[name] == content), f"block_{len(overrides)}")
         if changed:

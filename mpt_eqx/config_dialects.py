@@ -9,14 +9,23 @@ vanishes silently is a wrong model.
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mpt_eqx.config_blocks import as_tuning, collapse_overrides, expand_overrides
-from mpt_eqx.config_checks import shown
-from mpt_eqx.config_parts import MOE_FIELDS, MOE_TYPES, ActFnConfig, AttnConfig, FFNConfig, InitConfig, RopeHFConfig
-from mpt_eqx.errors import ConfigError
+from mpt_eqx.config_checks import check_int, shown
+from mpt_eqx.config_parts import (
+    MOE_FIELDS,
+    MOE_TYPES,
+    ActFnConfig,
+    AttnConfig,
+    BlockOverride,
+    FFNConfig,
+    InitConfig,
+    RopeHFConfig,
+)
+from mpt_eqx.errors import ConfigError, printable
 
 # Keys of the canonical form, per part of the config ("" is the top level).
 TAKEN = {
@@ -57,6 +66,11 @@ FLAT = {
     **{key: ("init_config", key) for key in TAKEN["init_config"] if key != "name"},
 }
 FLAT_MODEL_TYPES = ("mosaic_gpt", "replit_lm")
+
+# In rope_hf_config: the length that dynamic rotary positions were trained for, where max_seq_len is another one. The
+# key is this library's own. The reference's original_max_position_embeddings would not do, because for this type the
+# reference takes max_seq_len whatever is there, and so must we for a file of its making.
+TRAINED = "trained_max_seq_len"
 
 # Keys that would change the maths, and the values under which they do not. Supporting one means moving it to TAKEN.
 PLAIN_ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -129,10 +143,12 @@ def read_json_object(path: str | Path, *, max_bytes: int = 1_000_000) -> dict[st
         raise ConfigError(f"{path}: expected at most {max_bytes} bytes, found {path.stat().st_size}")
     try:
         content = json.loads(
-            path.read_text(encoding="utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys
+            path.read_text(encoding="utf-8"), parse_constant=_refuse_constant, object_pairs_hook=unique_keys
         )
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: expected JSON, found something else ({error})") from None
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise ConfigError(
+            f"{path}: expected JSON, found something else ({str(error) or type(error).__name__})"
+        ) from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
@@ -145,12 +161,11 @@ def override(d: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
     trained length, keep the old one.
     """
     result = _merged(d, overrides)
-    attn_config = result.get("attn_config")
-    if "max_seq_len" in overrides and isinstance(attn_config, Mapping):
+    attn_config, trained = result.get("attn_config"), d.get("max_seq_len", 2048)
+    if overrides.get("max_seq_len", trained) != trained and isinstance(attn_config, Mapping):
         rope = attn_config.get("rope_hf_config")
         if isinstance(rope, Mapping) and rope.get("type") == "dynamic":
-            trained = {"original_max_position_embeddings": d.get("max_seq_len", 2048)}
-            result["attn_config"] = {**attn_config, "rope_hf_config": {**trained, **_without_none(rope)}}
+            result["attn_config"] = {**attn_config, "rope_hf_config": {TRAINED: trained, **_without_none(rope)}}
     return result
 
 
@@ -184,12 +199,13 @@ def to_canonical(d: Mapping[str, Any]) -> dict[str, Any]:
     for name, values in {"": top, **parts}.items():
         _refuse(name, values)
     _check_dail(parts["attn_config"])
-    _check_tuning(parts["attn_config"])
 
     canonical: dict[str, Any] = {key: top[key] for key in TAKEN[""] if key in top}
     for name, values in parts.items():
         canonical[name] = {key: values[key] for key in TAKEN[name] if key in values}
-    attn, init = canonical["attn_config"], canonical["init_config"]
+    attn, ffn, init = (canonical[name] for name in parts)
+    # Not of the model, but `from_canonical` looks at it.
+    attn["attn_impl"] = parts["attn_config"].get("attn_impl", "flash")
 
     if _written_by_transformers(d, parts["attn_config"]):
         canonical.setdefault("no_bias", True)
@@ -199,9 +215,10 @@ def to_canonical(d: Mapping[str, Any]) -> dict[str, Any]:
     # llm-foundry looks at clip_qkv's truth value: 0 and false mean none.
     if attn.get("clip_qkv") in (0, None, False):
         attn["clip_qkv"] = None
-    # The same for the norm of the expert weights; and it takes names of norms in any case.
-    if canonical["ffn_config"].get("moe_normalize_expert_weights") in (0, None, False):
-        canonical["ffn_config"]["moe_normalize_expert_weights"] = None
+    # The same for the norm of the expert weights; jitter by 0 is none; and it takes names of norms in any case.
+    for key in ("moe_normalize_expert_weights", "moe_jitter_eps"):
+        if key in ffn and ffn[key] in (0, None, False):
+            ffn[key] = None
     if isinstance(canonical.get("norm_type"), str):
         canonical["norm_type"] = canonical["norm_type"].lower()
     if isinstance(lim := init.get("emb_init_uniform_lim"), list):
@@ -219,6 +236,7 @@ def from_canonical(canonical: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: a nested object has an unknown key, or a value is not valid.
     """
     attn, ffn = dict(canonical["attn_config"]), dict(canonical["ffn_config"])
+    impl = attn.pop("attn_impl")
     # llm-foundry fills null in these places with its defaults.
     for key in ("rope_hf_config", "attn_temperature_tuning"):
         if attn.get(key, {}) is None:
@@ -227,7 +245,7 @@ def from_canonical(canonical: Mapping[str, Any]) -> dict[str, Any]:
     if "attn_temperature_tuning" in attn:
         attn["attn_temperature_tuning"] = as_tuning(tuning)
     if "rope_hf_config" in attn:
-        attn["rope_hf_config"] = _dataclass("attn_config.rope_hf_config", attn["rope_hf_config"], RopeHFConfig)
+        attn["rope_hf_config"] = _rope(attn["rope_hf_config"])
     if ffn.get("ffn_act_fn") is not None:
         ffn["ffn_act_fn"] = _dataclass("ffn_config.ffn_act_fn", ffn["ffn_act_fn"], ActFnConfig)
     arguments = {
@@ -238,7 +256,18 @@ def from_canonical(canonical: Mapping[str, Any]) -> dict[str, Any]:
     }
     if canonical.get("block_overrides") is not None:
         arguments["block_overrides"] = expand_overrides(canonical["block_overrides"], tuning)
+    _check_tuning(impl, arguments["attn_config"], arguments.get("block_overrides") or ())
     return arguments
+
+
+def as_written(message: str, d: Any) -> str:
+    """Returns an error's message with the key that the file used, where that is another spelling or a flat one."""
+    spellings = {**{alias: ("", name) for alias, name in ALIASES.items()}, **FLAT}
+    for key, (part, name) in spellings.items() if isinstance(d, Mapping) else ():
+        path = f"{part}.{name}" if part else name
+        if key in d and message.startswith(f"{path}:") and name not in ((d.get(part) or {}) if part else d):
+            return f"{key}{message.removeprefix(path)}"
+    return message
 
 
 def to_config_json(canonical: Mapping[str, Any]) -> dict[str, Any]:
@@ -260,7 +289,10 @@ def to_config_json(canonical: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("clip_qkv", "softmax_scale"):
         if attn[key] is not None:
             attn[key] = float(attn[key])
-    attn["rope_hf_config"] = _without_none(attn["rope_hf_config"])
+    rope = _without_none(attn["rope_hf_config"])
+    if rope["type"] == "dynamic" and "original_max_position_embeddings" in rope:
+        rope[TRAINED] = rope.pop("original_max_position_embeddings")
+    attn["rope_hf_config"] = rope
     if attn["kv_n_heads"] is None:
         del attn["kv_n_heads"]
     if ffn["ffn_act_fn"] is not None:
@@ -283,8 +315,11 @@ def to_config_json(canonical: Mapping[str, Any]) -> dict[str, Any]:
             for block in d["block_overrides"]
         ]
         d["block_overrides"] = collapse_overrides(blocks)
-        # llm-foundry can leave ALiBi out of single blocks with this implementation only.
-        if attn["alibi"] and any(block["nope"] for block in blocks):
+        # llm-foundry can leave ALiBi out of single blocks with this implementation only. Where that one would count
+        # positions otherwise (`_check_tuning`), "torch" makes it refuse the file instead of computing other numbers.
+        tunings = [part["attn_temperature_tuning"] for part in (attn, *blocks)]
+        counts = attn["attn_uses_sequence_id"] and any(tuning and tuning["attn_scale"] for tuning in tunings)
+        if attn["alibi"] and any(block["nope"] for block in blocks) and not counts:
             impl = "flash"
     return {
         "architectures": ["MPTForCausalLM"],
@@ -340,16 +375,26 @@ def _check_dail(attn_config: Mapping[str, Any]) -> None:
             )
 
 
-def _check_tuning(attn_config: Mapping[str, Any]) -> None:
-    """Raises where llm-foundry's two implementations of attention count positions differently."""
-    tuning = attn_config.get("attn_temperature_tuning")
-    if not isinstance(tuning, Mapping) or not tuning.get("attn_scale") or not attn_config.get("attn_uses_sequence_id"):
-        return
-    if (impl := attn_config.get("attn_impl", "flash")) != "torch":
+def _check_tuning(impl: Any, attn_config: AttnConfig, overrides: Sequence[BlockOverride]) -> None:
+    """Raises where llm-foundry's two implementations of attention count positions differently, in any block."""
+    tunings = [attn_config.attn_temperature_tuning, *(block.attn_temperature_tuning for block in overrides)]
+    tuned = any(tuning is not None and tuning.attn_scale for tuning in tunings)
+    if tuned and attn_config.attn_uses_sequence_id and impl != "torch":
         raise ConfigError(
             f"attn_config.attn_impl: expected 'torch' for attn_temperature_tuning with attn_uses_sequence_id, "
             f"found {shown(impl)}, with which every packed sequence begins at 0; not supported"
         )
+
+
+def _rope(d: Any) -> RopeHFConfig:
+    """Returns `rope_hf_config`, with the trained length of the type "dynamic" from where this library keeps it."""
+    name, trained = "attn_config.rope_hf_config", None
+    if isinstance(d, Mapping):
+        trained = d.get(TRAINED)
+        d = {key: value for key, value in d.items() if key != TRAINED}
+        check_int(f"{name}.{TRAINED}", trained, optional=True)
+    rope = _dataclass(name, d, RopeHFConfig)
+    return dataclasses.replace(rope, original_max_position_embeddings=trained) if rope.type == "dynamic" else rope
 
 
 def _dataclass(name: str, d: Any, of: type) -> Any:
@@ -414,9 +459,15 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the dict of a JSON object; for json.loads, which would let the last of several equal keys win.
+
+    Raises:
+        ValueError: two keys are equal.
+    """
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"duplicate key {printable(key)!r}")
+        result[key] = value
     return result

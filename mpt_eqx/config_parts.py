@@ -40,8 +40,9 @@ class RopeHFConfig:
         high_freq_factor: llama3: wavelengths below original_max_position_embeddings / this are left alone; must
             differ from low_freq_factor.
         original_max_position_embeddings: trained length in tokens; needed by llama3. For dynamic, None means the
-            model's max_seq_len; a number lets a model run past its trained length (llm-foundry does not look at it
-            there and always takes max_seq_len).
+            model's max_seq_len, which is what llm-foundry always takes; a number lets a model run past its trained
+            length. A config.json has that number under `trained_max_seq_len`, a key of this library's own, because
+            under this name the reference would not look at it.
     """
 
     type: str = "no_scaling"

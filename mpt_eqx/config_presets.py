@@ -35,7 +35,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mpt-30b-chat": _published(**MPT_30B),
     "mpt-1b-redpajama-200b": _published(**MPT_1B),
     "mpt-1b-redpajama-200b-dolly": _published(**MPT_1B),
-    # Models that others published with this architecture, where every number of their config.json is known.
+    # Models that others published with this architecture, where every number of their config.json is known. Not so of
+    # Krutrim-1, ipt-125m and ipt-350m, titulm-1b and precious3-gpt (vocab_size) and PhoGPT-7B5 (heads, layers,
+    # vocab_size): a preset must not guess. Their own config.json is read like any other.
     "replit-code-v1-3b": _published(d_model=2560, n_heads=32, n_layers=32, vocab_size=32768),
     "replit-code-v1_5-3b": _published(
         d_model=3072,
@@ -47,6 +49,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "phogpt-4b": _published(d_model=3072, n_heads=24, n_layers=32, vocab_size=20480, max_seq_len=8192, no_bias=False),
     "sea-lion-3b": _gpt(2560, 20, 32, vocab_size=256000),
+    # That it has biases says the pull request of its authors (huggingface/text-generation-inference, 1469).
+    "sea-lion-7b": _gpt(
+        *(4096, 32, 32),
+        vocab_size=256000,
+        logit_scale="inv_sqrt_d_model",
+        embedding_fraction=0.1,
+        attn_config={"qk_ln": True},
+    ),
     "mpt-125m-c4": _gpt(768, 12, 12),
     # llm-foundry's recipes.
     "mpt-125m": _gpt(768, 12, 12),

@@ -31,6 +31,12 @@ def nested(depth):
     return order
 
 
+TUNING = {"floor_scale": 3.0, "attn_scale": 0.5}
+DYNAMIC = {
+    "alibi": False, "rope": True, "rope_impl": "hf",
+    "rope_hf_config": {"type": "dynamic", "factor": 2.0, "trained_max_seq_len": 24},
+}  # fmt: skip
+
 # As MosaicML published it beside mpt-7b-storywriter.
 STORYWRITER = with_keys(
     architectures=["MPTForCausalLM"], auto_map={"AutoConfig": "configuration_mpt.MPTConfig"}, emb_pdrop=0,
@@ -63,7 +69,20 @@ def test_storywriters_config():
             attn_config={"softmax_scale": 0.5, "alibi_bias_max": 4.5}, init_config={"emb_init_uniform_lim": [0, 1]}
         ),
         with_keys(init_config={"name": "baseline_", "init_std": 0.1, "init_div_is_residual": "3"}),
+        # 0 is a window, of the token itself, and False in Python's eyes.
+        with_keys(**overrides({"attn_config": {"sliding_window_size": 0}}), attn_config={"sliding_window_size": 3}),
+        # llm-foundry has no implementation for these together: "torch" refuses them, "flash" has other numbers.
+        with_keys(
+            **overrides({"attn_config": {"nope": True}}),
+            attn_config={"attn_impl": "torch", "attn_uses_sequence_id": True, "attn_temperature_tuning": TUNING},
+        ),
+        with_keys(
+            **overrides({"attn_config": {"nope": True, "attn_temperature_tuning": TUNING}}),
+            attn_config={"attn_impl": "torch", "attn_uses_sequence_id": True},
+        ),
+        with_keys(attn_config=DYNAMIC),
     ],
+    ids=str,
 )
 def test_round_trip(d):
     from mpt_eqx import MPTConfig
@@ -88,6 +107,60 @@ def test_clip_qkv_is_off_when_it_is_false(off):
     from mpt_eqx import MPTConfig
 
     assert MPTConfig.from_dict(with_keys(attn_config={"clip_qkv": off})).attn_config.clip_qkv is None
+
+
+@pytest.mark.parametrize("off", [0, 0.0, None])
+def test_jitter_by_nothing_is_none(off):
+    from mpt_eqx import MPTConfig
+
+    moe = {"ffn_type": "torch_dmoe", "moe_num_experts": 4}
+    config = MPTConfig.from_dict(with_keys(ffn_config={**moe, "moe_jitter_eps": off}))
+    assert config == MPTConfig.from_dict(with_keys(ffn_config=moe))
+
+
+def test_dynamic_rotation_takes_max_seq_len_like_the_reference_unless_it_was_raised():
+    """The reference's own key for a trained length says nothing there; a raised max_seq_len is noted under another."""
+    from mpt_eqx import MPTConfig
+    from mpt_eqx.config_dialects import override
+
+    def trained(d):
+        config = MPTConfig.from_dict(d)
+        assert MPTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+        return config.attn_config.rope_hf_config.original_max_position_embeddings
+
+    rope = {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 4}
+    d = with_keys(max_seq_len=24, attn_config={**DYNAMIC, "rope_hf_config": rope})
+    assert trained(d) is None
+    assert trained(override(d, {"max_seq_len": 24})) is None
+    raised = override(d, {"max_seq_len": 48})
+    assert trained(raised) == 24
+    assert trained(override(MPTConfig.from_dict(raised).to_dict(), {"max_seq_len": 96})) == 24
+    written = MPTConfig.from_dict(raised).to_dict()["attn_config"]["rope_hf_config"]
+    assert written == {"type": "dynamic", "factor": 2.0, "trained_max_seq_len": 24}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"hidden_size": 30, "n_heads": 4}, "hidden_size: expected a multiple of n_heads=4, found 30"),
+        ({"num_attention_heads": "x"}, "num_attention_heads: expected a whole number from 1 to"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers: expected a whole number from 1 to 1024, found 0"),
+        ({"layer_norm_epsilon": 0}, "layer_norm_epsilon: expected a finite number > 0, found 0"),
+        ({"layer_norm_epsilon": 0, "norm_eps": 0}, "norm_eps: expected a finite number > 0, found 0"),
+        ({"mlp_ratio": 0}, "mlp_ratio: expected a finite number > 0, found 0"),
+        ({"model_type": "mosaic_gpt", "attn_qk_ln": 1}, "attn_qk_ln: expected true or false, found 1"),
+        ({"model_type": "mosaic_gpt", "attn_clip_qkv": "x"}, "attn_clip_qkv: expected a finite number > 0 or null, fo"),
+        ({"alibi": 2}, "alibi: expected true or false, found 2"),
+        ({"alibi": True, "param_init_fn": "magic_"}, "param_init_fn: expected 'kaiming_normal_' or"),
+    ],
+)
+def test_an_error_names_the_key_that_the_file_used(keys, message):
+    import re
+
+    from mpt_eqx import ConfigError, MPTConfig
+
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        MPTConfig.from_dict(keys)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +253,10 @@ def test_clip_qkv_is_off_when_it_is_false(off):
         ({"attn_config": {"rope_dail_config": {"interleaved": True}}}, "rope_dail_config: expected type and pos_idx_i"),
         ({"attn_config": {"attn_uses_sequence_id": True, "attn_temperature_tuning": {"attn_scale": 1.0}}},
          "attn_config.attn_impl: expected 'torch' for attn_temperature_tuning with attn_uses_sequence_id, found 'flas"),
+        ({**overrides({"attn_config": {"attn_temperature_tuning": TUNING}}),
+          "attn_config": {"attn_uses_sequence_id": True}},
+         "attn_config.attn_impl: expected 'torch' for attn_temperature_tuning with attn_uses_sequence_id, found 'flas"),
+        ({"attn_config": {"rope_hf_config": {"trained_max_seq_len": 0}}}, "config.trained_max_seq_len: expected a who"),
         ({"init_config": {"init_div_is_residual": "²"}}, "init_div_is_residual: expected a finite number > 0, found '"),
         ({"init_config": {"emb_init_std": -1}}, "init_config.emb_init_std: expected a number ≥ 0, found -1"),
         ({"init_config": {"emb_init_uniform_lim": [2, 1]}}, "emb_init_uniform_lim: expected low ≤ high, found [2, 1]"),
@@ -357,6 +434,14 @@ def test_published_numbers_of_parameters(name):
     from mpt_eqx import MPTConfig
 
     assert MPTConfig.preset(name).num_parameters() == PARAMETERS[name]
+
+
+@pytest.mark.parametrize(("name", "billions"), [("phogpt-4b", 3.7), ("replit-code-v1_5-3b", 3.3)])
+def test_rounded_numbers_of_parameters(name, billions):
+    """As the authors' paper (arXiv:2311.02945) and model card give them."""
+    from mpt_eqx import MPTConfig
+
+    assert round(MPTConfig.preset(name).num_parameters() / 1e9, 1) == billions
 
 
 def test_flops():

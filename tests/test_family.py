@@ -18,7 +18,7 @@ LLAMA3 = {
     "type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8,
 }  # fmt: skip
-DYNAMIC = {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 4}
+DYNAMIC = {"type": "dynamic", "factor": 2.0, "trained_max_seq_len": 4}
 MOE = {"ffn_type": "torch_dmoe", "moe_num_experts": 4, "moe_top_k": 2, "moe_normalize_expert_weights": 1}
 SMALL = {
     "d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": 61, "max_seq_len": 32, "no_bias": True,
@@ -102,7 +102,7 @@ CHANGES = {
         attn(**ROPE, rope_hf_config=LLAMA3), attn(rope_hf_config={"high_freq_factor": 2.0}),
     ),
     "RopeHFConfig.original_max_position_embeddings": (
-        attn(**ROPE, rope_hf_config=DYNAMIC), attn(rope_hf_config={"original_max_position_embeddings": 6}),
+        attn(**ROPE, rope_hf_config=LLAMA3), attn(rope_hf_config={"original_max_position_embeddings": 16}),
     ),
     "TemperatureTuning.floor_scale": (
         attn(attn_temperature_tuning={"floor_scale": 3, "attn_scale": 0.5}),
