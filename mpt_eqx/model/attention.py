@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
 from mpt_eqx.model.cache import BLOCK, LayerCache
 from mpt_eqx.model.dropout import Dropout, dropped
-from mpt_eqx.model.precision import scaled, softcapped, wide
+from mpt_eqx.model.precision import row_sum, scaled, softcapped, wide
 
 BiasAndMask = Callable[[Int[Array, " S"]], tuple[Float32[Array, "N T S"] | None, Bool[Array, "T S"]]]
 
@@ -50,8 +50,8 @@ def attention(
 def attention_scores(
     q: Float[Array, "N T H"],
     k: Float[Array, "N S H"],
-    bias: Float32[Array, "N T S"] | None,
-    mask: Bool[Array, "T S"],
+    bias: Float32[Array, "N #T S"] | None,
+    mask: Bool[Array, "#T S"],
     scale: float,
     softcap: float | None,
 ) -> Float[Array, "N T S"]:
@@ -82,10 +82,10 @@ def blockwise_attention(
 ) -> Float[Array, "N T H"]:
     """Returns what `attention` does with the keys and values of a cache, but never holds more than a block of scores.
 
-    The softmax is taken online: a running maximum and sum, by which earlier blocks are scaled down when a larger score
-    turns up. Blocks beyond `length` are not read; a block that is masked as a whole changes no bit of the result.
-    Rounding differs from `attention` in one place: the weights are rounded to the type of v before the division by
-    their sum.
+    The blocks are read twice: first for the largest score and the sum of the softmax, which is scaled down whenever a
+    larger score turns up; then for the values, with weights that are rounded where `attention` rounds them. Blocks
+    beyond `length` are not read. One that is masked as a whole changes no bit of the result, nor does it matter how
+    many queries are asked at once.
 
     Args:
         q: queries of T positions.
@@ -95,26 +95,34 @@ def blockwise_attention(
         scale: as in `attention`.
         softcap: as in `attention`.
 
-    Source: arXiv:1805.02867, section 3; arXiv:2112.05682.
+    Source: arXiv:1805.02867, section 3.
     """
+    # One query alone is asked twice, because XLA's CPU backend sums the products of a single row in another order.
+    queries = q if q.shape[1] > 1 else jnp.repeat(q, 2, axis=1)
     sums = wide(q.dtype)
+    blocks = (jnp.minimum(_longest(length), cache.k.shape[-2]) + BLOCK - 1) // BLOCK
 
-    def read(number: Int[Array, ""], so_far: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        largest, total, mixed = so_far
-        block = cache.block(number)
+    def scores(number: Int[Array, ""], k: Float[Array, "N S H"]) -> Float[Array, "N T S"]:
         bias, mask = bias_and_mask(number * BLOCK + jnp.arange(BLOCK))
-        scores = attention_scores(q, block.k, bias, mask, scale, softcap)
-        new_largest = jnp.maximum(largest, jnp.max(scores, axis=-1))
-        shrink = jnp.exp(largest - new_largest)
-        weights = jnp.exp(scores - new_largest[..., None])
-        total = total * shrink + jnp.sum(weights, axis=-1)
-        gathered = jnp.einsum("NTS,NSH->NTH", weights.astype(q.dtype), block.v, preferred_element_type=sums)
-        return new_largest, total, mixed * shrink[..., None] + gathered
+        return attention_scores(queries, k, bias, mask, scale, softcap)
 
-    none = jnp.full(q.shape[:2], float(jnp.finfo(jnp.float32).min), sums)
-    start = (none, jnp.zeros_like(none), jnp.zeros(q.shape, sums))
-    _, total, mixed = jax.lax.fori_loop(0, (_longest(length) + BLOCK - 1) // BLOCK, read, start)
-    return (mixed / total[..., None]).astype(q.dtype)
+    def measure(number: Int[Array, ""], so_far: tuple[Array, Array]) -> tuple[Array, Array]:
+        largest, total = so_far
+        block = scores(number, cache.block(number).k)
+        new_largest = jnp.maximum(largest, jnp.max(block, axis=-1))
+        total = total * jnp.exp(largest - new_largest) + row_sum(jnp.exp(block - new_largest[..., None]))
+        return new_largest, total
+
+    none = jnp.full(queries.shape[:2], float(jnp.finfo(jnp.float32).min), sums)
+    largest, total = jax.lax.fori_loop(0, blocks, measure, (none, jnp.zeros_like(none)))
+
+    def gather(number: Int[Array, ""], mixed: Float[Array, "N T H"]) -> Float[Array, "N T H"]:
+        rows = cache.block(number)
+        weights = jnp.exp(scores(number, rows.k) - largest[..., None]) / total[..., None]
+        return mixed + jnp.einsum("NTS,NSH->NTH", weights.astype(q.dtype), rows.v, preferred_element_type=sums)
+
+    mixed = jax.lax.fori_loop(0, blocks, gather, jnp.zeros(queries.shape, sums))
+    return mixed[:, : q.shape[1]].astype(q.dtype)
 
 
 @jax.custom_batching.custom_vmap

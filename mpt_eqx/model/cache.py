@@ -73,6 +73,15 @@ class KVCache(eqx.Module):
             length=jnp.zeros((), jnp.int32),
         )
 
+    def resized(self, capacity: int) -> "KVCache":
+        """Returns the same tokens with room for `capacity`, rounded up to whole blocks and never less than now."""
+        more = -(-capacity // BLOCK) * BLOCK - self.capacity
+
+        def padded(stored: Array) -> Array:
+            return jnp.pad(stored, [*[(0, 0)] * (stored.ndim - 2), (0, max(more, 0)), (0, 0)])
+
+        return KVCache(layers=jax.tree.map(padded, self.layers), length=self.length)
+
     @property
     def capacity(self) -> int:
         """How many tokens fit."""

@@ -117,14 +117,26 @@ class MPT(eqx.Module):
         """Reads T more tokens after those in the cache, without dropout.
 
         Args:
-            tokens: the tokens that follow; they must fit into the rest of the cache.
+            tokens: the tokens that follow, 0 ≤ id < vocab_size; they must fit into the rest of the cache.
             cache: the tokens so far.
 
         Returns:
             The output of norm_f at the T positions (`unembed` makes logits of it), and the cache with the T tokens
             added. Of a padded input take a cache whose `length` counts the real tokens only: the rest is then
             overwritten by what comes next.
+
+        Raises:
+            MPTError: (outside jit, where it can be seen) an id outside the vocabulary, more tokens than fit into the
+                cache, or more than max_seq_len.
         """
+        if not isinstance(cache.length, jax.core.Tracer) and cache.length.ndim == 0:
+            total = int(cache.length) + len(tokens)
+            self._check_tokens(tokens, total)
+            if total > cache.capacity:
+                raise MPTError(
+                    f"tokens: expected at most {cache.capacity - int(cache.length)}, which fit into the rest of the "
+                    f"cache, found {len(tokens)}; make room with cache.resized({total})"
+                )
         query = cache.length + jnp.arange(tokens.shape[0])
         positions = Positions(query=query, token=query, allowed=None)
         x = self._embed(tokens, query, None)
@@ -184,9 +196,8 @@ class MPT(eqx.Module):
         sequence_ids: Int[Array, " T"] | None,
         key: PRNGKeyArray | None,
     ) -> None:
-        n, config = tokens.shape[0], self.config
-        if n > config.max_seq_len:
-            raise MPTError(f"tokens: expected at most max_seq_len={config.max_seq_len}, found {n}; {longer(config, n)}")
+        config = self.config
+        self._check_tokens(tokens, len(tokens))
         for name, array in (("mask", mask), ("sequence_ids", sequence_ids)):
             if array is not None and array.shape != tokens.shape:
                 raise MPTError(f"{name}: expected the shape of tokens, {tokens.shape}, found {array.shape}")
@@ -200,7 +211,15 @@ class MPT(eqx.Module):
                 "key: expected a key, such as jax.random.key(0), because the configuration asks for dropout or jitter; "
                 "switch them off with eqx.nn.inference_mode(model)"
             )
-        if not isinstance(tokens, jax.core.Tracer) and n:
+
+    def _check_tokens(self, tokens: Int[Array, " T"], total: int) -> None:
+        """Checks ids, where they can be seen, and the number of tokens that are read in all."""
+        config = self.config
+        if total > config.max_seq_len:
+            raise MPTError(
+                f"tokens: expected at most max_seq_len={config.max_seq_len}, found {total}; {longer(config, total)}"
+            )
+        if not isinstance(tokens, jax.core.Tracer) and len(tokens):
             # By numpy, because under jit even a constant's minimum would be traced.
             low, high = int(np.asarray(tokens).min()), int(np.asarray(tokens).max())
             if low < 0 or high >= config.vocab_size:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mpt_eqx.config import LAYERNORMS, MPTConfig
-from mpt_eqx.model.precision import wide
+from mpt_eqx.model.precision import row_sum, wide
 
 
 class LayerNorm(eqx.Module):
@@ -27,8 +27,8 @@ class LayerNorm(eqx.Module):
     def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
         """Returns x normed, position by position."""
         h = x.astype(wide(x.dtype))
-        h = h - jnp.mean(h, axis=-1, keepdims=True)
-        h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.eps)
+        h = h - row_sum(h)[..., None] / h.shape[-1]
+        h = h * jax.lax.rsqrt(row_sum(h * h)[..., None] / h.shape[-1] + self.eps)
         h = h * self.weight.astype(h.dtype)
         if self.bias is not None:
             h = h + self.bias.astype(h.dtype)
@@ -52,7 +52,7 @@ class RMSNorm(eqx.Module):
     def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
         """Returns x normed, position by position."""
         h = x.astype(wide(x.dtype))
-        h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.eps)
+        h = h * jax.lax.rsqrt(row_sum(h * h)[..., None] / h.shape[-1] + self.eps)
         return (h * self.weight.astype(h.dtype)).astype(x.dtype)
 
 

@@ -30,3 +30,13 @@ def softcapped(x: Float[Array, "*shape"], cap: float) -> Float[Array, "*shape"]:
     h = (x.astype(wide(x.dtype)) / cap).astype(x.dtype)
     h = jnp.tanh(h.astype(wide(x.dtype))).astype(x.dtype)
     return scaled(h, cap)
+
+
+def row_sum(x: Float[Array, "*T D"]) -> Float[Array, "*T"]:
+    """Returns the sum over the last axis, in an order that does not depend on how many rows there are.
+
+    XLA's CPU backend splits sums over few rows otherwise than those over many, so that a token would be rounded
+    otherwise in a batch than alone. A product with ones is summed in the same order for any number of rows above one.
+    """
+    ones = jnp.ones((x.shape[-1], 2), x.dtype)
+    return jnp.matmul(x, ones, precision="highest")[..., 0]
