@@ -18,6 +18,15 @@ class GenerationError(MPTError):
 
 
 def first_of(values: list[str], *, limit: int = 10) -> str:
-    """Returns the first `limit` of `values` as text, and how many more there are."""
-    shown = ", ".join(values[:limit])
+    """Returns the first `limit` of `values` as text, each as `printable`, and how many more there are."""
+    shown = ", ".join(printable(value, limit=200) for value in values[:limit])
     return shown if len(values) <= limit else f"{shown}, … and {len(values) - limit} more"
+
+
+def printable(text: str, *, limit: int = 100) -> str:
+    """Returns a text from a file as it may be shown: not longer than `limit`, with nothing that a terminal obeys.
+
+    Control characters and lone surrogates, which no encoding takes, become escapes.
+    """
+    cut = text if len(text) <= limit else f"{text[:limit]}…"
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in cut)

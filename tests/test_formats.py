@@ -1,6 +1,7 @@
 """Torch files, legacy torch files and GGUF: the same tensors as from safetensors, bit for bit."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,12 @@ from conftest import GOLDEN
 from safetensors.numpy import load_file
 
 VARIANTS = sorted(path.name for path in (GOLDEN / "hf_bin").iterdir() if path.is_dir())
-CASES = sorted(path.parent.name for path in GOLDEN.glob("*/model.safetensors") if path.parent.name != "hf_ignored_keys")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+CASES = sorted(
+    path.parent.name
+    for path in GOLDEN.glob("*/config.json")
+    if path.parent.name != "hf_ignored_keys" and set(os.listdir(path.parent)) & set(WEIGHTS)
+)
 
 
 def leaves(model):
@@ -78,6 +84,20 @@ def test_every_case_through_every_writer(tmp_path, name):
     file = tmp_path / "composer" / "ep1-ba5.pt"
     assert_equal(leaves(from_pretrained(file)), wanted)
     assert checkpoint_info(file).format == "torch"
+
+
+@pytest.mark.parametrize("write", [tb.write_zip, tb.write_legacy])
+def test_a_whole_composer_checkpoint(tmp_path, write):
+    """With times, an optimizer and states of random number generators beside the weights."""
+    from mpt_eqx import from_pretrained
+
+    stored = load_file(GOLDEN / "hf_default" / "model.safetensors")
+    weights = {f"model.{name}": array for name, array in stored.items()}
+    stream, storages = tb.of_arrays(weights, legacy=write is tb.write_legacy)
+    whole = tb.composer(stream[2:-1], b"N", key="more")
+    write(tmp_path / "latest-rank0.pt", whole, {**storages, "more": (32, bytes(128))})
+    shutil.copy(GOLDEN / "hf_default" / "config.json", tmp_path)
+    assert_equal(leaves(from_pretrained(tmp_path)), stored)
 
 
 def write_gguf(path, model, quantisation=None):

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -40,6 +41,18 @@ def evil(module, name, *arguments):
     return tb.state_dict({NAME: tb.call(tb.name_of(module, name), *map(tb.text, arguments))})
 
 
+def threefold(depth, content=b"K\x01"):
+    """A tuple of three times the tuple before it, and so on: short to write, but without end for hash() and repr()."""
+    stream = content * 3 + b"\x87q\x00"
+    for i in range(1, depth):
+        stream += b"0" + (b"h" + bytes([i - 1])) * 3 + b"\x87q" + bytes([i])
+    return stream
+
+
+STORED = tb.storage("FloatStorage", "0", 32)
+REBUILD = tb.name_of("torch._utils", "_rebuild_tensor_v2")
+# Multiples of this number have one hash.
+COLLIDING = b"".join(b"\x8a\x10" + (i * (2**61 - 1)).to_bytes(16, "little") + b"N" for i in range(2, 60_000))
 MARK = "touch marker-of-code-that-ran"
 PICKLES = {
     "os.system": (evil("os", "system", MARK), "found os.system, which is not loaded"),
@@ -53,7 +66,7 @@ PICKLES = {
     "nested marks": (b"\x80\x02" + b"(" * 1_000_000 + b".", "found a damaged one"),
     "no end": (b"\x80\x02}", "damaged"),
     "stack global": (b"\x80\x02X\x02\x00\x00\x00osX\x06\x00\x00\x00system\x93.", "found the operation STACK_GLOBAL"),
-    "new object": (b"\x80\x02c__main__\nX\n)\x81.", "found the operation NEWOBJ"),
+    "new object": (b"\x80\x02c__main__\nX\n)\x81.", "found __main__.X, which is not loaded"),
     "long text": (b"\x80\x02X" + (70_000).to_bytes(4, "little") + b"a" * 70_000 + b".", "found a text of 70000 charac"),
     "not a dict": (b"\x80\x02K\x01.", "expected tensors under names, found int"),
     "empty": (b"\x80\x02}.", "expected tensors under names, found dict"),
@@ -66,17 +79,57 @@ PICKLES = {
         tb.state_dict({NAME: tb.name_of("torch._utils", "_rebuild_tensor_v2") + b"N}(" + tb.text("x") + b"Nu\x86b"}),
         "damaged",
     ),
-    "storage that is none": (tb.state_dict({NAME: tb.text("0") + b"Q"}), "expected a storage, found '0'"),
+    "storage that is none": (tb.state_dict({NAME: tb.text("0") + b"Q"}), "expected a storage, found str"),
     "storage without type": (
         tb.state_dict({NAME: tb.tuple_of(tb.text("storage"), b"N", tb.text("0"), b"N", tb.integer(1)) + b"Q"}),
         "expected a storage, found",
     ),
+    "hash of a tuple without end": (b"\x80\x02}" + threefold(60) + b"K\x01s.", "keys of a dict, found tuple"),
+    "in a list of keys": (b"\x80\x02}(" + threefold(60) + b"Nu.", "keys of a dict, found tuple"),
+    "storage without end": (b"\x80\x02" + threefold(60) + b"Q.", "expected a storage, found tuple"),
+    "storage of a kind without end": (
+        b"\x80\x02" + threefold(60) + b"0(h\x3bh\x3bh\x3bh\x3bh\x3btQ.", "expected a storage, found tuple",
+    ),
+    "size without end": (
+        b"\x80\x02" + tb.call(REBUILD, STORED, b"K\x00", threefold(60), b")") + b".", "found something else in their",
+    ),
+    "parameter without end": (
+        b"\x80\x02" + tb.call(tb.name_of("torch._utils", "_rebuild_parameter"), threefold(60)) + b".",
+        "expected a tensor in a parameter, found tuple",
+    ),
+    "value without end": (tb.state_dict({"x": threefold(60)}), "found 1 other things: 'x' (tuple)"),
+    "copies of a dict": (
+        b"\x80\x02" + tb.name_of("collections", "OrderedDict") + b"q\x00)Rq\x01("
+        + b"".join(tb.integer(i) + b"N" for i in range(50_000)) + b"u0](" + b"h\x00h\x01\x85R" * 1500 + b"e.",
+        "expected an OrderedDict without arguments, found 1",
+    ),
+    "a long size, many times": (
+        b"\x80\x02(" + b"K\x01" * 300_000 + b"tq\x00" + REBUILD + b"q\x01](" + b"h\x01h\x00R" * 100_000 + b"e.",
+        "a tensor made of 300000 things",
+    ),
+    "many numbers of one hash": (
+        b"\x80\x02}(" + COLLIDING + b"u.",
+        "expected texts and small numbers as keys of a dict, found int",
+    ),
+    "numbers without an end": (b"\x80\x02](" + b"K\x01" * 2_100_000 + b"e.", "found more than 2000000 operations"),
+    "a time among tensors": (
+        tb.state_dict({"x": tb.call(tb.name_of("datetime", "timedelta"))}), "other things: 'x' (datetime.timedelta)",
+    ),
+    "os.system in a whole Composer checkpoint": (
+        tb.composer(b"}", tb.call(tb.name_of("os", "system"), tb.text(MARK))), "found os.system, which is not loaded",
+    ),
+    "numpy's neighbour in one": (
+        tb.composer(b"}", tb.name_of("numpy.core.multiarray", "fromfile")), "multiarray.fromfile, which is not",
+    ),
+    "a time in its weights": (
+        tb.composer(tb.dict_of({NAME: tb.name_of("datetime", "timedelta")}), b"N"), f"'{NAME}' (datetime.timedelta)",
+    ),
+    "a long name": (b"\x80\x02c" + b"a\x1b[31m" * 2**20 + b"\nx\n.", "found a\\x1b[31ma\\x1b[31ma"),
     "parameter of nothing": (
         tb.state_dict({NAME: tb.call(tb.name_of("torch._utils", "_rebuild_parameter"), b"N", b"\x88", b"N")}),
         "expected a tensor in a parameter",
     ),
 }  # fmt: skip
-STORED = tb.storage("FloatStorage", "0", 32)
 GEOMETRIES = {
     "beyond the end": (tb.tensor(STORED, (33,)), "does not fit into its storage of 32 numbers"),
     "offset beyond": (tb.tensor(STORED, (1,), offset=32), "does not fit into its storage of 32 numbers"),
@@ -118,6 +171,11 @@ def test_tensors_that_do_not_fit_their_storage(box, checkpoint, attack):
     assert_refused(box(checkpoint), message, checkpoint)
 
 
+def numbers(*pairs):
+    """Little-endian numbers of so many bytes."""
+    return b"".join(value.to_bytes(size, "little") for value, size in pairs)
+
+
 def zip_with(change):
     """A torch file of the right tensors, with something else wrong."""
 
@@ -132,6 +190,56 @@ def twice(path, stream, storages):
     tb.write_zip(path, stream, storages)
     with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(path, "a") as archive:
         archive.writestr("archive/data/0", b"x")
+
+
+def appended(name, content):
+    """A torch file with one more member."""
+
+    def write(path, stream, storages):
+        tb.write_zip(path, stream, storages)
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr(name, content if content is not None else bytes(storages["0"][1]))
+
+    return write
+
+
+def changed(at, value, size=2, of=b"PK\x03\x04"):
+    """A torch file with another number in the header of its first storage, local or in the directory."""
+
+    def write(path, stream, storages):
+        tb.write_zip(path, stream, storages)
+        data = bytearray(path.read_bytes())
+        name = 30 if of == b"PK\x03\x04" else 46
+        place = next(m.start() for m in re.finditer(of, data) if data[m.start() + name :].startswith(b"archive/data/0"))
+        data[place + at : place + at + size] = value.to_bytes(size, "little")
+        path.write_bytes(data)
+
+    return write
+
+
+def with_nul(path, stream, storages):
+    """zipfile takes a name to end there."""
+    tb.write_zip(path, stream, storages)
+    path.write_bytes(path.read_bytes().replace(b"archive/byteorder", b"archive/byteord\0r"))
+
+
+def many_members(path, stream, storages):
+    """A directory of nothing but names."""
+    header = b"PK\x01\x02" + bytes(24) + (6).to_bytes(2, "little") + bytes(16)
+    directory = b"".join(header + f"{i:06x}".encode() for i in range(200_000))
+    end64 = b"PK\x06\x06" + numbers((44, 8), (45, 2), (45, 2), (0, 4), (0, 4))
+    end64 += numbers((200_000, 8), (200_000, 8), (len(directory), 8), (4, 8))
+    locator = b"PK\x06\x07" + numbers((0, 4), (4 + len(directory), 8), (1, 4))
+    end = b"PK\x05\x06" + numbers((0, 4), (2**32 - 1, 4), (2**32 - 1, 4), (2**32 - 1, 4), (0, 2))
+    path.write_bytes(b"PK\x03\x04" + directory + end64 + locator + end)
+
+
+def of_one_storage(path, stream, storages):
+    """Every tensor of a model is a view of the largest one."""
+    whole = max(storages.values(), key=lambda storage: storage[0])
+    stored = tb.storage("FloatStorage", "0", whole[0])
+    entries = {name: tb.tensor(stored, array.shape) for name, array in arrays().items()}
+    tb.write_zip(path, tb.state_dict(entries), {"0": whole})
 
 
 def two_pickles(path, stream, storages):
@@ -179,6 +287,15 @@ ARCHIVES = {
     "no pickle": (lambda path, *_: zipfile.ZipFile(path, "w").close(), "expected one data.pkl in the archive, found n"),
     "two pickles": (two_pickles, "expected one data.pkl in the archive, found"),
     "two members of one name": (twice, "two members of the archive have one name"),
+    "a member outside the root": (appended("data/0", None), "expected every member of the archive in archive/"),
+    "a name with a NUL": (with_nul, "archive/byteord\\x00r: the archive's directory and the member's own header dis"),
+    "a local header that says compressed": (changed(8, 8), "expected a stored member, found a compressed"),
+    "a local header that says encrypted": (changed(6, 1), "expected a stored member, found a compressed or encrypted"),
+    "a local header of another size": (changed(18, 7, 4), "archive/data/0: the archive's directory and the member's"),
+    "a directory of other sizes": (changed(24, 5, 4, b"PK\x01\x02"), "header disagree"),
+    "a directory that says compressed": (changed(10, 8, 2, b"PK\x01\x02"), "expected a stored member, found a compre"),
+    "200 000 members": (many_members, "expected an archive with a directory of at most 4194304 bytes, found more"),
+    "tensors of one storage": (of_one_storage, "expected tensors of not more than twice the file's"),
     "names that disagree": (renamed_inside, "the archive's directory and the member's own header disagree"),
     "cut in the middle": (cut(20_000), "expected a torch file, found a damaged one"),
     "cut at the end": (cut(-10), "expected a torch file, found a damaged one"),
@@ -245,11 +362,6 @@ def test_a_dimension_of_2_to_40_beside_a_0(box, checkpoint):
     index = {name: "rest.safetensors" for name in held} | {NAME: "wide.safetensors"}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     assert_refused(box(checkpoint), f"1 misshaped: {NAME} (expected [32], found [{2**40}, 0]", checkpoint)
-
-
-def numbers(*pairs):
-    """Little-endian numbers of so many bytes."""
-    return b"".join(value.to_bytes(size, "little") for value, size in pairs)
 
 
 HEAD = b"GGUF" + numbers((3, 4), (0, 8))

@@ -45,9 +45,49 @@ def tensor(stored, shape, stride=None, offset=0):
     return call(name_of("torch._utils", "_rebuild_tensor_v2"), stored, integer(offset), *sizes, b"\x89", hooks)
 
 
+def dict_of(entries):
+    return b"}(" + b"".join(text(name) + value for name, value in entries.items()) + b"u"
+
+
 def state_dict(entries):
     """A pickle of {name: object}, from the objects' own pickle operations."""
-    return b"\x80\x02}(" + b"".join(text(name) + value for name, value in entries.items()) + b"u."
+    return b"\x80\x02" + dict_of(entries) + b"."
+
+
+def composer(model, other, *, key="0"):
+    """The pickle of a whole Composer checkpoint, from the operations of the weights and of one more thing in it.
+
+    Everything it has beside the weights is there: times, states of random number generators, an optimizer's numbers.
+    The tensors among them use a storage of 32 floats under `key`.
+    """
+    one_more = tensor(storage("FloatStorage", key, 32), (32,))
+    timedelta = call(name_of("datetime", "timedelta"), b"K\x00", b"K\x05", b"K\x07")
+    version = name_of("torch.torch_version", "TorchVersion") + tuple_of(text("2.1.0")) + b"\x81"
+    encoded = call(name_of("_codecs", "encode"), text("b"), text("latin1"))
+    dtype = call(name_of("numpy", "dtype"), text("u4"), b"\x89", b"\x88")
+    dtype += tuple_of(b"K\x03", text("<"), b"N", b"N", b"N", integer(-1), b"K\x00") + b"b"
+    array = call(name_of("numpy.core.multiarray", "_reconstruct"), name_of("numpy", "ndarray"), b"K\x00\x85", encoded)
+    array += tuple_of(b"K\x01", b"M\x70\x02\x85", dtype, b"\x89", encoded) + b"b"
+    rng = dict_of(
+        {
+            "python": tuple_of(b"K\x03", tuple_of(*[integer(i) for i in (2**31, 2**32 - 1, 7)]), b"N"),
+            "numpy": tuple_of(text("MT19937"), array, b"M\x70\x02", b"K\x00", b"G" + bytes(8)),
+            "torch": one_more,
+        }
+    )
+    momentum = dict_of({"step": one_more, "exp_avg": one_more})
+    factory = call(name_of("collections", "defaultdict"), name_of("__builtin__", "dict"))
+    state = dict_of(
+        {
+            "model": model,
+            "optimizers": dict_of({"DecoupledAdamW": dict_of({"state": b"}K\x00" + momentum + b"s", "more": other})}),
+            "timestamp": dict_of({"Timestamp": dict_of({"batch": b"K\x05", "total_wct": timedelta})}),
+            "callbacks": factory + b"(" + text("SpeedMonitor") + b"}u",
+            "metadata": dict_of({"torch_version": version, "world_size": b"K\x08"}),
+            "algorithms": b"](" + tuple_of(text("GradientClipping"), b"}") + b"e",
+        }
+    )
+    return b"\x80\x02" + dict_of({"state": state, "rng": b"]" + rng + b"a"}) + b"."
 
 
 def of_shapes(shapes, dtype, content):

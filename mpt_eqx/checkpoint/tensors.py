@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+MAX_RANK = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
