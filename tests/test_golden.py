@@ -1,5 +1,6 @@
 """The numbers equal the references', and stop being equal when a formula is changed."""
 
+import dataclasses
 import re
 
 import equinox as eqx
@@ -205,6 +206,18 @@ def test_alibi_bias_max_is_honoured_where_transformers_ignores_it(golden):
     assert np.abs(logits - case.expected["logits"]).max() > 1
 
 
+def test_with_the_slopes_that_transformers_took_the_same_weights_give_its_numbers(golden):
+    """Hidden states, greedy logits, loss and gradients, within a millionth of the largest number of each."""
+    case = golden("hf_alibi_bias_max16", config_overrides=attn(alibi_bias_max=8))
+    states = jax.vmap(case.model.hidden_states)(batch(case)[0])
+    found = {f"hidden.{i}": state for i, state in enumerate(states)} | {"greedy.logits": greedy_logits(case)}
+    loss, off = gradients(case)
+    for key, array in (found | {"loss": loss}).items():
+        wanted = case.expected[key]
+        np.testing.assert_allclose(array, wanted, atol=1e-6 * np.abs(wanted).max(), rtol=0, err_msg=key)
+    assert max(off.values()) < 1e-6
+
+
 @pytest.mark.parametrize(
     ("name", "worst", "mean"),
     [("hf_bf16", 0.02, 0.001), ("f_bf16", 0.02, 0.001), ("f_bf16_rope", 0.02, 0.001), ("hf_fp16", 0.01, 0.001)],
@@ -218,25 +231,76 @@ def test_low_precision_rounds_in_the_references_order(golden, name, worst, mean,
     assert mean < case.case["lowprec_vs_fp32_compute"]["mean"]
 
 
+def greedy_logits(case):
+    """The logits of all rows at the places of the greedy tokens, each recorded token fed back in."""
+    prompts = jnp.asarray(case.expected["greedy.input_ids"], jnp.int32)
+    tokens = jnp.concatenate([prompts, jnp.asarray(case.expected["greedy.tokens"], jnp.int32)], axis=1)
+    mask = jnp.pad(jnp.asarray(case.expected["greedy.attention_mask"], bool), ((0, 0), (0, 16)), constant_values=True)
+    return batch_logits(case.model, tokens, mask)[:, prompts.shape[1] - 1 : -1]
+
+
+def gradients(case):
+    """Loss and gradients of a case's batch, and how far each gradient is off, as a share of its largest number."""
+    from mpt_eqx.checkpoint.names import canonical_name, named_leaves
+    from mpt_eqx.train import loss
+
+    labels = jnp.asarray(case.expected["labels"], jnp.int32)
+    value, grads = eqx.filter_value_and_grad(loss.next_token_loss)(case.model, batch(case)[0], labels=labels)
+    found = named_leaves(grads)
+    off = {}
+    for key, wanted in case.expected.items():
+        if key.startswith("grad."):
+            name, wanted = canonical_name(key.removeprefix("grad.")), wanted.astype(np.float32)
+            off[name] = np.abs(np.asarray(found[name], np.float32) - wanted).max() / np.abs(wanted).max()
+    assert off
+    return value, off
+
+
 @pytest.mark.parametrize("name", LOW_PRECISION)
 def test_low_precision_greedy_logits(golden, name):
     """Each recorded token is fed back in, because one unit in the last place may change a greedy token."""
     case = golden(name)
-    prompt = case.expected["greedy.input_ids"][1]
-    tokens = jnp.asarray([*prompt, *case.expected["greedy.tokens"][1]], jnp.int32)
-    logits = np.asarray(case.model(tokens), np.float32)[len(prompt) - 1 : -1]
-    off = np.abs(logits - case.expected["greedy.logits"][1].astype(np.float32))
-    assert off.max() < 0.25 and off.mean() < 0.03
+    off = np.abs(np.asarray(greedy_logits(case), np.float32) - case.expected["greedy.logits"].astype(np.float32))
+    assert off.max() < 0.1 and off.mean() < 0.003
 
 
-def replaced(module, name, change):
+@pytest.mark.parametrize(("name", "differ"), [*((name, 0.01) for name in LOW_PRECISION[:3]), ("hf_fp16", 0.1)])
+def test_low_precision_hidden_states(golden, name, differ):
+    """Bit for bit here, but for one number in 17 in float16; where they differ, by a unit in the last place.
+
+    The unit is that of the largest number. On another machine float32 sums may end on the other side of a rounding.
+    """
+    case = golden(name)
+    states = jax.vmap(case.model.hidden_states)(batch(case)[0])
+    for i, state in enumerate(states):
+        assert str(state.dtype) == case.case["dtype"].removeprefix("torch.")
+        wanted = case.expected[f"hidden.{i}"].astype(np.float32)
+        off = np.abs(np.asarray(state, np.float32) - wanted)
+        assert off.max() <= float(jnp.finfo(state.dtype).eps) * np.abs(wanted).max() and np.mean(off > 0) < differ
+
+
+@pytest.mark.parametrize("name", LOW_PRECISION)
+def test_low_precision_loss_and_gradients(golden, name):
+    """Gradients within 1.6 % of a tensor's largest in bfloat16, 0.2 % in float16: both have as many bits fewer.
+
+    The loss that llm-foundry's cases hold is a bfloat16 number itself.
+    """
+    case = golden(name)
+    loss, off = gradients(case)
+    recorded = case.expected["loss"]
+    in_bfloat16 = recorded.dtype.itemsize == 2
+    np.testing.assert_allclose(loss, recorded.astype(np.float32), rtol=2.0**-8 if in_bfloat16 else 2e-5)
+    assert max(off.values()) < (0.002 if name == "hf_fp16" else 0.016)
+
+
+def replaced(module, name, change, *, room="model"):
     """A mutation: a function of a module, or a method of a class, becomes `change(original)`."""
 
     def mutation(patch):
         import importlib
 
         *path, attribute = name.split(".")
-        holder = importlib.import_module(f"mpt_eqx.model.{module}")
+        holder = importlib.import_module(f"mpt_eqx.{room}.{module}")
         for part in path:
             holder = getattr(holder, part)
         patch.setattr(holder, attribute, change(getattr(holder, attribute)))
@@ -338,8 +402,8 @@ def second_expert_dropped(original):
 
 
 def one_sequence(original):
-    def init(self, query, token, key, visible):
-        original(self, query, token, key, key[None] <= query[:, None])
+    def init(self, query, token, allowed):
+        original(self, query, token, None)
 
     return init
 
@@ -363,6 +427,61 @@ def positions_one_late(original):
 
 def window_one_shorter(original):
     return lambda self, *args, **kwargs: original(shorter(self), *args, **kwargs)
+
+
+def no_growth(original):
+    """The base stays what it is past the trained length."""
+    return lambda self, x, positions: original(dataclasses.replace(self, length=10**6), x, positions)
+
+
+def growth_without_factor(original):
+    return lambda self, x, positions: original(dataclasses.replace(self, factor=1.0), x, positions)
+
+
+def stretched_the_other_way(original):
+    def rotary(config):
+        rotary, factor = original(config), config.attn_config.rope_hf_config.factor
+        return dataclasses.replace(rotary, frequencies=tuple(f * factor**2 for f in rotary.frequencies))
+
+    return rotary
+
+
+def slopes_in_order_of_size(original):
+    return lambda n_heads, bias_max: original(8, bias_max)[:n_heads]
+
+
+def never_nope(original):
+    def init(self, config, layer, *, key):
+        original(self, config, dataclasses.replace(layer, nope=False), key=key)
+
+    return init
+
+
+def reused_keys_one_late(original):
+    def call(self, x, positions, kv=None, x_kv=None, *, key=None):
+        if self.Wqkv is None and self.Wk is None:
+            kv = dataclasses.replace(kv, k=jnp.roll(kv.k, 1, axis=1))
+        return original(self, x, positions, kv, x_kv, key=key)
+
+    return call
+
+
+def values_of_its_own(original):
+    """A block that reads another's keys takes its queries for values."""
+
+    def call(self, x, positions, kv=None, x_kv=None, *, key=None):
+        if self.Wqkv is None and self.Wk is None:
+            kv = dataclasses.replace(kv, v=self._heads(self.Wq(x), self.n_heads, None))
+        return original(self, x, positions, kv, x_kv, key=key)
+
+    return call
+
+
+def labels_not_shifted(original):
+    def loss(model, tokens, *, labels):
+        return original(model, tokens, labels=jnp.roll(labels, 1, axis=1))
+
+    return loss
 
 
 MUTATIONS = [
@@ -396,17 +515,72 @@ MUTATIONS = [
     ("f_torch_dmoe", "second expert dropped", replaced("moe", "jax.lax.top_k", second_expert_dropped)),
     ("f_reuse_kv_x", "own input", replaced("blocks", "Block.__call__", own_input)),
     ("f_sequence_id", "one sequence", replaced("positions", "Positions.__init__", one_sequence)),
+    ("f_logit_scale", "no scale", replaced("mpt", "scaled", lambda f: lambda x, factor: x)),
+    ("f_rope_linear", "stretched the other way", replaced("multihead", "make_rotary", stretched_the_other_way)),
+    ("hf_heads6", "slopes in order of size", replaced("positions", "alibi_slopes", slopes_in_order_of_size)),
+    ("f_overrides_sw_nope", "never nope", replaced("multihead", "Attention.__init__", never_nope)),
+    ("f_reuse_kv", "keys one late", replaced("multihead", "Attention.__call__", reused_keys_one_late)),
+    ("f_reuse_kv", "values of its own", replaced("multihead", "Attention.__call__", values_of_its_own)),
+]
+
+# With it embedding_fraction and pad_token_id have no effect: both hold gradients back.
+everything_has_a_gradient = replaced("mpt", "jax.lax.stop_gradient", lambda f: lambda x: x)
+padding_counts = replaced("mpt", "token_positions", lambda f: lambda mask: jnp.arange(len(mask)))
+
+
+def padded_on_the_left(golden, name):
+    return difference(golden(name), "left.").max()
+
+
+def past_the_trained_length(golden, name):
+    case = golden(name, config_overrides={"max_seq_len": 34})
+    prompt = case.expected["long.input_ids"][0]
+    logits = case.model(jnp.asarray([*prompt, *case.expected["long.tokens"][0]], jnp.int32))
+    return np.abs(logits[len(prompt) - 1 : -1] - case.expected["long.logits"][0]).max()
+
+
+def embedding_gradient(golden, name):
+    return gradients(golden(name))[1]["transformer.wte.weight"]
+
+
+def loss_of_a_batch(golden, name):
+    case = golden(name)
+    return abs(gradients(case)[0] - case.expected["loss"])
+
+
+# Where the logits of a batch without padding do not show it: what does.
+SHOWN_ELSEWHERE = [
+    ("f_embedding_fraction", "the whole gradient", everything_has_a_gradient, embedding_gradient),
+    ("f_pad_token_id", "a gradient for padding", everything_has_a_gradient, embedding_gradient),
+    ("f_learned_pos", "padding counts", padding_counts, padded_on_the_left),
+    ("f_rope_dynamic", "no growth", replaced("rotary", "DynamicRotary.__call__", no_growth), past_the_trained_length),
+    (
+        *("f_rope_dynamic", "growth without factor"),
+        replaced("rotary", "DynamicRotary.__call__", growth_without_factor),
+        past_the_trained_length,
+    ),
+    (
+        *("f_mha_alibi", "labels not shifted"),
+        replaced("loss", "next_token_loss", labels_not_shifted, room="train"),
+        loss_of_a_batch,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "what", "mutation"), MUTATIONS, ids=[f"{m[0]}: {m[1]}" for m in MUTATIONS])
-def test_the_reference_notices_a_mutation(golden, monkeypatch, name, what, mutation):
+def logits(golden, name):
+    return difference(golden(name)).max()
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "mutation", "off"),
+    [*((*mutation, logits) for mutation in MUTATIONS), *SHOWN_ELSEWHERE],
+    ids=[f"{m[0]}: {m[1]}" for m in (*MUTATIONS, *SHOWN_ELSEWHERE)],
+)
+def test_the_reference_notices_a_mutation(golden, monkeypatch, name, what, mutation, off):
     with monkeypatch.context() as patch:
         mutation(patch)
-        jax.clear_caches()
-        assert difference(golden(name)).max() > 2 * ATOL
-    jax.clear_caches()
-    assert difference(golden(name)).max() < ATOL
+        assert off(golden, name) > 2 * ATOL
+    assert off(golden, name) < ATOL
 
 
 def attn(**keys):
