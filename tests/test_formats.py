@@ -100,7 +100,7 @@ def test_a_whole_composer_checkpoint(tmp_path, write):
     assert_equal(leaves(from_pretrained(tmp_path)), stored)
 
 
-def write_gguf(path, model, quantisation=None):
+def write_gguf(path, model, quantisation=None, also=lambda writer: None):
     """Writes a model as llama.cpp's converter does."""
     import gguf
 
@@ -133,6 +133,7 @@ def write_gguf(path, model, quantisation=None):
             writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
         else:
             writer.add_tensor(name, array)
+    also(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -22,7 +22,7 @@ NAME = "transformer.blocks.0.norm_1.weight"
 def box():
     """Loads a path in a box; see box.py."""
     with asked_by_line("box.py") as ask:
-        yield lambda path: json.loads(ask(path))
+        yield lambda path, **arguments: json.loads(ask(json.dumps({"path": str(path), **arguments})))
 
 
 @pytest.fixture
@@ -349,6 +349,33 @@ SAFETENSORS = {
 }
 
 
+def empties(count, name="{}"):
+    """So many tensors without numbers."""
+    entries = (f'"{name.format(i)}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(count))
+    return header(("{" + ",".join(entries) + "}").encode())
+
+
+# What is in order as far as the format goes, and too much all the same.
+TOO_MUCH = {
+    "a header of 5 MB": (empties(100_000), "expected a header of at most 4194304 bytes, found 5"),
+    "60 000 tensors": (empties(60_000), "expected at most 50000 tensors, found 60000"),
+    "49 000 tensors": (empties(49_000), "49000 unexpected: 0 [0] (model.safetensors), 1 [0]"),
+    "one name 49 000 times": (empties(49_000, "x"), "duplicate key 'x'"),
+    "a name of 201 characters": (empties(1, "x" * 201), f"found '{'x' * 100}…' of 201"),
+    "a name with colours": (empties(1, "\\u001b[31mred"), r"found '\x1b[31mred' of 8"),
+    "a name that is written backwards": (empties(1, "\u202etfel"), r"found '\u202etfel' of 5"),
+    "1000 dimensions": (header(entry(shape=[1] * 1000, data_offsets=[0, 4]), bytes(4)), "x: expected at most 8 dimens"),
+    "8 bits": (header({NAME: entry(dtype="F8_E4M3", data_offsets=[0, 2])["x"]}, bytes(2)), f"{NAME} (F8_E4M3, model.s"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("attack", TOO_MUCH)
+def test_safetensors_with_too_much(box, checkpoint, attack):
+    content, message = TOO_MUCH[attack]
+    (checkpoint / "model.safetensors").write_bytes(content)
+    assert_refused(box(checkpoint), message, checkpoint)
+
+
 @pytest.mark.parametrize("attack", SAFETENSORS)
 def test_safetensors(box, checkpoint, attack):
     (checkpoint / "model.safetensors").write_bytes(SAFETENSORS[attack])
@@ -365,19 +392,66 @@ def test_a_dimension_of_2_to_40_beside_a_0(box, checkpoint):
 
 
 HEAD = b"GGUF" + numbers((3, 4), (0, 8))
+ARRAY = numbers((1, 8)) + b"a" + numbers((9, 4))
+ONE_PLACE = b"".join(numbers((1, 8)) + bytes([i]) + numbers((1, 4), (1000, 8), (0, 4), (0, 8)) for i in range(97, 105))
 GGUF = {
-    "2^60 entries": HEAD + numbers((2**60, 8)),
-    "2^60 numbers in an array": HEAD + numbers((1, 8), (1, 8)) + b"a" + numbers((9, 4), (4, 4), (2**60, 8)),
-    "a name of 2^60 characters": HEAD + numbers((1, 8), (2**60, 8)),
-    "version 9": b"GGUF" + numbers((9, 4), (0, 8), (0, 8)),
-    "nothing in it": HEAD + numbers((0, 8)),
-}
+    "2^60 entries": (HEAD + numbers((2**60, 8)), f"expected at most 10000 entries in the header, found {2**60}"),
+    "2^60 tensors": (b"GGUF" + numbers((3, 4), (2**60, 8), (0, 8)), "expected at most 50000 tensors in the header"),
+    "2^60 numbers in an array": (HEAD + numbers((1, 8)) + ARRAY + numbers((4, 4), (2**60, 8)), "the header ends early"),
+    "10^6 texts in two arrays": (
+        HEAD + numbers((2, 8)) + (ARRAY + numbers((8, 4), (1000, 8)) + bytes(8000))
+        + ARRAY + numbers((8, 4), (10**6, 8)) + bytes(8 * 10**6),
+        "expected at most 1000000 texts in arrays in the header, found 1001000",
+    ),
+    "arrays of arrays": (HEAD + numbers((1, 8)) + ARRAY + numbers((9, 4), (1, 8)), "unknown type 9 in an array"),
+    "a name of 2^60 characters": (HEAD + numbers((1, 8), (2**60, 8)), "the header ends early"),
+    "version 9": (b"GGUF" + numbers((9, 4), (0, 8), (0, 8)), "expected GGUF version 2 or 3, little-endian"),
+    "nothing in it": (HEAD + numbers((0, 8)), "expected general.architecture 'mpt', found None"),
+    "a name with colours": (
+        HEAD + numbers((1, 8), (20, 8)) + b"general.architecture" + numbers((8, 4), (5, 8)) + b"\x1b[31m",
+        r"expected general.architecture 'mpt', found '\x1b[31m'",
+    ),
+    "tensors in one place": (
+        b"GGUF" + numbers((3, 4), (8, 8), (1, 8), (20, 8)) + b"general.architecture" + numbers((8, 4), (3, 8)) + b"mpt"
+        + ONE_PLACE + bytes(5000),
+        "expected tensors of at most the file's",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("attack", GGUF)
 def test_gguf(box, checkpoint, attack):
-    (checkpoint / "model.gguf").write_bytes(GGUF[attack])
-    assert_refused(box(checkpoint), "expected a GGUF file of an MPT, found something else or a part", checkpoint)
+    content, message = GGUF[attack]
+    (checkpoint / "model.gguf").write_bytes(content)
+    answer = box(checkpoint)
+    assert_refused(answer, "expected a GGUF file of an MPT, found something else or a part", checkpoint)
+    assert message in answer["message"]
+
+
+@pytest.mark.parametrize(("number", "kind"), [(9, "Q8_1"), (24, "I8"), (25, "I16"), (26, "I32"), (27, "I64")])
+def test_gguf_types_that_are_not_read(box, tmp_path, number, kind):
+    path = written("gguf", tmp_path / "m")
+    data = bytearray(path.read_bytes())
+    at = data.index(b"output_norm.weight") + len("output_norm.weight") + 12
+    data[at : at + 4] = number.to_bytes(4, "little")
+    path.write_bytes(data + bytes(256))
+    message = f"1 of another type than float64, float32, float16, bfloat16: transformer.norm_f.weight ({kind}, model.g"
+    assert_refused(box(path.parent), message, path.parent)
+
+
+def test_gguf_with_a_vocabulary(box, checkpoint):
+    """As large as any; it is not asked for, and takes no time."""
+    from test_formats import write_gguf
+
+    from mpt_eqx import from_pretrained
+
+    def tokens(writer):
+        writer.add_token_list([f"token{i}" for i in range(130_000)])
+        writer.add_token_types([1] * 130_000)
+        writer.add_token_merges(["to ken"] * 130_000)
+
+    write_gguf(checkpoint / "model.gguf", from_pretrained(GOLDEN / "hf_default"), also=tokens)
+    assert box(checkpoint)["outcome"] == "loaded"
 
 
 def test_links_into_a_cache_are_followed(box, checkpoint):

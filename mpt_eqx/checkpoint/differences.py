@@ -1,5 +1,6 @@
 """How the tensors of a checkpoint differ from those that its configuration asks for, in plain words and by name."""
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -12,14 +13,14 @@ from mpt_eqx.checkpoint.tensors import TensorInfo
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.errors import first_of
 from mpt_eqx.model import MPT
+from mpt_eqx.model.blocks import Block
 
 FLOATS = tuple(dtype.name for dtype in DTYPES.values())
 
 
 def differences(config: MPTConfig, tensors: Sequence[TensorInfo]) -> Iterator[str]:
     """Yields what keeps the tensors from being the model's: a guess at the cause, then what differs, ten of each."""
-    skeleton = eqx.filter_eval_shape(MPT, config, key=jax.random.key(0))
-    expected = {name: leaf.shape for name, leaf in named_leaves(skeleton).items()}
+    expected = _expected(config)
     found: dict[str, TensorInfo] = {}
     twice = []
     for tensor in tensors:
@@ -54,6 +55,34 @@ def differences(config: MPTConfig, tensors: Sequence[TensorInfo]) -> Iterator[st
     ):
         if names:
             yield f"{len(names)} {kind}: {first_of(names)}"
+
+
+def type_choices(format: str, tensors: Sequence[TensorInfo]) -> Iterator[str]:
+    """Yields what keeps tensors from being loaded as they are, although not from being converted to another type."""
+    stored = {tensor.dtype: tensor.name for tensor in tensors if canonical_name(tensor.name)}
+    if not stored.keys() <= set(FLOATS):
+        return
+    if len(stored) > 1 and not format.startswith("GGUF"):
+        examples = [f"{name} ({kind})" for kind, name in stored.items()]
+        yield f"the tensors are of several types: {first_of(examples)}; pass dtype= to load them as one"
+    if stored.keys() == {"float64"} and not jax.config.read("jax_enable_x64"):
+        yield "the tensors are float64, which JAX has switched off; pass dtype='float32', or set jax_enable_x64"
+
+
+def _expected(config: MPTConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the model's tensors, from one block of each kind: a file may ask for a thousand blocks."""
+    key = jax.random.key(0)
+    small = eqx.filter_eval_shape(MPT, dataclasses.replace(config, n_layers=1, block_overrides=None), key=key)
+    expected = {name: leaf.shape for name, leaf in named_leaves(small).items() if ".blocks." not in name}
+    kinds: dict[tuple[bool, bool], dict[str, tuple[int, ...]]] = {}
+    for i, layer in enumerate(config.layers):
+        # Whatever else block_overrides change, it is no tensor.
+        kind = (layer.kv_from is None, layer.kv_x_from is None)
+        if kind not in kinds:
+            leaves = named_leaves(eqx.filter_eval_shape(Block, config, layer, key=key))
+            kinds[kind] = {name.removeprefix("transformer."): leaf.shape for name, leaf in leaves.items()}
+        expected |= {f"transformer.blocks.{i}.{name}": shape for name, shape in kinds[kind].items()}
+    return expected
 
 
 def _causes(config: MPTConfig, found: Mapping[str, tuple[int, ...]], expected: set[str]) -> Iterator[str]:

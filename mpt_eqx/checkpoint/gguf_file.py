@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 
 from mpt_eqx.checkpoint.tensors import TensorInfo
-from mpt_eqx.errors import CheckpointError
+from mpt_eqx.errors import CheckpointError, printable
 
 # llama.cpp's name → llm-foundry's. Blocks are "blk.N." there and "transformer.blocks.N." here.
 NAMES = {
@@ -27,7 +27,10 @@ NAMES = {
 # Bytes of the scalar types of the header, by their number; 8 is text, 9 an array.
 SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 TEXT, ARRAY = 8, 9
-MAX_COUNT = 1_000_000
+# Of a header's entries, tensors and texts in arrays; a vocabulary of 130 000 with its merges has 400 000 of the last.
+MAX_ENTRIES = 10_000
+MAX_TENSORS = 50_000
+MAX_TEXTS = 1_000_000
 MAX_RANK = 4
 
 
@@ -46,17 +49,30 @@ def read_gguf(file: Path) -> tuple[list[TensorInfo], dict[str, Any], str]:
             f"{file}: reading GGUF needs the gguf library; install it with pip install 'mpt_eqx[gguf]'"
         ) from None
     try:
-        _scan(np.memmap(file, mode="r"))
-        reader = gguf.GGUFReader(file)
+        data = np.memmap(file, mode="r")
+        arrays = _scan(data)
+
+        class Reader(gguf.GGUFReader):
+            """The library's, which would make ten objects of every token of a vocabulary that is not asked for."""
+
+            def _get_field_parts(self, orig_offs: Any, raw_type: Any) -> Any:
+                if (size := arrays.get(orig_offs)) is not None:
+                    return size, [], [], [gguf.GGUFValueType.ARRAY]
+                return super()._get_field_parts(orig_offs, raw_type)
+
+        reader = Reader(file)
         fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
         if fields.get("general.architecture") != "mpt":
             raise ValueError(f"expected general.architecture 'mpt', found {fields.get('general.architecture')!r}")
+        # Parts of the file that several tensors shared would let a small file fill the memory.
+        if (total := sum(tensor.n_bytes for tensor in reader.tensors)) > len(data):
+            raise ValueError(f"expected tensors of at most the file's {len(data)} bytes, found {total} bytes of them")
         tensors = [_tensor_info(tensor, file, gguf) for tensor in reader.tensors]
         types = sorted({tensor.tensor_type.name for tensor in reader.tensors})
         return tensors, _config(fields, {tensor.name: tensor.shape for tensor in tensors}), ", ".join(types)
     except Exception as error:
         # The library meets damage with errors of many kinds.
-        text = " ".join(str(error).split())[:200]
+        text = printable(" ".join(str(error).split()), limit=200)
         raise CheckpointError(
             f"{file}: expected a GGUF file of an MPT, found something else or a part ({text})"
         ) from None
@@ -70,15 +86,26 @@ def _tensor_info(tensor: Any, file: Path, gguf: Any) -> TensorInfo:
         "F64": np.dtype(np.float64),
         "BF16": np.dtype(ml_dtypes.bfloat16),
     }
-    dtype = plain.get(tensor.tensor_type.name)
+    kind = tensor.tensor_type
+    dtype = plain.get(kind.name)
 
     def read() -> np.ndarray:
         if dtype is not None:
             return tensor.data.reshape(-1).view(np.uint8).view(dtype).reshape(shape)
-        return gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+        return gguf.quants.dequantize(tensor.data, kind).reshape(shape)
 
-    name = "float32" if dtype is None else dtype.name
-    return TensorInfo(_name(tensor.name), shape, name, file.name, read)
+    # Under its own name where the library cannot make numbers of a type, so that it is refused by that.
+    quantised = "float32" if dtype is not None or _is_readable(kind, gguf) else kind.name
+    return TensorInfo(_name(tensor.name), shape, quantised if dtype is None else dtype.name, file.name, read)
+
+
+def _is_readable(kind: Any, gguf: Any) -> bool:
+    """Tells whether the library makes numbers of a type, by asking it for those of one block."""
+    try:
+        gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _name(name: str) -> str:
@@ -125,9 +152,13 @@ def _config(fields: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[
     }
 
 
-def _scan(data: np.ndarray) -> None:
-    """Walks through a header, because the library would follow lengths that lead past the end of the file."""
-    at = 4
+def _scan(data: np.ndarray) -> dict[int, int]:
+    """Walks through a header, because the library would follow lengths that lead past the end of the file.
+
+    Returns the bytes of each array by its place, so that the library need not look into them.
+    """
+    at, texts = 4, 0
+    arrays = {}
 
     def number(size: int) -> int:
         nonlocal at
@@ -142,24 +173,30 @@ def _scan(data: np.ndarray) -> None:
             raise ValueError("the header ends early")
         at += size
 
-    def skip_value(kind: int, depth: int = 0) -> None:
+    def skip_value(kind: int) -> None:
+        nonlocal texts
         if kind in SCALARS:
             skip(SCALARS[kind])
         elif kind == TEXT:
             skip(number(8))
-        elif kind == ARRAY and depth == 0:
-            inner, count = number(4), number(8)
+        elif kind == ARRAY:
+            start, inner, count = at, number(4), number(8)
             if inner in SCALARS:
-                skip(SCALARS[inner] * _bounded(count))
+                skip(SCALARS[inner] * count)
+            elif inner == TEXT:
+                texts = _bounded(texts + count, MAX_TEXTS, "texts in arrays")
+                for _ in range(count):
+                    skip(number(8))
             else:
-                for _ in range(_bounded(count)):
-                    skip_value(inner, 1)
+                raise ValueError(f"unknown type {inner} in an array of the header")
+            arrays[start] = at - start
         else:
             raise ValueError(f"unknown type {kind} in the header")
 
     if bytes(data[:4]) != b"GGUF" or number(4) not in (2, 3):
         raise ValueError("expected GGUF version 2 or 3, little-endian")
-    tensors, entries = _bounded(number(8)), _bounded(number(8))
+    tensors = _bounded(number(8), MAX_TENSORS, "tensors")
+    entries = _bounded(number(8), MAX_ENTRIES, "entries")
     for _ in range(entries):
         skip(number(8))
         skip_value(number(4))
@@ -169,9 +206,10 @@ def _scan(data: np.ndarray) -> None:
         if rank > MAX_RANK:
             raise ValueError(f"a tensor has {rank} dimensions")
         skip(8 * rank + 4 + 8)
+    return arrays
 
 
-def _bounded(count: int) -> int:
-    if count > MAX_COUNT:
-        raise ValueError(f"the header counts {count} of something")
+def _bounded(count: int, most: int, what: str) -> int:
+    if count > most:
+        raise ValueError(f"expected at most {most} {what} in the header, found {count}")
     return count

@@ -10,7 +10,8 @@ import ml_dtypes
 import numpy as np
 
 from mpt_eqx.checkpoint.tensors import TensorInfo
-from mpt_eqx.errors import CheckpointError
+from mpt_eqx.config_dialects import unique_keys
+from mpt_eqx.errors import CheckpointError, printable
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -18,6 +19,8 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+# A model of a thousand layers has a header of 2 MB; of a longer one the library would make objects by the gigabyte.
+MAX_HEADER = 4 * 2**20
 # What JAX needs to use memory as it is instead of copying it.
 ALIGNMENT = 64
 
@@ -45,16 +48,18 @@ def read_safetensors(file: Path) -> list[TensorInfo]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        # The library checks the header: its length, types, and that the parts fill the file without gap or overlap.
-        with safe_open(file, framework="np"):
-            pass
         data = np.memmap(file, mode="r")
         length = int.from_bytes(bytes(data[:8]), "little")
-        header = json.loads(bytes(data[8 : 8 + length]), object_pairs_hook=_unique)
+        if length > MAX_HEADER:
+            raise ValueError(f"expected a header of at most {MAX_HEADER} bytes, found {length}")
+        # The library checks the header: its types, and that the parts fill the file without gap or overlap.
+        with safe_open(file, framework="np"):
+            pass
+        header = json.loads(bytes(data[8 : 8 + length]), object_pairs_hook=unique_keys)
         header.pop("__metadata__", None)
         return [_tensor_info(name, entry, data[8 + length :], file) for name, entry in header.items()]
-    except (SafetensorError, OSError, ValueError) as error:
-        text = " ".join(str(error).split())[:200]
+    except (SafetensorError, OSError, ValueError, RecursionError, MemoryError) as error:
+        text = printable(" ".join(str(error).split()) or type(error).__name__, limit=200)
         raise CheckpointError(
             f"{file}: expected a safetensors file, found something else or a part ({text}); "
             f"if it was downloaded, delete it and download it again"
@@ -103,10 +108,3 @@ def write_safetensors(
             progress(tensor.nbytes)
         f.flush()
         os.fsync(f.fileno())
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    if len(dict(pairs)) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"two entries have the name {next(key for key in keys if keys.count(key) > 1)!r}")
-    return dict(pairs)

@@ -149,10 +149,10 @@ def _read_zip(file: Path, data: np.ndarray) -> tuple[Any, dict[str, np.ndarray]]
 
     def storage(kind: _StorageType, key: str, numel: int) -> _Storage:
         if (part := found.get(f"data/{key}")) is None:
-            raise _Refused(f"storage {printable(key)!r} is not in the archive")
+            raise _Refused(f"storage '{printable(key)}' is not in the archive")
         if len(part) != numel * kind.dtype.itemsize:
             raise _Refused(
-                f"storage {printable(key)!r}: expected {numel * kind.dtype.itemsize} bytes, found {len(part)}"
+                f"storage '{printable(key)}': expected {numel * kind.dtype.itemsize} bytes, found {len(part)}"
             )
         loaded[key] = part
         return _Storage(key, kind.dtype, numel)
@@ -207,7 +207,7 @@ def _read_legacy(data: np.ndarray) -> tuple[Any, dict[str, np.ndarray]]:
 
     def storage(kind: _StorageType, key: str, numel: int) -> _Storage:
         if (first := wanted.setdefault(key, _Storage(key, kind.dtype, numel))) != (key, kind.dtype, numel):
-            raise _Refused(f"storage {printable(key)!r}: expected one type and length, found two")
+            raise _Refused(f"storage '{printable(key)}': expected one type and length, found two")
         return first
 
     at, parts = 0, []
@@ -233,7 +233,7 @@ def _read_legacy(data: np.ndarray) -> tuple[Any, dict[str, np.ndarray]]:
         size = wanted[key].numel * wanted[key].dtype.itemsize
         if numel != wanted[key].numel or at + 8 + size > len(data):
             raise _Refused(
-                f"storage {printable(key)!r}: expected {wanted[key].numel} numbers, found {numel} or the file's end"
+                f"storage '{printable(key)}': expected {wanted[key].numel} numbers, found {numel} or the file's end"
             )
         storages[key] = data[at + 8 : at + 8 + size]
         at += 8 + size
@@ -427,7 +427,7 @@ def _state_dict(content: Any) -> dict[str, _Tensor]:
     if not isinstance(content, dict) or not content:
         raise _Refused(f"expected tensors under names, found {_kind(content)}")
     others = [
-        f"{printable(str(name))!r} ({_kind(value)})"
+        f"'{printable(str(name))}' ({_kind(value)})"
         for name, value in content.items()
         if not isinstance(value, _Tensor) or not isinstance(name, str)
     ]
