@@ -65,6 +65,7 @@ FLAT = {
     },
     **{key: ("init_config", key) for key in TAKEN["init_config"] if key != "name"},
 }
+MAX_KEY = 1000
 FLAT_MODEL_TYPES = ("mosaic_gpt", "replit_lm")
 
 # In rope_hf_config: the length that dynamic rotary positions were trained for, where max_seq_len is another one. The
@@ -463,11 +464,13 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Returns the dict of a JSON object; for json.loads, which would let the last of several equal keys win.
 
     Raises:
-        ValueError: two keys are equal.
+        ValueError: two keys are equal, or one could not be shown in an error as it is.
     """
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise ValueError(f"duplicate key {printable(key)!r}")
+            raise ValueError(f"duplicate key '{printable(key)}'")
+        if len(key) > MAX_KEY or not key.isprintable():
+            raise ValueError(f"expected keys of at most {MAX_KEY} printable characters, found '{printable(key)}'")
         result[key] = value
     return result
