@@ -17,11 +17,15 @@ from mpt_eqx.config import count_flops as count_flops
 from mpt_eqx.errors import CheckpointError as CheckpointError
 from mpt_eqx.errors import ConfigError as ConfigError
 from mpt_eqx.errors import GenerationError as GenerationError
+from mpt_eqx.errors import Interrupted as Interrupted
 from mpt_eqx.errors import MPTError as MPTError
 from mpt_eqx.generation import GenerateResult as GenerateResult
+from mpt_eqx.generation import Prefix as Prefix
 from mpt_eqx.generation import generate as generate
+from mpt_eqx.generation import prefill as prefill
 from mpt_eqx.generation import sampling as sampling
 from mpt_eqx.generation import stream as stream
+from mpt_eqx.generation import warmup as warmup
 from mpt_eqx.model import MPT as MPT
 from mpt_eqx.model import KVCache as KVCache
 

@@ -1,5 +1,7 @@
 """The errors a user can cause. Each message says what was expected, what was found, where, and what to do."""
 
+from typing import Any
+
 
 class MPTError(ValueError):
     """Base of every error that a user of mpt_eqx can cause."""
@@ -15,6 +17,18 @@ class CheckpointError(MPTError):
 
 class GenerationError(MPTError):
     """A prompt or a generation argument is not valid, or the model produced no finite logits."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Somebody pressed Ctrl-C.
+
+    Attributes:
+        result: what was done until then.
+    """
+
+    def __init__(self, result: Any):
+        super().__init__()
+        self.result = result
 
 
 def first_of(values: list[str], *, limit: int = 10) -> str:

@@ -4,3 +4,6 @@ from mpt_eqx.generation import sampling as sampling
 from mpt_eqx.generation.generate import GenerateResult as GenerateResult
 from mpt_eqx.generation.generate import generate as generate
 from mpt_eqx.generation.generate import stream as stream
+from mpt_eqx.generation.prefix import Prefix as Prefix
+from mpt_eqx.generation.prefix import prefill as prefill
+from mpt_eqx.generation.warmup import warmup as warmup

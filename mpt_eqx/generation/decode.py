@@ -1,11 +1,12 @@
-"""The decode loop: prefill, then a scan over tokens. Everything here is traced; checks stand in `generate`."""
+"""The decode loop: reading prompts, then a scan over tokens. Everything here is traced; checks stand in `arguments`."""
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32, Int, Key
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
-from mpt_eqx.generation.choose import SamplingOptions, choose
+from mpt_eqx.generation.choose import SamplingOptions, allowed, choose
 from mpt_eqx.model import MPT, KVCache
 
 
@@ -13,18 +14,22 @@ class DecodeState(eqx.Module):
     """What one step hands to the next, for B rows.
 
     Attributes:
-        cache: keys and values of all tokens but the one about to be chosen; each row has its own length.
-        logits: logits of the token about to be chosen.
+        cache: keys and values of the tokens so far; each row has its own length.
+        tokens: the tokens so far, at their places in the cache; what stands beyond a row's length means nothing.
+        hidden: what the model made of the last of them, from which the next is chosen.
         done: rows that have ended; they only get padding.
         step: how many tokens each row has been given, counting padding.
-        first_bad_step: the first step whose logits were not all finite, in any row that had not ended; −1 for none.
+        not_finite: the first step whose logits were not all finite, in any row that had not ended; −1 for none.
+        nothing_left: the first step at which no token was allowed, in any row that had not ended; −1 for none.
     """
 
     cache: KVCache
-    logits: Float32[Array, "B V"]
+    tokens: Int[Array, "B S"]
+    hidden: Float[Array, "B D"]
     done: Bool[Array, " B"]
     step: Int[Array, ""]
-    first_bad_step: Int[Array, ""]
+    not_finite: Int[Array, ""]
+    nothing_left: Int[Array, ""]
 
 
 class Decoded(eqx.Module):
@@ -35,79 +40,143 @@ class Decoded(eqx.Module):
     logits: Float32[Array, "*N B V"] | None
 
 
-@eqx.filter_jit
-def prefill(model: MPT, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], capacity: int) -> DecodeState:
-    """Reads prompts and returns the state from which their first new token is chosen.
-
-    Args:
-        model: the model.
-        tokens: prompts, padded at the right with any valid id.
-        lengths: how many tokens of each row are its prompt, ≥ 1.
-        capacity: how many tokens the cache holds, ≥ T.
-    """
-
-    def row(tokens: Int[Array, " T"], length: Int[Array, ""]) -> tuple[KVCache, Float32[Array, " V"]]:
-        x, cache = model.extend(tokens, KVCache.empty(model.config, capacity, model.wte.weight.dtype))
-        cache = eqx.tree_at(lambda c: c.length, cache, length)
-        last = jax.lax.dynamic_slice_in_dim(x, length - 1, 1)
-        return cache, model.unembed(last)[0].astype(jnp.float32)
-
-    cache, logits = jax.vmap(row)(tokens, lengths)
+def empty_state(model: MPT, rows: int, capacity: int) -> DecodeState:
+    """Returns a state of rows that hold no token yet, with room for `capacity` tokens in each."""
+    one = jax.eval_shape(lambda: KVCache.empty(model.config, capacity, model.wte.weight.dtype))
+    # Made by numpy, so that no shape costs a compilation.
+    cache = jax.tree.map(lambda x: jnp.array(np.zeros((rows, *x.shape), x.dtype)), one)
     return DecodeState(
         cache=cache,
-        logits=logits,
-        done=jnp.zeros(tokens.shape[0], bool),
-        step=jnp.zeros((), jnp.int32),
-        first_bad_step=jnp.full((), -1, jnp.int32),
+        tokens=jnp.array(np.zeros((rows, one.capacity), np.int32)),
+        hidden=jnp.array(np.zeros((rows, model.config.d_model), model.wte.weight.dtype)),
+        done=jnp.array(np.zeros(rows, bool)),
+        step=jnp.array(np.int32(0)),
+        not_finite=jnp.array(np.int32(-1)),
+        nothing_left=jnp.array(np.int32(-1)),
+    )
+
+
+@eqx.filter_jit
+def spread(state: DecodeState, copies: int, capacity: int) -> DecodeState:
+    """Returns the state with every row `copies` times, one after the other, and room for `capacity` tokens in each."""
+
+    def repeated(x: Array) -> Array:
+        # The copy is for the case that nothing changes: what is returned will be donated, what came in will not.
+        return jnp.repeat(x, copies, axis=0) if copies > 1 else jnp.copy(x)
+
+    rows = (state.cache, state.tokens, state.hidden, state.done)
+    cache, tokens, hidden, done = jax.tree.map(repeated, rows)
+    cache = cache.resized(capacity)
+    tokens = jnp.pad(tokens, ((0, 0), (0, cache.capacity - tokens.shape[1])))
+    return DecodeState(
+        cache=cache,
+        tokens=tokens,
+        hidden=hidden,
+        done=done,
+        step=jnp.copy(state.step),
+        not_finite=jnp.copy(state.not_finite),
+        nothing_left=jnp.copy(state.nothing_left),
     )
 
 
 @eqx.filter_jit(donate="all-except-first")
+def read(model: MPT, state: DecodeState, piece: Int[Array, "B T"], ends: Int[Array, " B"]) -> DecodeState:
+    """Reads the next T tokens of prompts.
+
+    Args:
+        model: the model.
+        state: the tokens so far. Donated: do not use it again.
+        piece: the next tokens, with any valid id after the end of a prompt. Donated, like the next.
+        ends: how many tokens each row has when its prompt is read to the end.
+    """
+
+    def row(
+        cache: KVCache, tokens: Int[Array, " S"], hidden: Float[Array, " D"], piece: Int[Array, " T"], end: Array
+    ) -> tuple[KVCache, Int[Array, " S"], Float[Array, " D"]]:
+        places = cache.length + jnp.arange(piece.shape[0])
+        last = end - 1 - cache.length
+        x, new = model.extend(piece, cache)
+        new = eqx.tree_at(lambda c: c.length, new, jnp.minimum(new.length, end))
+        here = (last >= 0) & (last < piece.shape[0])
+        hidden = jnp.where(here, x[jnp.clip(last, 0, piece.shape[0] - 1)], hidden)
+        return new, tokens.at[places].set(piece, mode="drop"), hidden
+
+    cache, tokens, hidden = jax.vmap(row)(state.cache, state.tokens, state.hidden, piece, ends)
+    return eqx.tree_at(lambda s: (s.cache, s.tokens, s.hidden), state, (cache, tokens, hidden))
+
+
+@eqx.filter_jit(donate="all-except-first")
 def decode(
-    model_options_keys: tuple[MPT, SamplingOptions, Key[Array, " B"], Int[Array, ""]],
-    state: DecodeState,
-    steps: int,
-    with_logits: bool,
+    fixed: tuple[MPT, SamplingOptions, Key[Array, ""]], state: DecodeState, steps: int, with_logits: bool
 ) -> tuple[DecodeState, Decoded]:
     """Chooses `steps` more tokens for each row, in one scan; ended rows get padding.
 
     Args:
-        model_options_keys: the model, how to choose, a key for each row, and the number of tokens after which every
-            row ends. They stand together because all other arguments are donated.
-        state: from `prefill` or an earlier call. Donated: do not use it again.
+        fixed: the model, how to choose, and the key. They stand together because all other arguments are donated.
+        state: from `read` or an earlier call, with room for the tokens. Donated: do not use it again.
         steps: length of the scan.
         with_logits: whether to return the logits that each token was chosen from.
     """
-    model, options, keys, max_new_tokens = model_options_keys
-
-    def forward(cache: KVCache, tokens: Int[Array, " B"]) -> tuple[KVCache, Float32[Array, "B V"]]:
-        def row(token: Int[Array, ""], cache: KVCache) -> tuple[KVCache, Float32[Array, " V"]]:
-            x, cache = model.extend(token[None], cache)
-            return cache, model.unembed(x)[0].astype(jnp.float32)
-
-        return jax.vmap(row)(tokens, cache)
+    model, options, key = fixed
 
     def one(state: DecodeState, _: None) -> tuple[DecodeState, Decoded]:
-        bad = jnp.any(~state.done & ~jnp.all(jnp.isfinite(state.logits), axis=-1))
-        chosen = choose(state.logits, options, keys, state.step)
+        logits = next_logits(model, state.hidden)
+        open_ = allowed(logits, options, state.tokens, state.cache.length, state.step)
+        chosen = choose(open_, options, key, state.step)
         tokens = jnp.where(state.done, options.pad_token_id, chosen)
-        logprobs = jnp.take_along_axis(jax.nn.log_softmax(state.logits), chosen[:, None], axis=-1)[:, 0]
+        logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), chosen[:, None], axis=-1)[:, 0]
         decoded = Decoded(
             tokens=tokens,
             logprobs=jnp.where(state.done, 0.0, logprobs),
-            logits=jnp.where(state.done[:, None], 0.0, state.logits) if with_logits else None,
+            logits=jnp.where(state.done[:, None], 0.0, logits) if with_logits else None,
         )
-        done = state.done | jnp.any(chosen[:, None] == options.eos_token_ids, axis=-1)
-        done |= state.step + 1 >= max_new_tokens
+        ended = jnp.any(chosen[:, None] == options.eos_token_ids, axis=-1)
         # Not under a cond on `done`: XLA would copy the whole cache in and out of it at every step.
-        cache, logits = forward(state.cache, tokens)
-        state = DecodeState(
-            cache=cache,
-            logits=logits,
-            done=done,
-            step=state.step + 1,
-            first_bad_step=jnp.where(bad & (state.first_bad_step < 0), state.step, state.first_bad_step),
-        )
-        return state, decoded
+        after = append(model, state, tokens)
+        return eqx.tree_at(
+            lambda s: (s.done, s.step, s.not_finite, s.nothing_left),
+            after,
+            (
+                state.done | ended | (state.step + 1 >= options.max_new_tokens),
+                state.step + 1,
+                first_step(state, state.not_finite, ~jnp.all(jnp.isfinite(logits), axis=-1)),
+                first_step(state, state.nothing_left, jnp.all(jnp.isneginf(open_), axis=-1)),
+            ),
+        ), decoded
 
     return jax.lax.scan(one, state, length=steps)
+
+
+def append(model: MPT, state: DecodeState, tokens: Int[Array, " B"]) -> DecodeState:
+    """Returns the state with one more token in each row."""
+    # One row alone reads a second token that is never seen, because XLA's CPU backend sums the products of a single
+    # row in another order than those of several, which in 16 bits shows. In float32 it is not worth a third of the
+    # speed: there the order changes the seventh digit.
+    alone = len(tokens) == 1 and half_precision(model)
+
+    def row(
+        cache: KVCache, so_far: Int[Array, " S"], token: Int[Array, ""]
+    ) -> tuple[KVCache, Int[Array, " S"], Float[Array, " D"]]:
+        x, new = model.extend(jnp.stack([token, token]) if alone else token[None], cache)
+        new = eqx.tree_at(lambda c: c.length, new, cache.length + 1)
+        return new, so_far.at[cache.length].set(token, mode="drop"), x[0]
+
+    cache, so_far, hidden = jax.vmap(row)(state.cache, state.tokens, tokens)
+    return eqx.tree_at(lambda s: (s.cache, s.tokens, s.hidden), state, (cache, so_far, hidden))
+
+
+def next_logits(model: MPT, hidden: Float[Array, "B D"]) -> Float32[Array, "B V"]:
+    """Returns the logits of each row's next token."""
+    alone = len(hidden) == 1 and half_precision(model)
+    logits = model.unembed(jnp.repeat(hidden, 2, axis=0) if alone else hidden)
+    return logits[: len(hidden)].astype(jnp.float32)
+
+
+def half_precision(model: MPT) -> bool:
+    """Tells whether the model computes in 16 bits."""
+    return model.wte.weight.dtype.itemsize < 4
+
+
+def first_step(state: DecodeState, so_far: Int[Array, ""], bad: Bool[Array, " B"]) -> Int[Array, ""]:
+    """Returns the first step at which a row that had not ended was bad, or −1."""
+    return jnp.where((so_far < 0) & jnp.any(bad & ~state.done), state.step, so_far)

@@ -1,21 +1,24 @@
-"""generate and stream: checks on the host, then prefill and chunks of the decode loop."""
+"""generate and stream: the calls people make."""
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
+from jaxtyping import Float, Int, PRNGKeyArray
 
-from mpt_eqx.errors import GenerationError
-from mpt_eqx.generation.choose import SamplingOptions
-from mpt_eqx.generation.decode import Decoded, decode, prefill
+from mpt_eqx.errors import GenerationError, Interrupted
+from mpt_eqx.generation.arguments import (
+    check_count,
+    check_key,
+    check_one_prompt,
+    check_options,
+    check_prompts,
+    power_of_two,
+)
+from mpt_eqx.generation.decode import spread
+from mpt_eqx.generation.loop import CHUNK, bar, make_tokens, read_prompts
+from mpt_eqx.generation.prefix import Prefix, state_after
 from mpt_eqx.model import MPT
-from mpt_eqx.model.mpt import longer
-
-CHUNK = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,16 +28,19 @@ class GenerateResult:
     Attributes:
         tokens: the new tokens; pad_token_id after the end of a row.
         lengths: how many tokens each row has; the end-of-sequence token counts.
-        finish_reasons: "stop" where a row ended by itself, "length" where max_new_tokens ended it.
+        finish_reasons: "stop" where a row ended by itself, "length" where max_new_tokens ended it; "interrupted" in
+            what an interrupted call leaves.
         logprobs: the model's log-probability of each token, in nats, before any warping; 0 after the end.
         logits: the unwarped logits each token was chosen from; 0 after the end; None unless asked for.
+        scores: of beams, the sum of logprobs over length to the power of length_penalty; None otherwise.
     """
 
     tokens: Int[np.ndarray, "B N"]
     lengths: Int[np.ndarray, " B"]
     finish_reasons: list[str]
     logprobs: Float[np.ndarray, "B N"]
-    logits: Float[np.ndarray, "B N V"] | None
+    logits: Float[np.ndarray, "B N V"] | None = None
+    scores: Float[np.ndarray, " B"] | None = None
 
 
 def generate(
@@ -45,68 +51,137 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    typical_p: float | None = None,
+    repetition_penalty: float | None = None,
+    no_repeat_ngram_size: int | None = None,
+    min_new_tokens: int = 0,
     eos_token_ids: Sequence[int] = (),
     pad_token_id: int = 0,
+    vocab_size: int | None = None,
+    num_return_sequences: int = 1,
     key: PRNGKeyArray | None = None,
     return_logits: bool = False,
+    prefix: Prefix | None = None,
+    progress: bool | None = None,
 ) -> GenerateResult:
     """Continues prompts of any lengths; a row's result does not depend on the rows beside it.
 
-    Compiled once for each batch size, power of two above the longest prompt, and power of two above prompt plus
-    max_new_tokens; no other argument compiles again.
+    Work is compiled for each batch size and each of a few sizes of the cache (512, 2048 tokens, and on in powers of
+    two), whatever the lengths of the prompts; no other argument compiles again. It ends within eight tokens of the
+    last row's end.
+
+    On CPU a row of bfloat16 or float16 is the same in every bit whatever stands beside it; in float32 a row alone
+    differs from one in a batch in the last digit, which shows only where two tokens are equally likely to that digit.
 
     Args:
         model: the model.
         prompts: token ids of each prompt, or of one prompt.
         max_new_tokens: how many tokens to write at most, ≥ 1.
-        temperature: 0 takes the likeliest token; above 0, tokens are drawn with a key.
+        temperature: 0 takes the likeliest token; above 0, tokens are drawn with a key, and the next four count.
         top_k: draw from the k likeliest tokens only, ≥ 1.
         top_p: draw from the fewest likeliest tokens with this probability together only, 0 < top_p ≤ 1.
+        min_p: draw only from tokens at least min_p times as likely as the likeliest, 0 ≤ min_p ≤ 1.
+        typical_p: draw from the most typical tokens with this probability together only, 0 < typical_p ≤ 1.
+        repetition_penalty: above 1, tokens that the prompt or the row has already are less likely, below 1 more; > 0.
+        no_repeat_ngram_size: no sequence of so many tokens comes twice in prompt and row, ≥ 1.
+        min_new_tokens: before so many tokens a row does not end, ≥ 0.
         eos_token_ids: tokens that end a row.
         pad_token_id: what `tokens` holds after the end.
-        key: randomness; row i draws from fold_in(key, i). Needed when temperature > 0.
+        vocab_size: how many ids the tokenizer has, where the model has more: those are never chosen.
+        num_return_sequences: how many rows to write for each prompt, ≥ 1; more than one need temperature > 0. The rows
+            of the first prompt come first.
+        key: randomness; row i draws its n-th token with fold_in(fold_in(key, i), n). Needed when temperature > 0.
         return_logits: keep the logits of every step, B·N·V float32 numbers.
+        prefix: what stands before every prompt, from `prefill`; prompts may then be empty.
+        progress: whether to show a bar on stderr when it takes over two seconds; None: where that is a terminal.
 
     Raises:
-        GenerationError: an argument or a prompt is not valid, prompt and new tokens exceed max_seq_len, or the model
-            gave NaN or infinite logits.
+        GenerationError: an argument or a prompt is not valid, prompt and new tokens exceed max_seq_len, the model
+            gave NaN or infinite logits, or the arguments leave no token to choose.
+        Interrupted: Ctrl-C; its `result` holds what was written until then.
     """
-    run = _Run(model, prompts, max_new_tokens, temperature, top_k, top_p, eos_token_ids, pad_token_id, key)
-    rows, v = len(run.prompts), model.config.vocab_size
+    options = check_options(
+        model.config,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        typical_p=typical_p,
+        repetition_penalty=repetition_penalty,
+        no_repeat_ngram_size=no_repeat_ngram_size,
+        min_new_tokens=min_new_tokens,
+        eos_token_ids=eos_token_ids,
+        pad_token_id=pad_token_id,
+        vocab_size=vocab_size,
+    )
+    key = check_key(key, temperature)
+    check_count("num_return_sequences", num_return_sequences)
+    if num_return_sequences > 1 and temperature == 0:
+        raise GenerationError(
+            f"num_return_sequences: expected 1 with temperature=0, found {num_return_sequences}; all of them would be "
+            "the same, so draw with temperature > 0 or use beam_search"
+        )
+    before = 0 if prefix is None else len(prefix)
+    texts = check_prompts(model.config, prompts, max_new_tokens=max_new_tokens, before=before)
+    rows, longest = len(texts) * num_return_sequences, max(map(len, texts), default=0)
     tokens = np.full((rows, max_new_tokens), pad_token_id, np.int32)
     logprobs = np.zeros((rows, max_new_tokens), np.float32)
-    logits = np.zeros((rows, max_new_tokens, v), np.float32) if return_logits else None
-    start = 0
-    for chunk in run.chunks(min(CHUNK, _power_of_two(max_new_tokens)), return_logits):
-        n = min(len(chunk.tokens), max_new_tokens - start)
-        tokens[:, start : start + n] = np.asarray(chunk.tokens)[:n].T
-        logprobs[:, start : start + n] = np.asarray(chunk.logprobs)[:n].T
-        if logits is not None:
-            logits[:, start : start + n] = np.swapaxes(np.asarray(chunk.logits)[:n], 0, 1)
-        start += n
-    ends = np.isin(tokens, run.eos_token_ids)
-    stopped = np.any(ends, axis=1)
-    lengths = np.where(stopped, np.argmax(ends, axis=1) + 1, max_new_tokens)
-    return GenerateResult(
-        tokens=tokens,
-        lengths=lengths,
-        finish_reasons=["stop" if stop else "length" for stop in stopped.tolist()],
-        logprobs=logprobs,
-        logits=logits,
-    )
+    logits = np.zeros((rows, max_new_tokens, model.config.vocab_size), np.float32) if return_logits else None
+    made = 0
+
+    def result(unfinished: str) -> GenerateResult:
+        ends = np.isin(tokens[:, :made], np.asarray(eos_token_ids))
+        stopped = np.any(ends, axis=1)
+        lengths = np.where(stopped, np.argmax(ends, axis=1) + 1, made) if made else np.zeros(rows, np.int64)
+        reasons = ["stop" if stop else unfinished for stop in stopped.tolist()]
+        return GenerateResult(tokens, lengths, reasons, logprobs, logits)
+
+    if not rows:
+        return result("length")
+    chunk = min(CHUNK, power_of_two(max_new_tokens))
+    try:
+        with bar(longest + max_new_tokens, progress) as shown:
+            state = state_after(model, prefix, len(texts), before + longest + min(chunk, max_new_tokens))
+            state = read_prompts(model, state, texts, before, shown)
+            if num_return_sequences > 1:
+                state = spread(state, num_return_sequences, state.cache.capacity)
+            for decoded in make_tokens(
+                model, state, options, key, length=before + longest, max_new_tokens=max_new_tokens, chunk=chunk,
+                with_logits=return_logits,
+            ):  # fmt: skip
+                here = slice(made, made + len(decoded.tokens))
+                tokens[:, here] = decoded.tokens.T
+                logprobs[:, here] = decoded.logprobs.T
+                if logits is not None and decoded.logits is not None:
+                    logits[:, here] = np.swapaxes(decoded.logits, 0, 1)
+                made = here.stop
+                shown.update(len(decoded.tokens))
+    except KeyboardInterrupt:
+        raise Interrupted(result("interrupted")) from None
+    made = max_new_tokens  # what rows that ended early were not given is padding
+    return result("length")
 
 
 def stream(
     model: MPT,
     prompt: Sequence[int],
     *,
+    chunk_size: int = CHUNK,
     max_new_tokens: int,
-    chunk_size: int = 8,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    typical_p: float | None = None,
+    repetition_penalty: float | None = None,
+    no_repeat_ngram_size: int | None = None,
+    min_new_tokens: int = 0,
     eos_token_ids: Sequence[int] = (),
+    vocab_size: int | None = None,
     key: PRNGKeyArray | None = None,
+    prefix: Prefix | None = None,
 ) -> Iterator[int]:
     """Returns an iterator over the tokens that `generate` would write for one prompt, as they are made.
 
@@ -115,155 +190,55 @@ def stream(
     Args:
         model: the model.
         prompt: token ids.
-        max_new_tokens: as in `generate`, like the following.
         chunk_size: how many tokens are made between looks at them, ≥ 1: fewer come sooner, more come faster.
+        max_new_tokens: as in `generate`.
         temperature: as in `generate`.
         top_k: as in `generate`.
         top_p: as in `generate`.
+        min_p: as in `generate`.
+        typical_p: as in `generate`.
+        repetition_penalty: as in `generate`.
+        no_repeat_ngram_size: as in `generate`.
+        min_new_tokens: as in `generate`.
         eos_token_ids: as in `generate`.
+        vocab_size: as in `generate`.
         key: as in `generate`.
+        prefix: as in `generate`.
 
     Raises:
         GenerationError: as in `generate`.
     """
-    if len(prompt) and not isinstance(prompt[0], int | np.integer):
-        raise GenerationError(f"prompt: expected the token ids of one prompt, found {_kind(prompt[0])} in it")
-    _check_count("chunk_size", chunk_size)
-    run = _Run(model, [prompt], max_new_tokens, temperature, top_k, top_p, eos_token_ids, 0, key)
+    check_one_prompt(prompt)
+    check_count("chunk_size", chunk_size)
+    options = check_options(
+        model.config,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        typical_p=typical_p,
+        repetition_penalty=repetition_penalty,
+        no_repeat_ngram_size=no_repeat_ngram_size,
+        min_new_tokens=min_new_tokens,
+        eos_token_ids=eos_token_ids,
+        vocab_size=vocab_size,
+    )
+    key = check_key(key, temperature)
+    before = 0 if prefix is None else len(prefix)
+    (text,) = check_prompts(model.config, [prompt], max_new_tokens=max_new_tokens, before=before)
+    length = before + len(text)
 
     def tokens() -> Iterator[int]:
-        left = max_new_tokens
-        for chunk in run.chunks(chunk_size, False):
-            for token in np.asarray(chunk.tokens)[:left, 0].tolist():
+        with bar(len(text), False) as hidden:
+            state = state_after(model, prefix, 1, length + min(chunk_size, max_new_tokens))
+            state = read_prompts(model, state, [text], before, hidden)
+        for decoded in make_tokens(
+            model, state, options, key, length=length, max_new_tokens=max_new_tokens, chunk=chunk_size
+        ):
+            for token in decoded.tokens[:, 0].tolist():
                 yield token
-                if token in run.eos_token_ids:
+                if token in eos_token_ids:
                     return
-            left -= chunk_size
 
     return tokens()
-
-
-class _Run:
-    """One call's checked arguments, and the loop over chunks that generate and stream share."""
-
-    def __init__(
-        self,
-        model: MPT,
-        prompts: Sequence[Sequence[int]] | Sequence[int],
-        max_new_tokens: int,
-        temperature: float,
-        top_k: int | None,
-        top_p: float | None,
-        eos_token_ids: Sequence[int],
-        pad_token_id: int,
-        key: PRNGKeyArray | None,
-    ):
-        v = model.config.vocab_size
-        _check_count("max_new_tokens", max_new_tokens)
-        _check_number("temperature", temperature, "a finite number ≥ 0", lambda t: 0 <= t < math.inf)
-        if top_k is not None:
-            _check_count("top_k", top_k)
-        if top_p is not None:
-            _check_number("top_p", top_p, "a number with 0 < top_p ≤ 1", lambda p: 0 < p <= 1)
-        _check_ids("pad_token_id", [pad_token_id], v)
-        _check_ids("eos_token_ids", eos_token_ids, v)
-        if temperature > 0 and key is None:
-            raise GenerationError(f"key: expected a key, such as jax.random.key(0), with temperature={temperature}")
-        self.model = model
-        self.prompts = _as_rows(prompts)
-        self.max_new_tokens = max_new_tokens
-        self.eos_token_ids = [int(token) for token in eos_token_ids]
-        for number, prompt in enumerate(self.prompts):
-            name = f"prompts[{number}]"
-            if not len(prompt):
-                raise GenerationError(f"{name}: expected at least one token, found an empty prompt")
-            _check_ids(name, prompt.tolist(), v)
-            if len(prompt) + max_new_tokens > model.config.max_seq_len:
-                raise GenerationError(
-                    f"{name}: {len(prompt)} tokens and max_new_tokens={max_new_tokens} exceed "
-                    f"max_seq_len={model.config.max_seq_len}; {longer(model.config, len(prompt) + max_new_tokens)}"
-                )
-        # One shape for up to eight ends, so that their number does not compile again.
-        places = max(8, _power_of_two(len(self.eos_token_ids)))
-        ends = [*self.eos_token_ids, *[-1] * (places - len(self.eos_token_ids))]
-        self.options = SamplingOptions(
-            temperature=jnp.asarray(np.float32(temperature)),
-            top_k=jnp.asarray(np.int32(v if top_k is None else min(top_k, v))),
-            top_p=jnp.asarray(np.float32(1.0 if top_p is None else top_p)),
-            eos_token_ids=jnp.asarray(np.asarray(ends, np.int32)),
-            pad_token_id=jnp.asarray(np.int32(pad_token_id)),
-        )
-        self.key = jax.random.key(0) if key is None else key
-        if not jax.dtypes.issubdtype(self.key.dtype, jax.dtypes.prng_key):  # from jax.random.PRNGKey
-            self.key = jax.random.wrap_key_data(self.key)
-
-    def chunks(self, size: int, with_logits: bool) -> Iterator[Decoded]:
-        """Yields the tokens of `size` steps at a time until every row has ended."""
-        if not self.prompts:
-            return
-        longest = max(map(len, self.prompts))
-        capacity = _bucket(longest + self.max_new_tokens)
-        tokens = np.zeros((len(self.prompts), _bucket(longest)), np.int32)
-        for row, prompt in zip(tokens, self.prompts, strict=True):
-            row[: len(prompt)] = prompt
-        lengths = np.asarray([len(prompt) for prompt in self.prompts], np.int32)
-        keys = _row_keys(self.key, jnp.asarray(np.arange(len(self.prompts))))
-        state = prefill(self.model, jnp.asarray(tokens), jnp.asarray(lengths), capacity)
-        fixed = (self.model, self.options, keys, jnp.asarray(np.int32(self.max_new_tokens)))
-        while True:
-            state, decoded = decode(fixed, state, size, with_logits)
-            if (bad := int(state.first_bad_step)) >= 0:
-                raise GenerationError(
-                    f"the logits of new token {bad} are not finite; look for NaN or infinity in the weights with "
-                    f"from_pretrained(…, check_finite=True), or use a wider dtype"
-                )
-            yield decoded
-            if np.asarray(state.done).all():
-                return
-
-
-@jax.jit
-def _row_keys(key: Key[Array, ""], rows: Int[Array, " B"]) -> Key[Array, " B"]:
-    return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
-def _bucket(n: int) -> int:
-    """Returns the size that n tokens are padded to."""
-    return max(32, _power_of_two(n))
-
-
-def _as_rows(prompts: Sequence[Sequence[int]] | Sequence[int]) -> list[np.ndarray]:
-    if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
-        raise GenerationError("prompts: expected token ids, found text; encode it with mpt_eqx.text.load_tokenizer")
-    single = len(prompts) > 0 and np.ndim(prompts[0]) == 0
-    rows = [np.asarray(row) for row in ([prompts] if single else prompts)]
-    for number, row in enumerate(rows):
-        if row.ndim != 1 or (row.size and not np.issubdtype(row.dtype, np.integer)):
-            raise GenerationError(f"prompts[{number}]: expected a list of whole numbers, found {_kind(row)}")
-    return rows
-
-
-def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
-    for token in ids:
-        if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token < vocab_size:
-            raise GenerationError(f"{name}: expected token ids from 0 to {vocab_size - 1}, found {token!r}")
-
-
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise GenerationError(f"{name}: expected a whole number ≥ 1, found {value!r}")
-
-
-def _check_number(name: str, value: object, expected: str, valid) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not valid(value):
-        raise GenerationError(f"{name}: expected {expected}, found {value!r}")
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, np.ndarray):
-        return f"an array of shape {value.shape} and type {value.dtype}"
-    return type(value).__name__

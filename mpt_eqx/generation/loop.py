@@ -1,0 +1,127 @@
+"""The loop on the host: prompts are read piece by piece, tokens are made chunk by chunk, the cache grows in between."""
+
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key
+from tqdm import tqdm
+
+from mpt_eqx.config import MPTConfig
+from mpt_eqx.errors import GenerationError
+from mpt_eqx.generation.arguments import power_of_two
+from mpt_eqx.generation.choose import SamplingOptions
+from mpt_eqx.generation.decode import Decoded, DecodeState, decode, read, spread
+from mpt_eqx.model import MPT
+
+CHUNK = 8
+"""Tokens made between two looks of the host."""
+
+PIECES = (256, 32)
+"""Tokens of a prompt read at a time: the first while more than half of it is left, then the second."""
+
+SMALLEST = 512
+"""The smallest cache, in tokens. The next size is four times that, then each twice the one before."""
+
+
+def capacity_for(config: MPTConfig, length: int) -> int:
+    """Returns the size of the cache for so many tokens: one of a few, so that few are compiled for."""
+    size = SMALLEST if length <= SMALLEST else max(4 * SMALLEST, power_of_two(length))
+    return min(size, max(config.max_seq_len, length))
+
+
+def piece_sizes(length: int) -> Iterator[int]:
+    """Yields how many tokens of a prompt are read at a time."""
+    large, small = PIECES
+    while length > 0:
+        size = large if length > large // 2 else small
+        yield size
+        length -= size
+
+
+def read_prompts(
+    model: MPT, state: DecodeState, prompts: Sequence[np.ndarray], before: int, progress: tqdm
+) -> DecodeState:
+    """Returns the state after all prompts.
+
+    Args:
+        model: the model.
+        state: as many rows, of `before` tokens each. Donated.
+        prompts: token ids of each row, of any lengths.
+        before: as above.
+        progress: counts the tokens of the longest prompt.
+    """
+    longest = max(map(len, prompts))
+    ends = np.asarray([before + len(prompt) for prompt in prompts], np.int32)
+    start = 0
+    for size in piece_sizes(longest):
+        piece = np.zeros((len(prompts), size), np.int32)
+        for row, prompt in zip(piece, prompts, strict=True):
+            here = prompt[start : start + size]
+            row[: len(here)] = here
+        state = read(model, state, jnp.asarray(piece), jnp.asarray(ends))
+        if not progress.disable:
+            jax.block_until_ready(state.step)
+        start += size
+        progress.update(min(start, longest) - progress.n)
+    return state
+
+
+def make_tokens(
+    model: MPT,
+    state: DecodeState,
+    options: SamplingOptions,
+    key: Key[Array, ""],
+    *,
+    length: int,
+    max_new_tokens: int,
+    chunk: int = CHUNK,
+    with_logits: bool = False,
+) -> Iterator[Decoded]:
+    """Yields the tokens of `chunk` steps at a time, at most max_new_tokens in all, until every row has ended.
+
+    Args:
+        model: the model.
+        state: after the prompts. Donated.
+        options: how to choose.
+        key: randomness.
+        length: tokens of the longest row so far.
+        max_new_tokens: as above.
+        chunk: how many steps are made between two looks.
+        with_logits: whether to keep the logits of each step.
+
+    Raises:
+        GenerationError: the model gave logits that are not finite, or nothing was left to choose from.
+    """
+    made = 0
+    while made < max_new_tokens:
+        needed = length + min(made + chunk, max_new_tokens)
+        if needed > state.cache.capacity:
+            state = spread(state, 1, capacity_for(model.config, needed))
+        state, decoded = decode((model, options, key), state, chunk, with_logits)
+        not_finite, nothing_left, done = jax.device_get((state.not_finite, state.nothing_left, state.done))
+        if not_finite >= 0:
+            raise GenerationError(
+                f"the logits of new token {not_finite} are not finite; look for NaN or infinity in the weights with "
+                f"from_pretrained(…, check_finite=True), or use a wider dtype"
+            )
+        if nothing_left >= 0:
+            raise GenerationError(
+                f"no token is left to choose from for new token {nothing_left}; loosen no_repeat_ngram_size, "
+                f"min_new_tokens or vocab_size"
+            )
+        yield _first(jax.device_get(decoded), min(chunk, max_new_tokens - made))
+        made += chunk
+        if done.all():
+            return
+
+
+def bar(total: int, shown: bool | None) -> tqdm:
+    """Returns a bar on stderr that counts tokens, and shows itself after two seconds; None: only in a terminal."""
+    disabled = None if shown is None else not shown
+    return tqdm(total=total, desc="generating", unit=" tokens", disable=disabled, delay=2, leave=False)
+
+
+def _first(decoded: Decoded, steps: int) -> Decoded:
+    return jax.tree.map(lambda x: x[:steps], decoded)

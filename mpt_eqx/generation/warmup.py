@@ -1,0 +1,60 @@
+"""Compiling ahead of the first prompt."""
+
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpt_eqx.generation.arguments import check_count, check_key, check_options, check_prompts, power_of_two
+from mpt_eqx.generation.decode import decode, empty_state, read, spread
+from mpt_eqx.generation.loop import CHUNK, capacity_for, piece_sizes
+from mpt_eqx.model import MPT
+
+
+def warmup(
+    model: MPT, *, batch_sizes: Sequence[int], prompt_lengths: Sequence[int], max_new_tokens: int
+) -> dict[tuple[int, int], float]:
+    """Compiles all that `generate` and `stream` need for these shapes, so that no later call of theirs waits for it.
+
+    Args:
+        model: the model.
+        batch_sizes: numbers of prompts, each ≥ 1.
+        prompt_lengths: tokens of the longest prompt, each ≥ 1; others that need the same sizes are covered too.
+        max_new_tokens: as in `generate`.
+
+    Returns:
+        Seconds for each (batch size, prompt length); nearly none where an earlier one has compiled the same.
+
+    Raises:
+        GenerationError: an argument is not valid, or a length exceeds max_seq_len.
+    """
+    config = model.config
+    options = check_options(config, max_new_tokens=max_new_tokens)
+    for name, counts in (("batch_sizes", batch_sizes), ("prompt_lengths", prompt_lengths)):
+        for count in counts:
+            check_count(name, count)
+    for length in prompt_lengths:
+        check_prompts(config, [[0] * length], max_new_tokens=max_new_tokens)
+    fixed = (model, options, check_key(None, 0.0))
+    chunk = min(CHUNK, power_of_two(max_new_tokens))
+    seconds = {}
+    for rows in batch_sizes:
+        for length in prompt_lengths:
+            started = time.monotonic()
+            first = capacity_for(config, length + min(chunk, max_new_tokens))
+            state = empty_state(model, rows, first)
+            for size in sorted(set(piece_sizes(length))):
+                piece, ends = np.zeros((rows, size), np.int32), np.zeros(rows, np.int32)
+                state = read(model, state, jnp.asarray(piece), jnp.asarray(ends))
+            for made in range(chunk, max_new_tokens + chunk, chunk):
+                needed = length + min(made, max_new_tokens)
+                if needed > state.cache.capacity:
+                    state = spread(state, 1, capacity_for(config, needed))
+                elif made > chunk:
+                    continue
+                state, _ = decode(fixed, state, chunk, False)
+            jax.block_until_ready(state)
+            seconds[rows, length] = time.monotonic() - started
+    return seconds
