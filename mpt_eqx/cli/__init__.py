@@ -4,15 +4,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mpt_eqx.cli import convert, generate, inspect
+from mpt_eqx.cli import chat, convert, generate, inspect
 from mpt_eqx.errors import MPTError
 
-COMMANDS = (generate, inspect, convert)  # one module each, in the order in which --help lists them
+COMMANDS = (generate, chat, inspect, convert)  # one module each, in the order in which --help lists them
 
 EXAMPLES = """examples:
   mpt-eqx generate "The zip() function"                      the small model that ships with mpt_eqx
   mpt-eqx generate "Once" --model ./mpt-7b --temperature 0    a local checkpoint, likeliest tokens
   echo "json.dumps(obj" | mpt-eqx generate --seed 3           the prompt from stdin, another draw
+  mpt-eqx chat --model ./mpt-7b-chat --template chatml         a conversation
   mpt-eqx inspect ./mpt-7b                                    what a checkpoint holds, and what is wrong with it
   mpt-eqx convert ./mpt-7b ./mpt-7b-aligned                   torch files or GGUF to safetensors that load at once
 """

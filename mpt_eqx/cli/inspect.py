@@ -23,9 +23,13 @@ def add_to(commands: Any, shared: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Writes what the checkpoint holds to stdout, its problems to stderr; exit code 1 if there are any."""
     from mpt_eqx.checkpoint import checkpoint_info
+    from mpt_eqx.checkpoint.names import HEAD, canonical_name
 
     info = checkpoint_info(args.model, revision=args.revision)
     config, files = info.config, sorted({tensor.file for tensor in info.tensors})
+    # Whether it is the embedding again, as it should be, is not in the headers.
+    heads = [tensor.name for tensor in info.tensors if canonical_name(tensor.name) == HEAD]
+    tied = "tied" + (f" ({heads[0]} is there too; that it is the same shows when it is loaded)" if heads else "")
     rows = [
         ("directory", info.directory),
         ("format", f"{info.format}, {len(files)} file{'s' * (len(files) != 1)}, {info.bytes / 1e6:,.1f} MB"),
@@ -38,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         ),
         (
             "vocabulary",
-            f"{config.vocab_size:,}, output matrix {'tied' if config.tie_word_embeddings else 'of its own'}",
+            f"{config.vocab_size:,}, output matrix {tied if config.tie_word_embeddings else 'of its own'}",
         ),
         ("positions", f"{_positions(config)}, max_seq_len {config.max_seq_len:,}"),
         ("tokenizer", "tokenizer.json" if (Path(info.directory) / "tokenizer.json").is_file() else "none"),

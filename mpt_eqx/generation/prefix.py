@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 
 import equinox as eqx
+import numpy as np
+from jaxtyping import Int
 
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.errors import GenerationError
@@ -26,13 +28,18 @@ class Prefix(eqx.Module):
         """Returns how many tokens were read."""
         return int(self.state.cache.length[0])
 
+    @property
+    def tokens(self) -> Int[np.ndarray, " T"]:
+        """The tokens that were read."""
+        return np.asarray(self.state.tokens[0])[: len(self)]
+
 
 def prefill(model: MPT, tokens: Sequence[int], *, prefix: Prefix | None = None, progress: bool | None = None) -> Prefix:
     """Reads tokens into a cache, so that no call of `generate` with this prefix reads them again.
 
     Args:
         model: the model.
-        tokens: token ids, at least one.
+        tokens: token ids; at least one, where nothing stands before.
         prefix: what stands before them.
         progress: whether to show a bar on stderr when it takes over two seconds; None: where that is a terminal.
 
@@ -43,8 +50,8 @@ def prefill(model: MPT, tokens: Sequence[int], *, prefix: Prefix | None = None, 
     check_one_prompt(tokens)
     before = 0 if prefix is None else len(prefix)
     (row,) = check_prompts(model.config, [tokens], max_new_tokens=0, before=before)
+    state = state_after(model, prefix, 1, before + len(row))
     with bar(len(row), progress) as shown:
-        state = state_after(model, prefix, 1, before + len(row))
         return Prefix(read_prompts(model, state, [row], before, shown), model.config)
 
 

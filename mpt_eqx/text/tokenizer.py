@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mpt_eqx.checkpoint.hub import find_checkpoint
 from mpt_eqx.config_dialects import read_json_object
@@ -45,6 +45,11 @@ class Tokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         """Returns the text of token ids, special tokens left out."""
         return self._backend.decode([int(token) for token in tokens])
+
+    def ids_of(self, tokens: Iterable[str]) -> list[int]:
+        """Returns the ids of those of the tokens that the vocabulary has."""
+        ids = (self._backend.token_to_id(token) for token in tokens)
+        return [id_ for id_ in ids if id_ is not None]
 
     def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
         """Yields the text of token ids as it becomes certain: a character is never cut in half."""
@@ -145,12 +150,6 @@ def load_tokenizer(
     backend.no_truncation()
     backend.no_padding()
     return Tokenizer(backend, _eos_token_ids(directory, backend), directory=directory)
-
-
-def generation_config(directory: Path) -> dict[str, Any]:
-    """Returns the content of generation_config.json, or nothing where there is none."""
-    path = directory / "generation_config.json"
-    return read_json_object(path) if path.is_file() else {}
 
 
 def until_stop(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:

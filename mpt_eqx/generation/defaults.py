@@ -1,0 +1,86 @@
+"""The arguments of `generate` that a checkpoint asks for in its generation_config.json."""
+
+from pathlib import Path
+from typing import Any
+
+from mpt_eqx.checkpoint.hub import find_checkpoint
+from mpt_eqx.config_dialects import read_json_object
+from mpt_eqx.errors import GenerationError
+
+WARPERS = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+TAKEN = ("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "max_new_tokens", "num_return_sequences")
+
+NEUTRAL: dict[str, tuple[object, ...]] = {
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "penalty_alpha": (0,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "top_h": (),
+    "diversity_penalty": (0,),
+    "encoder_repetition_penalty": (1,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "guidance_scale": (1,),
+    "renormalize_logits": (False,),
+    "bad_words_ids": ([],),
+    "force_words_ids": ([],),
+    "constraints": ([],),
+    "sequence_bias": ({},),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "exponential_decay_length_penalty": (),
+    "watermarking_config": (),
+    "dola_layers": (),
+    "stop_strings": ([],),
+}
+"""What else changes the tokens in transformers, and the values with which it does not; null never does."""
+
+
+def generation_defaults(source: str | Path, *, revision: str | None = None) -> dict[str, Any]:
+    """Returns the arguments of `generate` that the generation_config.json of a checkpoint asks for.
+
+    An argument given at the call wins where the two are put together so:
+    `generate(model, prompts, **{**generation_defaults(source), "max_new_tokens": 40})`. Only what the file says is
+    there: without `do_sample` it is greedy, whatever temperature stands beside; transformers' own default of top_k 50
+    is not added.
+
+    Args:
+        source: directory, weight file or Hub repository id, as in `from_pretrained`.
+        revision: branch, tag or commit of a Hub repository.
+
+    Raises:
+        GenerationError: the file asks for something that `generate` does not do, or a value is no number.
+        CheckpointError: no checkpoint is there, or the file is no JSON object.
+    """
+    place = find_checkpoint(source, revision=revision, with_weights=False)
+    path = (place.parent if place.is_file() else place) / "generation_config.json"
+    if not path.is_file():
+        return {}
+    asked = {key: value for key, value in read_json_object(path).items() if value is not None}
+    for key, neutral in NEUTRAL.items():
+        if key in asked and asked[key] not in neutral:
+            instead = "call beam_search" if key == "num_beams" else "take it out of the file"
+            raise GenerationError(f"{path}: {key}={asked[key]!r:.60} is not something that generate does; {instead}")
+    sampled = asked.get("do_sample", False)
+    if not isinstance(sampled, bool):
+        raise GenerationError(f"{path}: do_sample: expected true or false, found {sampled!r:.60}")
+    asked.setdefault("temperature", 1.0)
+    names = (*WARPERS, *TAKEN) if sampled else TAKEN
+    defaults: dict[str, Any] = {} if sampled else {"temperature": 0.0}
+    for name in names:
+        if name in asked:
+            if isinstance(asked[name], bool) or not isinstance(asked[name], int | float):
+                raise GenerationError(f"{path}: {name}: expected a number, found {asked[name]!r:.60}")
+            defaults[name] = asked[name]
+    if "eos_token_id" in asked:
+        ends = asked["eos_token_id"]
+        defaults["eos_token_ids"] = tuple(ends) if isinstance(ends, list) else (ends,)
+    if "pad_token_id" in asked:
+        defaults["pad_token_id"] = asked["pad_token_id"]
+    # What transformers writes for "off".
+    for name, off in (("top_k", 0), ("no_repeat_ngram_size", 0)):
+        if defaults.get(name) == off:
+            del defaults[name]
+    return defaults
