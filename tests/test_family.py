@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from collections import Counter
 
 import equinox as eqx
@@ -313,37 +314,129 @@ def test_any_valid_configuration(d, split, at):
     np.testing.assert_allclose(jnp.concatenate(rows), full[:12], atol=1e-4)
 
 
-BAD = [
-    *[
-        (field, value)
-        for field in ("d_model", "n_heads", "n_layers", "max_seq_len", "vocab_size")
-        for value in (0, "x")
-    ],
-    *[(field, "x") for field in ("no_bias", "tie_word_embeddings", "learned_pos_emb", "attention_bias", "norm_type")],
-    *[(field, -1) for field in ("resid_pdrop", "emb_pdrop", "norm_eps", "final_logit_softcapping", "pad_token_id")],
-    *[("embedding_fraction", 2), ("logit_scale", "x"), ("head_dim", -2), ("block_overrides", 3), ("magic", 0)],
-    *[
-        (f"attn_config.{field}", "x")
-        for field in ("attn_type", "clip_qkv", "softmax_scale", "alibi", "rope", "rope_impl")
-    ],
-    *[
-        (f"attn_config.{field}", -1.5)
-        for field in ("sliding_window_size", "alibi_bias_max", "attn_pdrop", "rope_theta")
-    ],
-    *[("attn_config.rope_hf_config", 3), ("attn_config.attn_temperature_tuning", 3), ("attn_config.magic", 1)],
-    *[("ffn_config.ffn_type", "mb_moe"), ("ffn_config.ffn_hidden_size", 0), ("ffn_config.ffn_act_fn", 1)],
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 70) | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+PARTS = ("attn_config", "ffn_config", "init_config")
+
+
+def all_keys():
+    """The path of each key that config.json may have, and of an unknown one in each place."""
+    from mpt_eqx import config, config_dialects
+
+    def fields(part):
+        return [field.name for field in dataclasses.fields(part)]
+
+    top = config_dialects.TAKEN[""] | config_dialects.BOOKKEEPING[""] | set(config_dialects.ALIASES)
+    keys = [(key,) for key in sorted(top - set(PARTS))]
+    for known in (config_dialects.TAKEN, config_dialects.BOOKKEEPING, config_dialects.PLAIN_ONLY):
+        keys += [(part, key) for part in PARTS for key in sorted(known[part])]
+    inner = {
+        ("attn_config", "rope_hf_config"): [*fields(config.RopeHFConfig), "trained_max_seq_len"],
+        ("attn_config", "attn_temperature_tuning"): fields(config.TemperatureTuning),
+        ("attn_config", "rope_dail_config"): ["type", "pos_idx_in_fp32", "xpos_scale_base"],
+        ("ffn_config", "ffn_act_fn"): fields(config.ActFnConfig),
+        ("block_overrides",): ["order", "overrides", "repeat"],
+        ("block_overrides", "overrides", "x", "attn_config"): fields(config.BlockOverride),
+    }
+    keys += [(*path, key) for path in inner for key in inner[path]]
+    return [*keys, *((*path, "magic") for path in ((), *((part,) for part in PARTS), *inner))]
+
+
+# A value that is fine by itself may contradict another; then that one may be named.
+CONTRADICTED = {
+    "d_model": {"head_dim", "expansion_ratio", "rope"}, "hidden_size": {"head_dim", "expansion_ratio", "rope"},
+    "n_heads": {"rope"}, "num_attention_heads": {"d_model", "kv_n_heads", "head_dim", "rope"},
+    "n_layers": {"block_overrides"}, "num_hidden_layers": {"block_overrides"},
+    "vocab_size": {"pad_token_id"}, "alibi": {"nope"}, "rope": {"head_dim", "nope"},
+    "attn_type": {"kv_n_heads"}, "learned_pos_emb": {"nope"}, "order": {"block_overrides"},
+    "overrides": {"order"}, "repeat": {"block_overrides"}, "attn_impl": set(),
+    "moe_num_experts": {"moe_top_k"}, "ffn_type": {"moe_num_experts", "ffn_act_fn"}, "qk_ln": {"qk_gn"},
+    "name": {"init_std", "approximate", "negative_slope"}, "type": {"low_freq_factor"},
+    "fused_qkv": {"head_dim", "reuse_kv_x_layer_idx"}, "reuse_kv_layer_idx": {"reuse_kv_x_layer_idx"},
+    # An unknown key of a small object: the object is named, and the key shown.
+    "magic": {"rope_hf_config", "attn_temperature_tuning", "rope_dail_config", "ffn_act_fn", "block_overrides"},
+}  # fmt: skip
+
+
+def with_value(d, path, value):
+    """A copy of a configuration with one value replaced, and objects made on the way to it."""
+    key, *rest = path
+    if not rest:
+        return {**d, key: value}
+    inner = d.get(key)
+    return {**d, key: with_value(inner if isinstance(inner, dict) else {}, rest, value)}
+
+
+@settings(max_examples=600, deadline=None)
+@given(configs(), st.sampled_from(all_keys()), json_values)
+def test_any_value_of_any_key_is_taken_or_named(d, path, value):
+    from mpt_eqx import ConfigError, MPTConfig
+    from mpt_eqx.config_dialects import ALIASES
+
+    d = {key: value for key, value in d.items() if key != ALIASES.get(path[0])}
+    if path[0] == "block_overrides":
+        names = [{"name": "x"}] + [{"name": "default"}] * (d["n_layers"] - 1)
+        d = {**d, "block_overrides": {"order": names, "overrides": {"x": {}}}}
+    try:
+        config = MPTConfig.from_dict(with_value(d, path, value))
+    except ConfigError as error:
+        names = {path[-1], *CONTRADICTED.get(path[-1], ())}
+        assert any(re.search(rf"\b{name}\b", str(error)) for name in names), error
+    else:
+        assert MPTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+TUNED_BLOCK = {"attn_temperature_tuning": {"attn_scale": 1.0}}
+TUNED = {**TUNED_BLOCK, "attn_uses_sequence_id": True}
+# What contradicts itself whatever else there is, and the field that is named.
+CONTRADICTIONS = [
+    (attn(qk_ln=True, qk_gn=True), "attn_config.qk_gn"),
+    (attn(attn_type="multihead_attention", kv_n_heads=1), "attn_config.kv_n_heads"),
+    (attn(attn_type="grouped_query_attention", kv_n_heads=None), "attn_config.kv_n_heads"),
+    (attn(attn_type="grouped_query_attention", kv_n_heads=5), "attn_config.kv_n_heads"),
+    (attn(fused_qkv=True) | {"head_dim": 6}, "head_dim"),
+    (attn(fused_qkv=False, rope=True, rope_impl="dail") | {"head_dim": 6}, "head_dim"),
+    (attn(fused_qkv=False, rope=True, rope_impl="hf") | {"head_dim": 5}, "attn_config.rope"),
+    (attn(rope=True, rope_dail_config={"type": "xpos"}, rope_impl="dail"), "attn_config.rope_dail_config.type"),
+    (attn(rope_hf_config={"type": "llama3"}), "attn_config.rope_hf_config.low_freq_factor"),
+    (attn(rope_hf_config={**LLAMA3, "low_freq_factor": 4.0}), "attn_config.rope_hf_config.high_freq_factor"),
+    (attn(**TUNED, attn_impl="flash"), "attn_config.attn_impl"),
+    (ffn(ffn_type="te_ln_mlp", ffn_act_fn={"name": "silu"}), "ffn_config.ffn_act_fn"),
+    (ffn(ffn_type="mptmlp", moe_num_experts=2, moe_top_k=1), "ffn_config.moe_num_experts"),
+    (ffn(ffn_type="torch_dmoe", moe_num_experts=2, moe_top_k=3), "ffn_config.moe_top_k"),
+    (ffn(ffn_act_fn={"name": "silu", "approximate": "tanh"}, ffn_type="mptmlp"), "ffn_config.ffn_act_fn.approximate"),
+    (init(name="baseline_", init_std=None), "init_config.init_std"),
+    (init(emb_init_uniform_lim=[1, -1]), "init_config.emb_init_uniform_lim"),
+    ({"expansion_ratio": 1.01} | ffn(ffn_hidden_size=None), "expansion_ratio"),
+    ({"pad_token_id": 31}, "pad_token_id"),
+    ({"norm_eps": 1e-5, "layer_norm_epsilon": 1e-6}, "norm_eps"),
+    ({"hidden_size": 1}, "d_model"),
+    ({"n_layers": 5, "block_overrides": {"order": [{"name": "default"}], "overrides": {}}}, "block_overrides"),
+    (attn(alibi=False, rope=False) | {"learned_pos_emb": True} | second_block(nope=True), "block_overrides[1]: nope"),
+    (attn(fused_qkv=True) | second_block(reuse_kv_x_layer_idx=-1), "block_overrides[1]: reuse_kv_x_layer_idx"),
+    (second_block(reuse_kv_layer_idx=-2), "block_overrides[1]: reuse_kv_layer_idx"),
+    (
+        second_block(reuse_kv_layer_idx=-1, reuse_kv_x_layer_idx=-1),
+        "block_overrides: attn_config.reuse_kv_x_layer_idx",
+    ),
+    (attn(attn_uses_sequence_id=True, attn_impl="flash") | second_block(**TUNED_BLOCK), "attn_config.attn_impl"),
 ]
 
 
 @settings(max_examples=200, deadline=None)
-@given(configs(), st.sampled_from(BAD))
-def test_any_invalid_configuration_names_its_field(d, bad):
+@given(configs(), st.sampled_from(CONTRADICTIONS))
+def test_any_contradiction_names_its_field(d, contradiction):
     from mpt_eqx import ConfigError, MPTConfig
 
-    *parts, field = bad[0].split(".")
-    d = json.loads(json.dumps(d))
-    (d[parts[0]] if parts else d)[field] = bad[1]
-    with pytest.raises(ConfigError, match=field):
+    change, field = contradiction
+    # Neither the overrides nor the head width of the random configuration, which would be wrong with the change too.
+    d = {**d, "block_overrides": None, "head_dim": None, "n_layers": 2}
+    for key, value in change.items():
+        d[key] = {**d.get(key, {}), **value} if key in PARTS else value
+    with pytest.raises(ConfigError, match=rf"^{re.escape(field)}: "):
         MPTConfig.from_dict(d)
 
 

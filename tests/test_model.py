@@ -161,6 +161,69 @@ def test_mixture_of_experts(tiny_config, ffn_type, mlp_type, norm):
         np.testing.assert_allclose(row, wanted + bias, atol=1e-5)
 
 
+def changed(holder, name, change):
+    """A mutation: `holder.name` becomes `change(original)`."""
+    import importlib
+
+    def mutate(patch):
+        module, *path = holder.split(".")
+        where = importlib.import_module(f"mpt_eqx.model.{module}")
+        for part in path:
+            where = getattr(where, part)
+        patch.setattr(where, name, change(getattr(where, name)))
+
+    return mutate
+
+
+def without_gate(original):
+    return lambda self, x, weights: original(eqx.tree_at(lambda m: m.v1, self, None), x, weights)
+
+
+def gate_and_value_swapped(original):
+    return lambda self, x, weights: original(eqx.tree_at(lambda m: (m.w1, m.v1), self, (self.v1, self.w1)), x, weights)
+
+
+def not_scaled_up(original):
+    return lambda self, x, *, key: original(self, x, key=key) * (1 - self.p)
+
+
+def the_models_eps(original):
+    return lambda size, eps, *, bias: original(size, 0.1, bias=bias)
+
+
+TE, MOE = "test_transformer_engines_network", "test_mixture_of_experts"
+
+
+@pytest.mark.parametrize(
+    ("test", "arguments", "mutation"),
+    [
+        (TE, {}, changed("activations", "gelu_tanh", lambda f: lambda x: jax.nn.gelu(x, approximate=False))),
+        (TE, {}, changed("blocks", "LayerNorm", the_models_eps)),
+        (TE, {}, changed("ffn", "init_linear", lambda f: lambda c, shape, bias, **kw: f(c, shape, True, **kw))),
+        (MOE, {"mlp_type": "glu"}, changed("moe.ExpertMLP", "__call__", without_gate)),
+        (MOE, {"mlp_type": "glu"}, changed("moe.ExpertMLP", "__call__", gate_and_value_swapped)),
+        ("test_dropout_keeps_the_mean", None, changed("dropout.Dropout", "__call__", not_scaled_up)),
+    ],
+    ids=[
+        "te: exact gelu",
+        "te: eps",
+        "te: biases",
+        "moe: no gate",
+        "moe: gate swapped",
+        "dropout: not scaled up",
+    ],
+)
+def test_the_test_of_a_formula_notices_a_mutation(tiny_config, monkeypatch, test, arguments, mutation):
+    """Of formulas for which there is no reference data."""
+    if arguments is not None:
+        arguments = {"tiny_config": tiny_config, **arguments}
+        arguments |= {"ffn_type": "torch_dmoe", "norm": 1} if test == MOE else {}
+    with monkeypatch.context() as patch:
+        mutation(patch)
+        with pytest.raises(AssertionError):
+            globals()[test](**(arguments or {}))
+
+
 @pytest.mark.parametrize("where", ["resid_pdrop", "emb_pdrop", "attn_pdrop", "moe_jitter_eps"])
 def test_randomness_in_training(tiny_config, tiny_model, where):
     """With a key, and only then; the same key gives the same; off under inference_mode and when generating."""
