@@ -10,14 +10,20 @@ import os
 import resource
 import signal
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
+# Some are imported here for all the processes to come, so that none does it again.
 import equinox as eqx
-import jax  # noqa: F401  imported here, once, for all the processes to come
+import gguf  # noqa: F401
+import jax  # noqa: F401
 import numpy as np
+import safetensors.numpy  # noqa: F401
 
 from mpt_eqx import MPTError, from_pretrained, save_pretrained
 from mpt_eqx.checkpoint.names import named_leaves
+from mpt_eqx.cli import main
 
 MEMORY = 2**30
 SECONDS = 10
@@ -37,7 +43,8 @@ def save_transposed(model, path):
 
 def cut_file(model, path):
     """Cuts the file that a model is loaded from."""
-    os.truncate(Path(path) / "model.safetensors", 64)
+    (weights,) = Path(path).glob("*.safetensors")
+    os.truncate(weights, 64)
     return model
 
 
@@ -55,6 +62,14 @@ def attempt(path, then=None, **arguments):
     return {"outcome": "loaded", "digest": digest.hexdigest()}
 
 
+def inspect(path):
+    """Runs the command, whose exit code is the outcome."""
+    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        code = main(["inspect", path])
+    (out.getvalue() + err.getvalue()).encode()  # as a terminal would have it
+    return {"outcome": code, "out": out.getvalue(), "message": err.getvalue()}
+
+
 def boxed(request):
     receive, send = os.pipe()
     if not (child := os.fork()):
@@ -63,7 +78,7 @@ def boxed(request):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         signal.alarm(SECONDS)
         try:
-            result = attempt(**request)
+            result = inspect(**request) if request.pop("inspect", False) else attempt(**request)
         except BaseException as error:
             result = {"outcome": "escaped", "message": f"{type(error).__name__}: {error}"}
         os.write(send, json.dumps(result).encode())

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from mpt_eqx.checkpoint.formats import SUFFIXES
+from mpt_eqx.config_checks import shown
 from mpt_eqx.config_dialects import read_json_object
 from mpt_eqx.errors import CheckpointError, ConfigError, first_of
 
@@ -19,6 +20,7 @@ TORCH_WEIGHTS = "pytorch_model.bin"
 TORCH_INDEX = "pytorch_model.bin.index.json"
 JOURNAL = "mpt_eqx-save.json"
 NEW = ".new"
+MAX_INDEX = 4 * 2**20
 
 
 def files_of(directory: Path) -> dict[str, Path]:
@@ -28,7 +30,7 @@ def files_of(directory: Path) -> dict[str, Path]:
         CheckpointError: the directory or its journal cannot be read.
     """
     try:
-        found = {path.name: path for path in sorted(directory.iterdir()) if path.is_file()}
+        found = {path.name: path for path in sorted(directory.iterdir()) if _is_plain(path)}
     except OSError as error:
         raise CheckpointError(f"{directory}: cannot be read ({error})") from None
     if JOURNAL in found:
@@ -38,6 +40,10 @@ def files_of(directory: Path) -> dict[str, Path]:
         for name in written:
             found[name] = found.pop(name + NEW, found.get(name, directory / name))
     return found
+
+
+def _is_plain(path: Path) -> bool:
+    return path.name.isprintable() and path.is_file()
 
 
 def finish_save(directory: Path) -> None:
@@ -89,16 +95,20 @@ def weight_files(directory: Path, found: dict[str, Path]) -> tuple[list[Path], d
 
 def _indexed(directory: Path, found: dict[str, Path], path: Path) -> tuple[list[Path], dict[str, str]]:
     try:
-        weight_map = read_json_object(path, max_bytes=100_000_000).get("weight_map")
+        weight_map = read_json_object(path, max_bytes=MAX_INDEX).get("weight_map")
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(file, str) for file in weight_map.values())
+    ):
         raise CheckpointError(
-            f"{path}: expected a 'weight_map' from tensor names to file names, found {weight_map!r:.80}"
+            f"{path}: expected a 'weight_map' from tensor names to file names, found {shown(weight_map)}"
         )
     names = sorted(set(weight_map.values()))
     # The name is checked, not where it leads: the Hub's cache is made of links.
-    if strange := [n for n in names if n != Path(n).name or n in ("", ".", "..") or "\\" in n or "\0" in n]:
+    if strange := [n for n in names if n != Path(n).name or n in ("", ".", "..") or "\\" in n or not n.isprintable()]:
         raise CheckpointError(f"{path}: expected names of files beside it, found {first_of(strange)}")
     if absent := [name for name in names if name not in found]:
         raise CheckpointError(

@@ -6,7 +6,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mpt_eqx.checkpoint.tensors import TensorInfo
+from mpt_eqx.checkpoint.tensors import MAX_TENSORS, TensorInfo
 from mpt_eqx.errors import CheckpointError, printable
 
 # llama.cpp's name → llm-foundry's. Blocks are "blk.N." there and "transformer.blocks.N." here.
@@ -27,9 +27,8 @@ NAMES = {
 # Bytes of the scalar types of the header, by their number; 8 is text, 9 an array.
 SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 TEXT, ARRAY = 8, 9
-# Of a header's entries, tensors and texts in arrays; a vocabulary of 130 000 with its merges has 400 000 of the last.
+# Of a header's entries and of texts in arrays; a vocabulary of 130 000 with its merges has 400 000 of the last.
 MAX_ENTRIES = 10_000
-MAX_TENSORS = 50_000
 MAX_TEXTS = 1_000_000
 MAX_RANK = 4
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mpt_eqx.checkpoint.differences import differences
+from mpt_eqx.checkpoint.differences import differences, type_choices
 from mpt_eqx.checkpoint.files import CONFIG, NEW, files_of, weight_files
-from mpt_eqx.checkpoint.formats import read_weight_file
+from mpt_eqx.checkpoint.formats import read_weight_file, refuse_strange
 from mpt_eqx.checkpoint.hub import find_checkpoint
 from mpt_eqx.checkpoint.tensors import TensorInfo
 from mpt_eqx.config import MPTConfig
@@ -27,6 +27,7 @@ class CheckpointInfo:
         parameters: how many numbers the model has.
         bytes: size of the weight files on disk.
         problems: what keeps it from being loaded, a line each; empty when nothing does.
+        unsettled: those of the problems that `dtype=` does not settle.
     """
 
     directory: Path
@@ -36,6 +37,7 @@ class CheckpointInfo:
     parameters: int
     bytes: int
     problems: tuple[str, ...]
+    unsettled: tuple[str, ...]
 
 
 def checkpoint_info(
@@ -73,9 +75,11 @@ def checkpoint_info(
     tensors = tuple(
         dataclasses.replace(tensor, file=tensor.file.removesuffix(NEW)) for file in files for tensor in file.tensors
     )
+    refuse_strange(directory, tensors)
     held = {(tensor.name, tensor.file) for tensor in tensors}
     lost = [f"{name} ({file})" for name, file in index.items() if (name, file) not in held]
     lines = [f"{len(lost)} tensors not in the file that the index names: {first_of(lost)}"] if lost else []
+    problems = (*lines, *differences(config, tensors))
     return CheckpointInfo(
         directory=directory,
         format=formats[0],
@@ -83,5 +87,6 @@ def checkpoint_info(
         tensors=tensors,
         parameters=config.num_parameters(),
         bytes=sum(path.stat().st_size for path in paths),
-        problems=(*lines, *differences(config, tensors)),
+        problems=(*problems, *type_choices(formats[0], tensors)),
+        unsettled=problems,
     )

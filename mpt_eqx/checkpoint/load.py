@@ -87,8 +87,8 @@ def from_pretrained(
 
 def refuse_problems(info: CheckpointInfo) -> None:
     """Raises a CheckpointError if anything keeps the checkpoint from being loaded."""
-    if info.problems:
-        raise CheckpointError(f"{info.directory}: config.json and the tensors disagree: {'; '.join(info.problems)}")
+    if info.unsettled:
+        raise CheckpointError(f"{info.directory}: config.json and the tensors disagree: {'; '.join(info.unsettled)}")
 
 
 def weights(info: CheckpointInfo) -> dict[str, TensorInfo]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 MAX_RANK = 8
+MAX_TENSORS = 25_000  # of a checkpoint; a thousand blocks of every option have 22 000
 
 
 @dataclasses.dataclass(frozen=True)
