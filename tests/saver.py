@@ -1,9 +1,12 @@
-"""Saves models in processes that are killed on the way; see test_saving.py.
+"""Saves models in processes that do not come to their end; see test_saving.py.
 
-Reads a line of JSON for each: where to save which model in files of which size, at which step to be killed (or never),
-and after how many seconds. Answers with the wait status, 0 for a save that came to its end.
+Reads a line of JSON for each: where to save which models in files of which size; at which step to be killed, or to
+find the disk full; after how many seconds to be killed. Answers with the wait status, 0 for a save that came to its
+end, 256 for one that ended with the error of a full disk.
 """
 
+import errno
+import io
 import json
 import os
 import signal
@@ -18,37 +21,49 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from test_saving import model_of
 
-from mpt_eqx import save_pretrained
+from mpt_eqx import CheckpointError, save_pretrained
+from mpt_eqx.checkpoint import safetensors_file, save
 
 
-def kill_at(moment):
-    """Kills this process at its n-th move, sync or removal."""
+def stop_at(moment, full):
+    """Ends this process, or fills the disk for once, at the n-th write, sync, move, removal or new name."""
     count = 0
 
     def counting(original):
         def call(*args, **kwargs):
             nonlocal count
             count += 1
+            if count == moment and full:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if count == moment:
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(*args, **kwargs)
 
         return call
 
-    for name in ("replace", "fsync", "unlink"):
+    class File(io.FileIO):
+        write = counting(io.FileIO.write)
+
+    for name in ("replace", "fsync", "unlink", "mkdir"):
         setattr(os, name, counting(getattr(os, name)))
+    Path.touch = counting(Path.touch)
+    for module in (save, safetensors_file):
+        module.open = lambda path, mode: io.BufferedWriter(File(path, mode.replace("b", "")))
 
 
 if __name__ == "__main__":
     # As numpy arrays, so that a child has no need of JAX, whose threads it does not have.
-    models = [jax.tree.map(np.asarray, model_of(value)) for value in range(4)]
+    models = {value: jax.tree.map(np.asarray, model_of(value)) for value in (1, 2, 3, 12)}
     for line in sys.stdin:
         order = json.loads(line)
         if not (child := os.fork()):
-            kill_at(order.get("moment"))
+            stop_at(order.get("moment"), order.get("full"))
             while True:
                 for value in order["values"]:
-                    save_pretrained(models[value], order["directory"], max_shard_size=order["size"])
+                    try:
+                        save_pretrained(models[value], order["directory"], max_shard_size=order["size"])
+                    except CheckpointError as error:
+                        os._exit(1 if "cannot be written ([Errno 28] No space left on device)" in str(error) else 2)
                 if "seconds" not in order:
                     os._exit(0)
         if "seconds" in order:

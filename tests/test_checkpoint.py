@@ -337,18 +337,29 @@ def test_a_file_or_subfolder_instead_of_a_directory():
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Replaces the download; records what it was asked for, and answers with a directory or an error."""
+    """Replaces the listing and the download; records what was asked for; answers with a directory or an error."""
+    from types import SimpleNamespace
+
     import huggingface_hub
 
     asked = {}
 
     def answer_with(answer):
+        def model_info(self, repo_id, **kwargs):
+            asked.update(listed=kwargs)
+            if isinstance(answer, Exception):
+                raise answer
+            paths = [path for path in answer.rglob("*") if path.is_file()]
+            names = [path.relative_to(answer).as_posix() for path in paths]
+            return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name, size=1) for name in names])
+
         def snapshot_download(repo_id, **kwargs):
             asked.update(kwargs, repo_id=repo_id)
             if isinstance(answer, Exception):
                 raise answer
             return str(answer)
 
+        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
         return asked
 
@@ -359,11 +370,15 @@ def test_a_hub_repository(hub):
     from mpt_eqx import from_pretrained
 
     asked = hub(GOLDEN / "hf_default")
-    model = from_pretrained("owner/name", revision="v1", token="t", cache_dir="/c", local_files_only=True)
+    model = from_pretrained("owner/name", revision="v1", token="t", cache_dir="/c")
     assert model.config.d_model == 32
-    expected = {"repo_id": "owner/name", "revision": "v1", "token": "t", "cache_dir": "/c", "local_files_only": True}
+    assert asked["listed"] == {"files_metadata": True, "revision": "v1", "token": "t"}
+    expected = {"repo_id": "owner/name", "revision": "v1", "token": "t", "cache_dir": "/c", "local_files_only": False}
     assert expected.items() <= asked.items()
-    assert "model*.safetensors" in asked["allow_patterns"]
+    assert {"config.json", "model.safetensors"} < set(asked["allow_patterns"])
+    asked.pop("listed")
+    from_pretrained("owner/name", local_files_only=True)
+    assert "listed" not in asked and asked["local_files_only"] is True
     asked = hub(GOLDEN)
     from_pretrained("owner/name", subfolder="hf_default")
     assert all(pattern.startswith("hf_default/") for pattern in asked["allow_patterns"])
@@ -376,7 +391,7 @@ def test_what_can_go_wrong_with_a_hub_repository(hub):
 
     from mpt_eqx import CheckpointError, from_pretrained
 
-    response = Mock(headers={})
+    response = Mock(headers={}, status_code=503)
     for error, message in (
         (
             errors.RepositoryNotFoundError("x", response=response),
@@ -386,12 +401,32 @@ def test_what_can_go_wrong_with_a_hub_repository(hub):
         (errors.RevisionNotFoundError("x", response=response), "the repository has no revision 'v9'"),
         (errors.LocalEntryNotFoundError("x"), "not completely in the Hub's local cache"),
         (errors.HFValidationError("x"), "not a repository id, which looks like owner/name"),
-        (errors.HfHubHTTPError("x y", response=response), "the Hub cannot be reached"),
-        (OSError("no route\nto host"), r"the Hub cannot be reached or the download broke off \(no route to host\)"),
+        (errors.HfHubHTTPError("x y", response=response), r"the Hub answers with status 503; try again later \(x y\)"),
+        (OSError("no route\nto host"), r"the download from the Hub broke off; try again \(no route to host\)"),
     ):
         hub(error)
         with pytest.raises(CheckpointError, match=message):
             from_pretrained("owner/name", revision="v9")
+
+
+def test_overrides_that_are_none(tmp_path):
+    """In a process without the tests' type checks, which would have another message."""
+    script = (
+        "from mpt_eqx import ConfigError, checkpoint_info, from_pretrained\n"
+        "from mpt_eqx.checkpoint import convert\n"
+        f"source = {str(GOLDEN / 'hf_default')!r}\n"
+        "for overrides in (3, 'n_layers', [('n_layers', 3)]):\n"
+        "    for function, rest in ((checkpoint_info, ()), (from_pretrained, ()), (convert, ('x',))):\n"
+        "        try: function(source, *rest, config_overrides=overrides)\n"
+        "        except ConfigError as error: print(error)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    lines = [
+        f"config_overrides: expected a dict of keys of config.json, found {found}"
+        for found in ("3", "'n_layers'", "[('n_layers', 3)]")
+        for _ in range(3)
+    ]
+    assert run.stdout.splitlines() == lines, run.stderr
 
 
 def test_offline_with_a_cached_repository(tmp_path):

@@ -1,10 +1,13 @@
 """A save that ends early leaves the old checkpoint or the new one, never a mixture, and never fewer tensors."""
 
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import equinox as eqx
@@ -13,14 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import asked_by_line
+from safetensors.numpy import load_file
+
+WAITING = ".mpt_eqx-"
+ONE, SHARDS = 10**9, 50_000  # sizes of files, for a single one and for several
 
 
 def model_of(value):
-    """A model whose weights and whose configuration both say which one it is."""
+    """A model whose weights say which one it is; its configuration says the tens of that."""
     from mpt_eqx import MPT, AttnConfig, MPTConfig
 
     config = MPTConfig(
-        d_model=32, n_heads=4, n_layers=2, vocab_size=61, no_bias=True, max_seq_len=100 + value,
+        d_model=32, n_heads=4, n_layers=2, vocab_size=61, no_bias=True, max_seq_len=100 + value // 10,
         attn_config=AttnConfig(alibi=True),
     )  # fmt: skip
     model = MPT(config, key=jax.random.key(0))
@@ -32,66 +39,200 @@ def value_of(directory):
     from mpt_eqx import from_pretrained
 
     model = from_pretrained(directory, mmap=False)
-    values = {float(np.unique(leaf)[0]) for leaf in jax.tree.leaves(model) if np.unique(leaf).size == 1}
-    assert len(values) == 1 and values == {float(model.config.max_seq_len - 100)}
-    return int(values.pop())
+    (value,) = set(np.concatenate([np.unique(leaf) for leaf in jax.tree.leaves(model)]))
+    assert model.config.max_seq_len == 100 + value // 10
+    return int(value)
+
+
+def value_to_others(directory):
+    """Which weights a program reads that knows no more than transformers does, all of them being of one model."""
+    path = directory / "model.safetensors"
+    index = directory / "model.safetensors.index.json"
+    files = [path.name] if path.exists() else set(json.loads(index.read_text())["weight_map"].values())
+    (value,) = set(np.concatenate([np.unique(a) for file in files for a in load_file(directory / file).values()]))
+    return int(value)
+
+
+def names_in(directory):
+    return sorted(path.name for path in directory.iterdir())
 
 
 @pytest.fixture(scope="module")
 def saver():
-    """Saves in a process that is killed on the way; see saver.py."""
+    """Saves in a process that does not come to its end; see saver.py."""
     with asked_by_line("saver.py") as ask:
 
-        def save(directory, *values, size=20_000, **when):
+        def save(directory, *values, size=SHARDS, **when):
             return int(ask(json.dumps({"directory": str(directory), "values": values, "size": size, **when})))
 
         yield save
 
 
-@pytest.mark.parametrize(("old_size", "new_size"), [(20_000, 10**9), (10**9, 20_000), (20_000, 20_000), (10**9, 10**9)])
-def test_killed_between_any_two_steps(saver, tmp_path, old_size, new_size):
-    """At every sync, move and removal in turn; the next save makes good what was left."""
+TURNS = [(SHARDS, ONE), (ONE, SHARDS), (SHARDS, SHARDS), (ONE, ONE)]
+
+
+@pytest.mark.parametrize("new", [2, 12], ids=["same config", "other config"])
+@pytest.mark.parametrize(("old_size", "new_size"), TURNS)
+def test_killed_at_any_step(saver, tmp_path, old_size, new_size, new):
+    """At every write, sync, move, removal and new name in turn; the next save makes good what was left."""
     assert saver(tmp_path / "old", 1, size=old_size) == 0
     (tmp_path / "old" / "notes.txt").write_text("mine")
     outcomes = []
-    for moment in range(1, 60):
+    for moment in range(1, 99):
         directory = tmp_path / str(moment)
         shutil.copytree(tmp_path / "old", directory)
-        status = saver(directory, 2, size=new_size, moment=moment)
+        status = saver(directory, new, size=new_size, moment=moment)
         outcomes.append(value_of(directory))
+        assert value_to_others(directory) == outcomes[-1]
         assert (directory / "notes.txt").read_text() == "mine"
         if status == 0:
             break
         assert status == signal.SIGKILL
-        assert saver(directory, 3, size=new_size) == 0 and value_of(directory) == 3
-        assert not [path for path in directory.iterdir() if path.suffix == ".new" or "save" in path.name]
-    assert status == 0 and outcomes[0] == 1 and outcomes[-1] == 2 and outcomes == sorted(outcomes)
+        if moment % 5 == 0 or outcomes[-1] == new:
+            assert saver(directory, 3, size=old_size) == 0 and value_of(directory) == 3
+            files = ["model.safetensors"] if old_size == ONE else [f for f in names_in(directory) if "-of-" in f]
+            assert set(names_in(directory)) - {"model.safetensors.index.json"} == {"config.json", "notes.txt", *files}
+            assert old_size == ONE or len(files) == int(files[0][-17:-12])
+    assert status == 0 and outcomes[0] == 1 and outcomes[-1] == new and outcomes == sorted(outcomes)
+
+
+@pytest.mark.parametrize(("old_size", "new_size"), TURNS)
+def test_no_space_left_at_any_step(saver, tmp_path, old_size, new_size):
+    """The error is ours, the old checkpoint or the new one is there, and of the old one's directory nothing differs."""
+    saver(tmp_path / "old", 1, size=old_size)
+    outcomes = []
+    for moment in range(1, 99):
+        directory = tmp_path / str(moment)
+        shutil.copytree(tmp_path / "old", directory)
+        status = saver(directory, 12, size=new_size, moment=moment, full=True)
+        outcomes.append(value_to_others(directory))
+        assert outcomes[-1] == 12 or names_in(directory) == names_in(tmp_path / "old")
+        if status == 0:
+            break
+        assert status == 256
+        if moment % 5 == 0 or outcomes[-1] == 12:
+            assert value_of(directory) == outcomes[-1]
+    assert status == 0 and outcomes[0] == 1 and outcomes[-1] == 12 and outcomes == sorted(outcomes)
+
+
+@pytest.mark.parametrize("size", [ONE, SHARDS])
+def test_no_space_left_in_an_empty_directory(saver, tmp_path, size):
+    """What was empty is empty again, or holds all."""
+    for moment in range(1, 99):
+        status = saver(tmp_path / str(moment), 1, size=size, moment=moment, full=True)
+        if status == 0:
+            break
+        assert status == 256
+        if (tmp_path / str(moment)).exists() and names_in(tmp_path / str(moment)):
+            assert value_of(tmp_path / str(moment)) == 1
+    assert status == 0 and moment > 10
+
+
+def test_a_full_disk(tmp_path):
+    """A small file system in a mount namespace of its own, with less and less room beside the old checkpoint."""
+    inside = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs "$0" && exec "$@"', tmp_path]
+    if subprocess.run([*inside, "true"], capture_output=True).returncode:
+        pytest.skip("no mount namespaces here")
+    done = subprocess.run(
+        [*inside, sys.executable, "-W", "ignore", "-c", FULL, tmp_path, Path(__file__).parent],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    outcomes = json.loads(done.stdout)
+    assert outcomes[0] == 12 and outcomes[-1] == 1 and outcomes == sorted(outcomes, reverse=True)
+    assert 3 < outcomes.count(1) < len(outcomes) - 1
+
+
+FULL = """
+import json, os, sys
+from pathlib import Path
+directory = Path(sys.argv[1])
+sys.path.insert(0, sys.argv[2])
+from test_saving import model_of, names_in, value_of
+from mpt_eqx import CheckpointError, save_pretrained
+old, new, outcomes = model_of(1), model_of(12), []
+for room in range(150_000, 0, -10_000):
+    save_pretrained(old, directory, max_shard_size=20_000)
+    before = names_in(directory)
+    free = os.statvfs(directory)
+    with open(directory / "filler", "wb") as f:
+        f.write(bytes(max(0, free.f_bavail * free.f_bsize - room)))
+    try:
+        save_pretrained(new, directory, max_shard_size=20_000)
+    except CheckpointError as error:
+        assert f"{directory}: cannot be written ([Errno 28] No space left on device" in str(error), error
+        assert value_of(directory) == 12 or names_in(directory) == sorted([*before, "filler"])
+    (directory / "filler").unlink()
+    outcomes.append(value_of(directory))
+print(json.dumps(outcomes))
+"""
 
 
 def test_killed_at_any_time(saver, tmp_path):
     rng = np.random.default_rng(0)
-    saver(tmp_path, 0)
+    saver(tmp_path, 3)
     for _ in range(20):
-        assert saver(tmp_path, 0, 1, 2, seconds=rng.uniform(0, 0.3)) == signal.SIGKILL
-        assert value_of(tmp_path) in (0, 1, 2)
+        assert saver(tmp_path, 3, 1, 12, seconds=rng.uniform(0, 0.3)) == signal.SIGKILL
+        assert value_of(tmp_path) in (3, 1, 12)
+        assert value_to_others(tmp_path) in (3, 1, 12)
 
 
-def test_a_full_disk(tmp_path):
-    """Simulated by a limit on the size of files: the error is ours, the old checkpoint stays, nothing is left over."""
+@pytest.mark.parametrize(("old_size", "new_size"), TURNS)
+def test_saved_between_any_two_steps_of_loading(tmp_path, monkeypatch, old_size, new_size):
+    """What is loaded is all of one save, the old one or the new one."""
     from mpt_eqx import save_pretrained
+    from mpt_eqx.checkpoint import info
+
+    old, new, values, left = model_of(1), model_of(12), [], [0]
+
+    def step(original):
+        def call(*args):
+            left[0] -= 1
+            if left[0] == 0:
+                save_pretrained(new, tmp_path, max_shard_size=new_size)
+            return original(*args)
+
+        return call
+
+    for name in ("files_of", "weight_files", "read_weight_file", "read_json_object"):
+        monkeypatch.setattr(info, name, step(getattr(info, name)))
+    for moment in range(1, 99):
+        save_pretrained(old, tmp_path, max_shard_size=old_size)
+        left[0] = moment
+        values.append(value_of(tmp_path))
+        if left[0] > 0:
+            break
+    assert values == [12] * (moment - 1) + [1] and moment >= 5
+
+
+@pytest.mark.parametrize("size", [ONE, SHARDS])
+def test_loading_while_another_process_saves(saver, tmp_path, size):
+    """The same at any time."""
+    saver(tmp_path, 3, size=size)
+    with ThreadPoolExecutor(1) as pool:
+        saving = pool.submit(saver, tmp_path, 3, 1, 12, size=size, seconds=2)
+        values = []
+        while not saving.done():
+            values.append(value_of(tmp_path))
+    assert values and set(values) <= {3, 1, 12}
+
+
+def test_files_that_do_not_come_to_rest(tmp_path):
+    from mpt_eqx import CheckpointError, save_pretrained
+    from mpt_eqx.checkpoint.files import unchanged
 
     save_pretrained(model_of(1), tmp_path)
-    names = sorted(path.name for path in tmp_path.iterdir())
-    script = (
-        f"import sys, signal, resource; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from test_saving import model_of\nfrom mpt_eqx import save_pretrained\n"
-        "model = model_of(2)\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
-        f"save_pretrained(model, {str(tmp_path)!r})"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert f"CheckpointError: {tmp_path}: cannot be written ([Errno 27] File too large)" in done.stderr
-    assert value_of(tmp_path) == 1 and sorted(path.name for path in tmp_path.iterdir()) == names
+    path = tmp_path / "config.json"
+    times = iter(range(1000))
+
+    def read():
+        os.utime(path, (0, next(times)))
+        raise CheckpointError("half")
+
+    with pytest.raises(
+        CheckpointError, match=f"{tmp_path}: expected files that stay as they are .* replaced 200 times"
+    ):
+        unchanged(tmp_path, read)
 
 
 def test_an_error_in_the_middle_leaves_the_old_checkpoint(tmp_path, monkeypatch):
@@ -99,11 +240,96 @@ def test_an_error_in_the_middle_leaves_the_old_checkpoint(tmp_path, monkeypatch)
     from mpt_eqx.checkpoint import save
 
     save_pretrained(model_of(1), tmp_path)
-    monkeypatch.setattr(save, "_write_json", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(save, "_write", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        save_pretrained(model_of(2), tmp_path)
+        save_pretrained(model_of(12), tmp_path)
     monkeypatch.undo()
     assert value_of(tmp_path) == 1 and len(list(tmp_path.iterdir())) == 2
+
+
+def test_somebody_elses_files(tmp_path, monkeypatch):
+    """No file of another name is written to or removed, whatever the checkpoint that is replaced says."""
+    from mpt_eqx import CheckpointError, save_pretrained
+
+    directory, mine = tmp_path / "m", tmp_path / "mine.txt"
+    save_pretrained(model_of(1), directory, max_shard_size=SHARDS)
+    kept = ["config.json.new", "model.safetensors.new", "notes.txt", "model-of.safetensors", "x.mpt_eqx-new"]
+    for path in (mine, *(directory / name for name in kept)):
+        path.write_text("mine")
+    index = directory / "model.safetensors.index.json"
+    weight_map = {"a": "notes.txt", "b": "../mine.txt", "c": "a\0b", "d": ".."}
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    (directory / "mpt_eqx-save.json").write_text(json.dumps({"written": ["a\0b"], "removed": ["notes.txt", ".."]}))
+    save_pretrained(model_of(2), directory, max_shard_size=SHARDS)
+    assert value_of(directory) == 2
+    assert all(path.read_text() == "mine" for path in (mine, *(directory / name for name in kept)))
+
+    monkeypatch.setattr("secrets.token_hex", lambda size: "0" * 2 * size)
+    for name in (f"config.json{WAITING}00000000", "model-00000000-00001-of-00001.safetensors"):
+        (directory / name).symlink_to(mine)
+        with pytest.raises(CheckpointError, match=f"m: cannot be written .*File exists: .*{name}"):
+            save_pretrained(model_of(12), directory)
+        assert (directory / name).is_symlink() and mine.read_text() == "mine" and value_of(directory) == 2
+        (directory / name).unlink()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "model.safetensors.index.json"])
+def test_a_directory_in_the_place_of_a_file(tmp_path, name):
+    from mpt_eqx import CheckpointError, save_pretrained
+
+    save_pretrained(model_of(1), tmp_path, max_shard_size=SHARDS if name == "model.safetensors" else ONE)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    before = names_in(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=f"{name}: expected a file to replace, or nothing, found a directory; mov"
+    ):
+        save_pretrained(model_of(2), tmp_path)
+    assert names_in(tmp_path) == before
+    (tmp_path / name).rmdir()
+    if name != "config.json":
+        assert value_of(tmp_path) == 1
+    save_pretrained(model_of(2), tmp_path)
+    assert value_of(tmp_path) == 2
+
+
+def test_one_save_at_a_time(tmp_path):
+    import fcntl
+
+    from mpt_eqx import CheckpointError, save_pretrained
+
+    save_pretrained(model_of(1), tmp_path)
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(CheckpointError, match="expected no other save, found one that is not at its end; wait for it"):
+        save_pretrained(model_of(2), tmp_path)
+    os.close(descriptor)
+    save_pretrained(model_of(2), tmp_path)
+    assert value_of(tmp_path) == 2
+
+
+def test_new_directories_are_on_the_disk_with_those_above_them(tmp_path, monkeypatch):
+    from mpt_eqx import save_pretrained
+    from mpt_eqx.checkpoint import save
+
+    synced = []
+    monkeypatch.setattr(save, "_sync", synced.append)
+    save_pretrained(model_of(1), tmp_path / "a" / "b")
+    assert synced[:2] == [tmp_path / "a", tmp_path] and set(synced[2:]) == {tmp_path / "a" / "b"}
+
+
+def test_names_of_shards(tmp_path):
+    """The usual ones where nothing was; names that none had before where they replace others."""
+    from mpt_eqx import save_pretrained
+
+    (tmp_path / "tokenizer.json").write_text("{}")
+    save_pretrained(model_of(1), tmp_path, max_shard_size=SHARDS)
+    first = {name for name in names_in(tmp_path) if "-of-" in name}
+    assert first == {f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}
+    save_pretrained(model_of(1), tmp_path, max_shard_size=SHARDS)
+    second = {name for name in names_in(tmp_path) if "-of-" in name}
+    assert len(second) == 3 and not first & second
+    assert all(re.fullmatch(r"model-[0-9a-f]{8}-0000[123]-of-00003.safetensors", name) for name in second)
 
 
 def test_weights_that_are_views(tmp_path):
@@ -115,18 +341,3 @@ def test_weights_that_are_views(tmp_path):
     assert not weight.flags.c_contiguous
     save_pretrained(eqx.tree_at(lambda m: m.wte.weight, model, weight), tmp_path)
     np.testing.assert_array_equal(from_pretrained(tmp_path).wte.weight, weight)
-
-
-def test_a_journal_that_is_wrong(tmp_path):
-    from mpt_eqx import CheckpointError, from_pretrained, save_pretrained
-
-    save_pretrained(model_of(1), tmp_path)
-    for content in ({}, {"written": ["../x"], "removed": []}, {"written": [3], "removed": []}):
-        (tmp_path / "mpt_eqx-save.json").write_text(json.dumps(content))
-        with pytest.raises(
-            CheckpointError, match="mpt_eqx-save.json: expected lists of file names, found .*; delete it"
-        ):
-            from_pretrained(tmp_path)
-    (tmp_path / "mpt_eqx-save.json").write_text("x")
-    with pytest.raises(CheckpointError, match="mpt_eqx-save.json: expected JSON"):
-        from_pretrained(tmp_path)

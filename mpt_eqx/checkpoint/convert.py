@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import DTypeLike
 
 from mpt_eqx.checkpoint.files import files_of
-from mpt_eqx.checkpoint.info import CheckpointInfo, checkpoint_info
+from mpt_eqx.checkpoint.info import CheckpointInfo, read_checkpoint
 from mpt_eqx.checkpoint.load import byte_bar, finite, refuse_problems, target_dtype, weights
 from mpt_eqx.checkpoint.names import stored_name
 from mpt_eqx.checkpoint.safetensors_file import Outgoing
@@ -51,7 +51,7 @@ def convert(
         ConfigError: its config.json is not one of a supported MPT.
     """
     limit = parse_size(max_shard_size)
-    info = checkpoint_info(source, config_overrides=config_overrides, **hub)
+    info = read_checkpoint(source, config_overrides=config_overrides, progress=progress, **hub)
     refuse_problems(info)
     target = target_dtype(info, dtype) if dtype is not None or not _has_float64(info) else np.dtype(np.float64)
     directory = Path(destination)

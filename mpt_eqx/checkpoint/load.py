@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import DTypeLike
 from tqdm import tqdm
 
-from mpt_eqx.checkpoint.info import CheckpointInfo, checkpoint_info
+from mpt_eqx.checkpoint.info import CheckpointInfo, read_checkpoint
 from mpt_eqx.checkpoint.names import EMBEDDING, HEAD, canonical_name, with_leaves
 from mpt_eqx.checkpoint.safetensors_file import ALIGNMENT, DTYPES
 from mpt_eqx.checkpoint.tensors import TensorInfo
@@ -44,8 +44,8 @@ def from_pretrained(
     """Returns the model of a checkpoint; every tensor must be there once, with the right shape.
 
     Args:
-        source: a directory, a .safetensors, .bin, .pt or .gguf file, or a Hub repository id "owner/name". What is on
-            the disk wins.
+        source: a directory, a .safetensors, .bin, .pt or .gguf file, a Hub repository id "owner/name", or such a file
+            in a repository, "owner/name/file.gguf". What is on the disk wins.
         dtype: "float32", "bfloat16", "float16" or "float64" to convert to; None keeps what is stored, and makes
             float32 of quantised GGUF.
         device: where the weights go; None means JAX's default device.
@@ -58,14 +58,14 @@ def from_pretrained(
         mmap: on CPU, use tensors that lie suitably in the file (64-byte aligned, in the wanted type) where they are.
             The file must then stay as it is while the model lives. False copies all.
         check_finite: refuse tensors that hold NaN or infinity.
-        progress: a bar on stderr, and a line at the end; None means if stderr is a terminal.
+        progress: bars on stderr, and a line at the end; None means if stderr is a terminal.
 
     Raises:
         CheckpointError: no checkpoint is there, it cannot be read, or its tensors do not fit its configuration.
         ConfigError: its config.json is not one of a supported MPT.
     """
     started = time.monotonic()
-    info = checkpoint_info(
+    info = read_checkpoint(
         source,
         revision=revision,
         subfolder=subfolder,
@@ -73,6 +73,7 @@ def from_pretrained(
         token=token,
         local_files_only=local_files_only,
         config_overrides=config_overrides,
+        progress=progress,
     )
     refuse_problems(info)
     target = target_dtype(info, dtype)
