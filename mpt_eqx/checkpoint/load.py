@@ -178,8 +178,12 @@ def _read(
 
     bar = byte_bar(f"loading {info.directory.name}", sum(t.size for t in named.values()) * dtype.itemsize, progress)
     arrays = {}
+    quantised = info.format.startswith("GGUF")
+    if quantised:
+        # The largest first, so that what they need on the way is given back before the memory is full.
+        named = dict(sorted(named.items(), key=lambda item: -item[1].size))
     # Several at a time, because copies wait for the disk; but quantised tensors need memory of their own on the way.
-    with bar, ThreadPoolExecutor(1 if info.format.startswith("GGUF") else READERS) as pool:
+    with bar, ThreadPoolExecutor(1 if quantised else READERS) as pool:
         for name, array in zip(named, _in_order(pool, one, named.values()), strict=True):
             # In this thread, because JAX's settings may have been made for it alone.
             arrays[name] = jax.device_put(array, device)
