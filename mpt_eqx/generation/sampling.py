@@ -8,6 +8,8 @@ order of our own, so that a row keeps the same entries alone and in a batch. Not
 long for 50,000 logits as a whole step of a small model.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
@@ -170,14 +172,15 @@ def _log_softmax(logits: Float[Array, " V"]) -> Float32[Array, " V"]:
     return h - jnp.log(_total(jnp.exp(h)))
 
 
+@jax.jit
 def _total(x: Float32[Array, " V"]) -> Float32[Array, ""]:
-    """Returns the sum, of one half and the other entry by entry until one entry is left.
+    """Returns the sum, in an order that does not depend on how many rows there are: sixteenth by sixteenth.
 
-    The order of a reduction is XLA's choice, and of a product its library's: another one for another number of rows.
+    The order of a reduction is XLA's choice, and that of a product its library's; both choose another for more rows.
+    Additions of whole arrays leave no choice.
     """
     while x.shape[0] > 1:
-        half = (x.shape[0] + 1) // 2
-        x = x[:half] + jnp.pad(x[half:], (0, x.shape[0] % 2))
+        x = functools.reduce(jnp.add, jnp.pad(x, (0, -x.shape[0] % 16)).reshape(16, -1))
     return x[0]
 
 
@@ -189,16 +192,17 @@ def _ordered(x: Float[Array, " V"]) -> Int[Array, " V"]:
     return jnp.where(bits < 0, integer.min - bits, bits)
 
 
+@jax.jit
 def _border(
     keys: Int[Array, " V"], weights: Float32[Array, " V"], enough: float | Float32[Array, ""] | Int[Array, ""]
 ) -> Int[Array, ""]:
-    """Returns the largest border such that the entries with keys ≥ border have together at least so much weight.
+    """Returns the largest border such that the weights of the entries with keys ≥ border sum to `enough` or more.
 
-    That is the key of an entry with weight, if only of the largest; or the least integer if all have less together.
-    Finds the border bit by bit from the highest, with a sum for each: the rounded sum, too, never grows with the border.
+    That is the key of an entry, or the least integer if all entries together have less. Finds the border bit by bit,
+    the highest first, with a sum for each: the sum of fewer weights is not larger when it is rounded, either.
     """
     integer = jnp.iinfo(keys.dtype)
-    # Nothing is enough for no entry at all.
+    # More than 0, so that there is an entry in any case.
     enough = jnp.maximum(jnp.asarray(enough, jnp.float32), jnp.finfo(jnp.float32).tiny)
 
     def with_next_bit(i: Int[Array, ""], border: Int[Array, ""]) -> Int[Array, ""]:
