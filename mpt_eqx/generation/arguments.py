@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key, PRNGKeyArray
 
@@ -64,11 +63,12 @@ def check_options(
     places = max(8, power_of_two(len(eos_token_ids)))
     ends = [*map(int, eos_token_ids), *[-1] * (places - len(eos_token_ids))]
 
+    # By numpy and device_put, because jnp.asarray would compile something.
     def real(value: float | None, neutral: float) -> Array:
-        return jnp.asarray(np.float32(neutral if value is None else value))
+        return jax.device_put(np.float32(neutral if value is None else value))
 
     def whole(value: int | None, neutral: int) -> Array:
-        return jnp.asarray(np.int32(neutral if value is None else min(value, 2**31 - 1)))
+        return jax.device_put(np.int32(neutral if value is None else min(value, 2**31 - 1)))
 
     return SamplingOptions(
         temperature=real(temperature, 0),
@@ -81,7 +81,7 @@ def check_options(
         min_new_tokens=whole(min_new_tokens, 0),
         max_new_tokens=whole(max_new_tokens, 1),
         vocab_size=whole(vocab_size, v),
-        eos_token_ids=jnp.asarray(np.asarray(ends, np.int32)),
+        eos_token_ids=jax.device_put(np.asarray(ends, np.int32)),
         pad_token_id=whole(pad_token_id, 0),
     )
 

@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int, Key
+from jaxtyping import Array, Bool, DTypeLike, Float, Float32, Int, Key
 
 from mpt_eqx.generation.choose import SamplingOptions, allowed, choose
 from mpt_eqx.model import MPT, KVCache
@@ -42,18 +42,22 @@ class Decoded(eqx.Module):
 
 def empty_state(model: MPT, rows: int, capacity: int) -> DecodeState:
     """Returns a state of rows that hold no token yet, with room for `capacity` tokens in each."""
-    one = jax.eval_shape(lambda: KVCache.empty(model.config, capacity, model.wte.weight.dtype))
-    # Made by numpy, so that no shape costs a compilation.
-    cache = jax.tree.map(lambda x: jnp.array(np.zeros((rows, *x.shape), x.dtype)), one)
+    dtype = model.wte.weight.dtype
+    one = jax.eval_shape(lambda: KVCache.empty(model.config, capacity, dtype))
     return DecodeState(
-        cache=cache,
-        tokens=jnp.array(np.zeros((rows, one.capacity), np.int32)),
-        hidden=jnp.array(np.zeros((rows, model.config.d_model), model.wte.weight.dtype)),
-        done=jnp.array(np.zeros(rows, bool)),
-        step=jnp.array(np.int32(0)),
-        not_finite=jnp.array(np.int32(-1)),
-        nothing_left=jnp.array(np.int32(-1)),
+        cache=jax.tree.map(lambda x: new((rows, *x.shape), x.dtype), one),
+        tokens=new((rows, one.capacity), np.int32),
+        hidden=new((rows, model.config.d_model), dtype),
+        done=new((rows,), bool),
+        step=new((), np.int32),
+        not_finite=new((), np.int32, -1),
+        nothing_left=new((), np.int32, -1),
     )
+
+
+def new(shape: tuple[int, ...], dtype: DTypeLike, value: float = 0) -> Array:
+    """Returns a new array, by numpy so that no shape costs a compilation, and copied so that it can be donated."""
+    return jax.device_put(np.full(shape, value, dtype), may_alias=False)
 
 
 @eqx.filter_jit
@@ -66,7 +70,7 @@ def spread(state: DecodeState, copies: int, capacity: int) -> DecodeState:
 
     rows = (state.cache, state.tokens, state.hidden, state.done)
     cache, tokens, hidden, done = jax.tree.map(repeated, rows)
-    cache = cache.resized(capacity)
+    cache = jax.vmap(lambda row: row.resized(capacity))(cache)
     tokens = jnp.pad(tokens, ((0, 0), (0, cache.capacity - tokens.shape[1])))
     return DecodeState(
         cache=cache,

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 from tqdm import tqdm
@@ -60,9 +59,9 @@ def read_prompts(
         for row, prompt in zip(piece, prompts, strict=True):
             here = prompt[start : start + size]
             row[: len(here)] = here
-        state = read(model, state, jnp.asarray(piece), jnp.asarray(ends))
-        if not progress.disable:
-            jax.block_until_ready(state.step)
+        state = read(model, state, jax.device_put(piece), jax.device_put(ends))
+        # Otherwise the host would be done long before the device, with a copy of the cache waiting for every piece.
+        jax.block_until_ready(state.hidden)
         start += size
         progress.update(min(start, longest) - progress.n)
     return state
@@ -101,11 +100,7 @@ def make_tokens(
             state = spread(state, 1, capacity_for(model.config, needed))
         state, decoded = decode((model, options, key), state, chunk, with_logits)
         not_finite, nothing_left, done = jax.device_get((state.not_finite, state.nothing_left, state.done))
-        if not_finite >= 0:
-            raise GenerationError(
-                f"the logits of new token {not_finite} are not finite; look for NaN or infinity in the weights with "
-                f"from_pretrained(…, check_finite=True), or use a wider dtype"
-            )
+        check_finite(not_finite)
         if nothing_left >= 0:
             raise GenerationError(
                 f"no token is left to choose from for new token {nothing_left}; loosen no_repeat_ngram_size, "
@@ -115,6 +110,15 @@ def make_tokens(
         made += chunk
         if done.all():
             return
+
+
+def check_finite(not_finite: int) -> None:
+    """Refuses logits that are not finite; −1 stands for none, else for the new token they would have chosen."""
+    if not_finite >= 0:
+        raise GenerationError(
+            f"the logits of new token {not_finite} are not finite; look for NaN or infinity in the weights with "
+            f"from_pretrained(…, check_finite=True), or use a wider dtype"
+        )
 
 
 def bar(total: int, shown: bool | None) -> tqdm:

@@ -4,7 +4,6 @@ import time
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mpt_eqx.generation.arguments import check_count, check_key, check_options, check_prompts, power_of_two
@@ -47,7 +46,7 @@ def warmup(
             state = empty_state(model, rows, first)
             for size in sorted(set(piece_sizes(length))):
                 piece, ends = np.zeros((rows, size), np.int32), np.zeros(rows, np.int32)
-                state = read(model, state, jnp.asarray(piece), jnp.asarray(ends))
+                state = read(model, state, jax.device_put(piece), jax.device_put(ends))
             for made in range(chunk, max_new_tokens + chunk, chunk):
                 needed = length + min(made, max_new_tokens)
                 if needed > state.cache.capacity:

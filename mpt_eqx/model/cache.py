@@ -8,7 +8,7 @@ from jaxtyping import Array, DTypeLike, Float, Int, UInt16
 
 from mpt_eqx.config import MPTConfig
 
-BLOCK = 128
+BLOCK = 256
 """Keys that a cached query reads at a time; the capacity of a cache is a multiple of it."""
 
 

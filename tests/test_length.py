@@ -1,0 +1,213 @@
+"""Length: prompts in pieces, a cache that grows, what is compiled, memory and time that follow the tokens there are."""
+
+import subprocess
+import sys
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_generate import counting_compiles
+
+
+@pytest.mark.parametrize(
+    ("length", "capacity"),
+    [(1, 512), (512, 512), (513, 2048), (2048, 2048), (2049, 4096), (5000, 8192), (9000, 10_000), (10_000, 10_000)],
+)
+def test_sizes_of_the_cache(tiny_config, length, capacity):
+    from mpt_eqx.generation.loop import capacity_for
+
+    assert capacity_for(tiny_config(max_seq_len=10_000), length) == capacity
+
+
+@given(st.integers(1, 5000))
+def test_pieces_cover_a_prompt_with_little_to_spare(length):
+    from mpt_eqx.generation.loop import PIECES, piece_sizes
+
+    sizes = list(piece_sizes(length))
+    assert set(sizes) <= set(PIECES) and sizes == sorted(sizes, reverse=True)
+    assert length <= sum(sizes) < length + PIECES[0] / 2
+
+
+def test_thirty_lengths_of_prompts_compile_at_most_twelve_times(tiny_config):
+    """Everything that XLA compiles is counted, helpers included."""
+    from mpt_eqx import MPT, generate
+
+    model = MPT(tiny_config(max_seq_len=4096, n_layers=1), key=jax.random.key(0))
+    rng = np.random.default_rng(0)
+    jax.clear_caches()
+    with counting_compiles() as compiles:
+        for length in rng.integers(1, 2001, size=30):
+            generate(model, rng.integers(61, size=length).tolist(), max_new_tokens=24)
+    assert len(compiles) <= 12
+
+
+def test_options_do_not_compile_again(tiny_model, prompts):
+    from mpt_eqx import generate
+
+    a, b = prompts(5, 30)
+    generate(tiny_model, [a, b], max_new_tokens=9)
+    key = jax.random.key(1)
+    with counting_compiles() as compiles:
+        generate(tiny_model, [a, b], max_new_tokens=9, repetition_penalty=1.3, no_repeat_ngram_size=3)
+        generate(tiny_model, [b, a], max_new_tokens=30, repetition_penalty=0.7, no_repeat_ngram_size=1)
+        generate(tiny_model, [b, a], max_new_tokens=9, temperature=0.7, min_p=0.1, typical_p=0.9, top_k=5, key=key)
+        generate(tiny_model, [b, a], max_new_tokens=9, min_new_tokens=4, eos_token_ids=[3], vocab_size=50)
+    assert compiles == []
+
+
+def test_after_a_warmup_nothing_is_compiled(tiny_config, prompts):
+    from mpt_eqx import MPT, GenerationError, generate, stream, warmup
+
+    model = MPT(tiny_config(max_seq_len=1500, n_layers=1), key=jax.random.key(0))
+    jax.clear_caches()
+    seconds = warmup(model, batch_sizes=[1, 3], prompt_lengths=[10, 300], max_new_tokens=600)
+    assert set(seconds) == {(1, 10), (1, 300), (3, 10), (3, 300)}
+    assert all(second > 0 for second in seconds.values())
+    a, b, c = prompts(40, 300, 9)
+    with counting_compiles() as compiles:
+        generate(model, [a, b, c], max_new_tokens=600)
+        list(stream(model, c, max_new_tokens=590, temperature=1.0, key=jax.random.key(0)))
+    assert compiles == []
+    with pytest.raises(GenerationError, match="batch_sizes: expected a whole number ≥ 1, found 0"):
+        warmup(model, batch_sizes=[0], prompt_lengths=[10], max_new_tokens=5)
+    with pytest.raises(GenerationError, match="1496 tokens and max_new_tokens=5 exceed max_seq_len=1500"):
+        warmup(model, batch_sizes=[1], prompt_lengths=[1496], max_new_tokens=5)
+
+
+def test_a_growing_cache_changes_nothing(tiny_config, prompts):
+    """From 500 to 560 tokens the cache grows once; the same with room for all from the start."""
+    from mpt_eqx import MPT, InitConfig, generate
+    from mpt_eqx.generation import loop
+
+    model = MPT(tiny_config(max_seq_len=3000, init_config=InitConfig(emb_init_std=0.5)), key=jax.random.key(3))
+    (prompt,) = prompts(500)
+    grown = generate(model, prompt, max_new_tokens=60, return_logits=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "SMALLEST", 1024)
+        patch.setattr("mpt_eqx.generation.prefix.capacity_for", lambda config, length: 2048)
+        roomy = generate(model, prompt, max_new_tokens=60, return_logits=True)
+    np.testing.assert_array_equal(grown.logits, roomy.logits)
+    full = np.asarray(eqx.filter_jit(model)(jnp.asarray([*prompt, *grown.tokens[0].tolist()])))
+    np.testing.assert_allclose(grown.logits[0], full[499:-1], atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_size_of_the_cache_does_not_count_what_a_step_costs(tiny_model, rows, dtype):
+    """The loop over keys ends at the longest row, whatever the capacity."""
+    from mpt_eqx.generation.decode import append, empty_state
+
+    model = jax.tree.map(lambda x: x.astype(dtype), tiny_model)
+
+    def flops(capacity: int) -> float:
+        state = empty_state(model, rows, capacity)
+        step = jax.jit(lambda state: append(model, state, jnp.zeros(rows, jnp.int32)), donate_argnums=0)
+        return step.lower(state).compile().cost_analysis()["flops"]
+
+    assert flops(8192) == flops(1024)
+
+
+def test_blocks_of_keys_equal_the_formula_at_4096_tokens(tiny_config):
+    """Logits of a prompt read in pieces against those of the full forward pass, with ALiBi's largest slopes."""
+    from mpt_eqx import MPT, AttnConfig, InitConfig, prefill
+
+    attn = AttnConfig(alibi=True, alibi_bias_max=16)
+    config = tiny_config(attn_config=attn, max_seq_len=4096, init_config=InitConfig(emb_init_std=0.5))
+    model = MPT(config, key=jax.random.key(3))
+    tokens = np.random.default_rng(0).integers(61, size=4096)
+    full = model.unembed(eqx.filter_jit(lambda t: model.hidden_states(t)[-1][-1:])(jnp.asarray(tokens)))
+    read = model.unembed(prefill(model, tokens.tolist()).state.hidden)
+    np.testing.assert_allclose(read, full, atol=1e-4, rtol=0)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.integers(0, 2**31), st.sampled_from([1, 255, 700]), st.sampled_from([1, 5, 256]), st.sampled_from([None, 3, 40])
+)
+def test_blockwise_attention_is_attention(seed, seen, asked, window):
+    """For any number of keys and queries, in float32."""
+    from mpt_eqx.model.attention import attention, blockwise_attention
+    from mpt_eqx.model.cache import KeysValues, LayerCache
+    from mpt_eqx.model.positions import alibi_bias, alibi_slopes
+
+    rng, total = np.random.default_rng(seed), seen + asked
+    q, k, v = (jnp.asarray(rng.normal(size=(3, n, 8)), jnp.float32) for n in (asked, total, total))
+    places = jnp.arange(seen, total)
+
+    def bias_and_mask(keys):
+        mask = keys[None] <= places[:, None]
+        if window is not None:
+            mask &= keys[None] >= places[:, None] - window
+        return alibi_bias(alibi_slopes(3, 8), places, keys), mask
+
+    capacity = -(-total // 256) * 256 + 512
+    empty = LayerCache(*[jnp.full((3, capacity, 8), jnp.nan)] * 2, np.dtype("float32"))
+    # What a cache holds beyond its length may be anything finite.
+    cache = jax.tree.map(lambda x: jnp.full_like(x, 7.0), empty).write(KeysValues(k, v), jnp.arange(total))
+    blocks = blockwise_attention(q, cache, bias_and_mask, jnp.asarray(total), 0.3)
+    np.testing.assert_allclose(blocks, attention(q, k, v, *bias_and_mask(jnp.arange(total)), 0.3), atol=1e-5)
+
+
+LONG = """
+import resource
+import jax, numpy as np
+from mpt_eqx import MPT, AttnConfig, InitConfig, MPTConfig, generate
+attn = AttnConfig(alibi=True, alibi_bias_max=16, clip_qkv=6)
+config = MPTConfig(
+    d_model=32, n_heads=2, n_layers=2, vocab_size=101, max_seq_len=65552, no_bias=True, attn_config=attn,
+    init_config=InitConfig(emb_init_std=0.5),
+)
+model = MPT(config, key=jax.random.key(0))
+prompt = np.random.default_rng(0).integers(101, size=65536).tolist()
+result = generate(model, prompt, max_new_tokens=16)
+assert result.tokens.shape == (1, 16) and np.isfinite(result.logprobs).all()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_a_storywriters_prompt_needs_less_than_a_gigabyte():
+    """65,536 tokens are read and continued; the whole process, JAX included, stays below 1 GB."""
+    done = subprocess.run([sys.executable, "-c", LONG], capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) * 1024 < 1e9
+
+
+def test_what_does_not_fit_into_a_cache(tiny_model):
+    from mpt_eqx import KVCache, MPTError
+
+    cache = KVCache.empty(tiny_model.config, 10, jnp.float32)
+    assert cache.capacity == 256 and cache.resized(300).capacity == 512 and cache.resized(5).capacity == 256
+    _, cache = tiny_model.extend(jnp.arange(61), cache)
+    with pytest.raises(MPTError, match="expected ids from 0 to 60 .*, found 61"):
+        tiny_model.extend(jnp.asarray([61]), cache)
+    with pytest.raises(MPTError, match=r"expected at most max_seq_len=256, found 261; .*'max_seq_len': 261"):
+        tiny_model.extend(jnp.zeros(200, jnp.int32), cache)
+
+
+def test_a_full_cache_says_how_to_make_room(tiny_config):
+    from mpt_eqx import MPT, KVCache, MPTError
+
+    model = MPT(tiny_config(max_seq_len=600, n_layers=1), key=jax.random.key(0))
+    _, cache = model.extend(jnp.zeros(250, jnp.int32), KVCache.empty(model.config, 256, jnp.float32))
+    with pytest.raises(
+        MPTError, match=r"expected at most 6, which fit .*, found 7; make room with cache.resized\(257\)"
+    ):
+        model.extend(jnp.zeros(7, jnp.int32), cache)
+    x, cache = model.extend(jnp.zeros(7, jnp.int32), cache.resized(257))
+    assert int(cache.length) == 257 and bool(jnp.isfinite(x).all())
+
+
+def test_learned_positions_end_where_they_end(tiny_config):
+    from mpt_eqx import MPT, AttnConfig, GenerationError, KVCache, MPTError, generate
+
+    config = tiny_config(attn_config=AttnConfig(alibi=False), learned_pos_emb=True, max_seq_len=16)
+    model = MPT(config, key=jax.random.key(0))
+    with pytest.raises(MPTError, match="expected at most max_seq_len=16, found 17; learned positions end there"):
+        model.extend(jnp.zeros(17, jnp.int32), KVCache.empty(config, 32, jnp.float32))
+    with pytest.raises(GenerationError, match="exceed max_seq_len=16; learned positions end there"):
+        generate(model, [1] * 10, max_new_tokens=7)
+    assert generate(model, [1] * 10, max_new_tokens=6).tokens.shape == (1, 6)
