@@ -7,11 +7,14 @@ Each step runs in a process of its own; its seconds and its memory go to benchma
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +30,22 @@ def memory() -> dict[str, float]:
     """Returns this process's memory in GB: the most it had, and what of it is its own and not a file's."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {key: int(fields[key].split()[0]) * 1024 / 1e9 for key in ("VmHWM", "RssAnon")}
+
+
+def most_of_its_own(function: Callable[[], None]) -> float:
+    """Runs the function; returns the most memory of its own that this process had meanwhile, in GB, beyond before."""
+    before, most, stop = memory()["RssAnon"], [0.0], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.002):
+            most[0] = max(most[0], memory()["RssAnon"])
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    function()
+    stop.set()
+    thread.join()
+    return most[0] - before
 
 
 def numbers(count: int):
@@ -122,19 +141,23 @@ def main() -> None:
     args = parser.parse_args()
     directory = args.directory / args.preset
     if args.step:
-        started, before = time.monotonic(), memory()
-        STEPS[args.step](directory, directory / "torch", args.preset)
-        after = memory()
+        started = time.monotonic()
+        own = most_of_its_own(lambda: STEPS[args.step](directory, directory / "torch", args.preset))
         record = {
             "seconds": round(time.monotonic() - started, 1),
-            "peak_GB": round(after["VmHWM"], 2),
-            "anonymous_GB": round(after["RssAnon"] - before["RssAnon"], 2),
+            "peak_GB": round(memory()["VmHWM"], 2),
+            "anonymous_GB": round(own, 2),
         }
         print(json.dumps(record))
         return
 
     shutil.rmtree(directory, ignore_errors=True)
-    record = {"preset": args.preset, "processor": platform.processor() or platform.machine(), "steps": {}}
+    record = {
+        "preset": args.preset,
+        "processor": platform.processor() or platform.machine(),
+        "load_average": round(os.getloadavg()[0], 1),
+        "steps": {},
+    }
     for step in STEPS:
         command = [sys.executable, __file__, str(args.directory), "--preset", args.preset, "--step", step]
         print(f"{step} …", file=sys.stderr, flush=True)
@@ -151,10 +174,11 @@ def main() -> None:
     table = [
         f"# Loading {args.preset}'s shape in bfloat16",
         "",
-        "`python benchmarks/loading.py DIRECTORY`, each step in a process of its own. Peak memory counts mapped files;",
-        "anonymous memory is what the step left that is the process's own.",
+        "`python benchmarks/loading.py DIRECTORY`, each step in a process of its own. The first peak counts mapped",
+        "files; the second is the most memory that was the process's own at any time, beyond what it had before.",
+        f"Load average before the first step: {record['load_average']}.",
         "",
-        "| step | | seconds | peak GB | anonymous GB |",
+        "| step | | seconds | peak GB | peak of its own, GB |",
         "|---|---|---|---|---|",
         *rows,
         "",

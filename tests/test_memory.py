@@ -97,11 +97,11 @@ def numbers(count):
     yield ((bits & 0x807F) | 0x3C00).tobytes()
 
 
-def configuration(layers=LAYERS):
+def configuration(width=WIDTH):
     from mpt_eqx import AttnConfig, MPTConfig
 
     return MPTConfig(
-        d_model=WIDTH, n_heads=16, n_layers=layers, vocab_size=VOCABULARY, no_bias=True,
+        d_model=width, n_heads=16, n_layers=LAYERS, vocab_size=VOCABULARY, no_bias=True,
         attn_config=AttnConfig(alibi=True),
     )  # fmt: skip
 
