@@ -1,6 +1,7 @@
 """generate and stream: exact, independent of the batch, compiled once, and with an error for each bad argument."""
 
 import contextlib
+import itertools
 
 import equinox as eqx
 import jax
@@ -136,7 +137,7 @@ def test_a_step_needs_the_cache_and_little_else(tiny_model, rows, dtype):
     from mpt_eqx.generation.arguments import check_options
     from mpt_eqx.generation.decode import decode, empty_state
 
-    model = jax.tree.map(lambda x: x.astype(dtype), tiny_model)
+    model = cast(tiny_model, dtype)
     options = check_options(model.config, max_new_tokens=8)
     temporary = []
     for capacity in (1024, 8192):
@@ -178,6 +179,18 @@ def test_no_prompts_no_rows(tiny_model):
         ({"top_k": 0}, "top_k: expected a whole number ≥ 1, found 0"),
         ({"top_p": 0}, "top_p: expected a number with 0 < top_p ≤ 1, found 0"),
         ({"top_p": 1.1}, "top_p: expected a number with 0 < top_p ≤ 1, found 1.1"),
+        ({"min_p": -0.1}, "min_p: expected a number with 0 ≤ min_p ≤ 1, found -0.1"),
+        ({"min_p": True}, "min_p: expected a number with 0 ≤ min_p ≤ 1, found True"),
+        ({"typical_p": 0}, "typical_p: expected a number with 0 < typical_p ≤ 1, found 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty: expected a finite number > 0, found 0"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty: expected a finite number > 0, found inf"),
+        ({"no_repeat_ngram_size": 0}, "no_repeat_ngram_size: expected a whole number ≥ 1, found 0"),
+        ({"min_new_tokens": -1}, "min_new_tokens: expected a whole number ≥ 0, found -1"),
+        ({"min_new_tokens": 5}, "min_new_tokens: expected at most max_new_tokens=4, found 5"),
+        ({"vocab_size": 0}, "vocab_size: expected a whole number ≥ 1, found 0"),
+        ({"vocab_size": 62}, "vocab_size: expected at most the model's 61, found 62; the tokenizer is not this"),
+        ({"num_return_sequences": 0}, "num_return_sequences: expected a whole number ≥ 1, found 0"),
+        ({"num_return_sequences": 2}, "num_return_sequences: expected 1 with temperature=0, found 2; .* beam_search"),
         ({"eos_token_ids": [61]}, "eos_token_ids: expected token ids from 0 to 60, found 61"),
         ({"pad_token_id": -1}, "pad_token_id: expected token ids from 0 to 60, found -1"),
     ],
@@ -206,6 +219,156 @@ def test_logits_that_are_not_finite_are_an_error_and_not_a_token(tiny_model):
     broken = eqx.tree_at(lambda m: m.norm_f.weight, tiny_model, replace_fn=lambda w: w.at[3].set(jnp.nan))
     with pytest.raises(GenerationError, match="logits of new token 0 are not finite; .*check_finite=True"):
         generate(broken, [[1, 2]], max_new_tokens=4)
+
+
+def test_no_token_is_left(tiny_model):
+    """Every token of a vocabulary of three was there, and none may come again."""
+    from mpt_eqx import GenerationError, generate
+
+    with pytest.raises(GenerationError, match="no token is left to choose from for new token 1; loosen no_repeat_ngr"):
+        generate(tiny_model, [[0, 1]], max_new_tokens=4, no_repeat_ngram_size=1, vocab_size=3)
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_not_chosen(tiny_model, prompts):
+    from mpt_eqx import generate
+
+    rows = prompts(4, 9)
+    free = generate(tiny_model, rows, max_new_tokens=30)
+    bound = int(free.tokens.max())
+    barred = generate(tiny_model, rows, max_new_tokens=30, vocab_size=bound, return_logits=True)
+    assert barred.tokens.max() < bound
+    assert np.isfinite(barred.logits).all()  # they are the model's, whatever is barred
+
+
+def test_repetitions_count_the_prompt_and_what_was_made(tiny_model, prompts):
+    from mpt_eqx import generate
+
+    rows = prompts(20, 30)
+    no_pairs = generate(tiny_model, rows, max_new_tokens=30, no_repeat_ngram_size=2).tokens
+    for row, made in zip(rows, no_pairs.tolist(), strict=True):
+        new = list(itertools.pairwise([row[-1], *made]))
+        assert len(set(new)) == len(new) and not set(new) & set(itertools.pairwise(row))
+    strict = generate(tiny_model, rows, max_new_tokens=20, repetition_penalty=1e4).tokens
+    for row, made in zip(rows, strict.tolist(), strict=True):
+        assert len(set(made)) == 20 and not set(made) & set(row)
+
+
+def test_several_rows_of_one_prompt(tiny_model, prompts):
+    """They are those of the prompt repeated: the same keys, one after the other."""
+    from mpt_eqx import generate
+
+    a, b = prompts(3, 40)
+    options = {"max_new_tokens": 12, "temperature": 1.0, "key": jax.random.key(4)}
+    several = generate(tiny_model, [a, b], num_return_sequences=3, **options)
+    repeated = generate(tiny_model, [a, a, a, b, b, b], **options)
+    np.testing.assert_array_equal(several.tokens, repeated.tokens)
+    assert len({tuple(row) for row in several.tokens.tolist()}) == 6
+
+
+def test_an_interrupted_call_keeps_what_was_made(tiny_model, prompts, monkeypatch):
+    from mpt_eqx import Interrupted, generate
+    from mpt_eqx.generation import loop
+
+    (prompt,) = prompts(9)
+    whole = generate(tiny_model, [prompt], max_new_tokens=40).tokens
+    calls, decode = [], loop.decode
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return decode(*args)
+
+    monkeypatch.setattr(loop, "decode", interrupted)
+    with pytest.raises(Interrupted) as error:
+        generate(tiny_model, [prompt], max_new_tokens=40, pad_token_id=60)
+    result = error.value.result
+    assert isinstance(error.value, KeyboardInterrupt) and result.finish_reasons == ["interrupted"]
+    assert result.lengths.tolist() == [16] and (result.tokens[0, 16:] == 60).all()
+    np.testing.assert_array_equal(result.tokens[0, :16], whole[0, :16])
+
+
+def test_generation_ends_within_one_chunk_of_the_last_end(tiny_model, prompts, monkeypatch):
+    from mpt_eqx import generate
+    from mpt_eqx.generation import loop
+
+    rows = prompts(5, 7)
+    free = generate(tiny_model, rows, max_new_tokens=60)
+    ends = [int(row[10]) for row in free.tokens]
+    lengths = generate(tiny_model, rows, max_new_tokens=60, eos_token_ids=ends).lengths
+    calls, decode = [], loop.decode
+    monkeypatch.setattr(loop, "decode", lambda *args: (calls.append(1), decode(*args))[1])
+    generate(tiny_model, rows, max_new_tokens=60, eos_token_ids=ends)
+    assert len(calls) == -(-lengths.max() // loop.CHUNK)
+
+
+@pytest.fixture(scope="module")
+def low(tiny_model):
+    """The small model in 16 bits, where a sum in another order shows at once."""
+    return {name: cast(tiny_model, name) for name in ("bfloat16", "float16")}
+
+
+def cast(model, dtype):
+    return jax.tree.map(lambda x: x.astype(dtype), model)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    st.lists(st.integers(1, 60), min_size=4, max_size=4), st.sampled_from([0, 1, 3]),
+    st.sampled_from(["bfloat16", "float16"]),
+    st.sampled_from([{}, {**SAMPLED, "min_p": 0.01, "repetition_penalty": 1.1, "key": jax.random.key(5)}]),
+)  # fmt: skip
+def test_a_row_is_the_same_in_every_bit(low, lengths, at, dtype, sampling):
+    """Alone or in a batch, first or padded, with long neighbours or short: in 16 bits logits are equal exactly."""
+    from mpt_eqx import generate
+
+    rng = np.random.default_rng(lengths)
+    rows = [rng.integers(61, size=n).tolist() for n in (*lengths, 200)]
+    options = {"max_new_tokens": 10, "return_logits": True, **sampling}
+    together = generate(low[dtype], rows, **options)
+    others = generate(low[dtype], [*[[1]] * at, rows[at]], **options)
+    np.testing.assert_array_equal(others.logits[at], together.logits[at])
+    np.testing.assert_array_equal(others.tokens[at], together.tokens[at])
+
+
+def test_the_shipped_model_writes_the_same_whatever_stands_beside(shipped):
+    """A hundred tokens of eight prompts in bfloat16, each alone and all together."""
+    from mpt_eqx import generate
+
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(1, 4000, size=n).tolist() for n in (3, 17, 40, 100, 5, 60, 33, 1)]
+    together = generate(shipped, rows, max_new_tokens=100)
+    for row, tokens in zip(rows, together.tokens, strict=True):
+        np.testing.assert_array_equal(generate(shipped, row, max_new_tokens=100).tokens[0], tokens)
+
+
+def test_a_step_alone_would_differ_with_one_row(shipped, monkeypatch):
+    """Mutation: without the second row that a step reads in 16 bits, a row alone differs from one in a batch."""
+    from mpt_eqx import generate
+    from mpt_eqx.generation import decode
+
+    rows, options = [[5, 6, 7], [8, 9]], {"max_new_tokens": 8, "return_logits": True}
+    together = generate(shipped, rows, **options).logits[0]
+    np.testing.assert_array_equal(generate(shipped, rows[:1], **options).logits[0], together)
+    monkeypatch.setattr(decode, "half_precision", lambda model: False)
+    jax.clear_caches()
+    assert (generate(shipped, rows[:1], **options).logits[0] != together).any()
+    jax.clear_caches()
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    st.integers(1, 40), st.integers(1, 24), st.sampled_from([1, 5, 8, 24]), st.integers(0, 61),
+    st.sampled_from([{"repetition_penalty": 1.2, "no_repeat_ngram_size": 2}, {**SAMPLED, "key": jax.random.key(1)}]),
+)  # fmt: skip
+def test_streaming_gives_what_generate_gives(tiny_model, length, n, chunk_size, eos, options):
+    from mpt_eqx import generate, stream
+
+    prompt = np.random.default_rng(length).integers(61, size=length).tolist()
+    options = {"max_new_tokens": n, "eos_token_ids": [eos] if eos < 61 else [], "min_new_tokens": n // 3, **options}
+    whole = generate(tiny_model, prompt, **options)
+    tokens = list(stream(tiny_model, prompt, chunk_size=chunk_size, **options))
+    assert tokens == whole.tokens[0, : whole.lengths[0]].tolist()
 
 
 logit_rows = st.lists(st.integers(-40, 40), min_size=2, max_size=30).map(lambda v: np.array(v, np.float32) / 8)
