@@ -1,8 +1,8 @@
 """Saves models in processes that do not come to their end; see test_saving.py.
 
 Reads a line of JSON for each: where to save which models in files of which size; at which step to be killed, or to
-find the disk full; after how many seconds to be killed. Answers with the wait status, 0 for a save that came to its
-end, 256 for one that ended with the error of a full disk.
+find the disk full; after how many seconds to be killed, and how long to pause between saves until then. Answers with
+the wait status, 0 for a save that came to its end, 256 for one that ended with the error of a full disk.
 """
 
 import errno
@@ -64,6 +64,7 @@ if __name__ == "__main__":
                         save_pretrained(models[value], order["directory"], max_shard_size=order["size"])
                     except CheckpointError as error:
                         os._exit(1 if "cannot be written ([Errno 28] No space left on device)" in str(error) else 2)
+                    time.sleep(order.get("pause", 0))
                 if "seconds" not in order:
                     os._exit(0)
         if "seconds" in order:

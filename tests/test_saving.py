@@ -207,10 +207,10 @@ def test_saved_between_any_two_steps_of_loading(tmp_path, monkeypatch, old_size,
 
 @pytest.mark.parametrize("size", [ONE, SHARDS])
 def test_loading_while_another_process_saves(saver, tmp_path, size):
-    """The same at any time."""
+    """The same at any time; the pause leaves room for a whole load between two saves."""
     saver(tmp_path, 3, size=size)
     with ThreadPoolExecutor(1) as pool:
-        saving = pool.submit(saver, tmp_path, 3, 1, 12, size=size, seconds=2)
+        saving = pool.submit(saver, tmp_path, 3, 1, 12, size=size, seconds=2, pause=0.05)
         values = []
         while not saving.done():
             values.append(value_of(tmp_path))
