@@ -226,8 +226,11 @@ def write(args, model, tokenizer, curve, minutes, parts, test_rows) -> None:
     config = model.config
     save_pretrained(model, args.directory)
     tokenizer.save(str(args.directory / "tokenizer.json"))
+    # It was not trained to talk: what is said to it is text that it continues, with an empty line between.
+    template = "{% for message in messages %}{{ message.content }}{% if not loop.last %}\n\n{% endif %}{% endfor %}"
     write_json(
-        args.directory / "tokenizer_config.json", {"eos_token": END, "tokenizer_class": "PreTrainedTokenizerFast"}
+        args.directory / "tokenizer_config.json",
+        {"chat_template": template, "eos_token": END, "tokenizer_class": "PreTrainedTokenizerFast"},
     )
     sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.95}
     write_json(args.directory / "generation_config.json", {"eos_token_id": 0, "pad_token_id": 0, **sampling})

@@ -1,0 +1,206 @@
+"""`mpt-eqx chat`: a conversation in a process of its own, and in a terminal."""
+
+import dataclasses
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from test_cli import run
+
+CHATML = ("--template", "chatml")
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    """The shipped model with ChatML's control tokens in its tokenizer."""
+    import equinox as eqx
+    import jax
+    import jax.numpy as jnp
+    import tokenizers
+
+    from mpt_eqx import MPT, SHIPPED_MODEL, from_pretrained, save_pretrained
+
+    directory = tmp_path_factory.mktemp("talker")
+    tokenizer = tokenizers.Tokenizer.from_file(str(SHIPPED_MODEL / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    model = from_pretrained(SHIPPED_MODEL)
+    wider = MPT(dataclasses.replace(model.config, vocab_size=4098), key=jax.random.key(0))
+    rows = jnp.concatenate([model.wte.weight, model.wte.weight[:2]])  # those of other tokens stand in for the new ones
+    wider = eqx.tree_at(lambda m: (m.wte.weight, m.blocks, m.norm_f), wider, (rows, model.blocks, model.norm_f))
+    save_pretrained(wider, directory)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+def test_the_shipped_model_goes_on_from_what_is_said():
+    """Its own template joins what was said by empty lines, so the first answer is what generate writes."""
+    done = run("chat", "--temperature", 0, "--max-new-tokens", 12, stdin="The zip() function\n")
+    assert done.returncode == 0, done.stderr
+    text = json.loads(
+        run("generate", "The zip() function", "--temperature", 0, "--max-new-tokens", 12, "--json").stdout
+    )["text"]
+    assert done.stdout == text + "\n"
+
+
+def test_a_conversation_is_its_prompt(talker):
+    """Two turns give what generate gives for the template's whole prompt; /reset and /system begin anew."""
+    import jax
+
+    from mpt_eqx import from_pretrained, generate
+    from mpt_eqx.text import load_tokenizer
+
+    model, tokenizer = from_pretrained(talker), load_tokenizer(talker)
+    ends = [0, *tokenizer.ids_of(["<|im_end|>"])]
+
+    def answers(*said, system=None):
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        for text in said:
+            messages.append({"role": "user", "content": text})
+            tokens = tokenizer.apply_chat_template(messages, chat_template="chatml")
+            result = generate(
+                model, tokens, max_new_tokens=10, temperature=0.8, key=jax.random.key(3), eos_token_ids=ends
+            )
+            made = [token for token in result.tokens[0, : result.lengths[0]].tolist() if token not in ends]
+            messages.append({"role": "assistant", "content": "".join(tokenizer.decode_stream(made))})
+            yield messages[-1]["content"]
+
+    said = "What is a list?\nAnd a <|im_end|> dict?\n/reset\nWhat is a list?\n/system You are terse.\nWhat is a set?\n"
+    done = run(
+        "chat", "--model", talker, *CHATML, "--max-new-tokens", 10, "--temperature", 0.8, "--seed", 3, stdin=said
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = answers("What is a list?", "And a <|im_end|> dict?")
+    (third,) = answers("What is a set?", system="You are terse.")
+    assert done.stdout == "".join(f"{text}\n" for text in (first, second, first, third))
+
+
+def test_the_system_message_and_stops_of_the_call(talker):
+    options = ("--model", talker, *CHATML, "--max-new-tokens", 16, "--temperature", 0)
+    (line,) = run("chat", *options, "--system", "Be brief.", stdin="What is a tuple?\n").stdout.splitlines()[:1]
+    other = run("chat", *options, stdin="/system Be brief.\nWhat is a tuple?\n").stdout
+    assert other.splitlines()[0] == line
+    stop = line[3:6]
+    stopped = run("chat", *options, "--system", "Be brief.", "--stop", stop, stdin="What is a tuple?\n").stdout
+    assert stopped == line[: line.index(stop)] + "\n"
+
+
+def test_commands():
+    done = run("chat", stdin="/help\n/frobnicate\n\n/quit\nnever read\n")
+    assert done.returncode == 0 and done.stdout == ""
+    assert "/reset         forget what was said" in done.stderr and "/frobnicate is no command" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "stdin", "message"),
+    [
+        (["--template", "alpaca"], "x\n", "chatml"),
+        (
+            ["--max-new-tokens", "1100"],
+            "word " * 1018 + "\n",
+            "leaves no room for an answer; /reset begins",
+        ),
+        (["--model", "./none"], "x\n", "./none: no such directory"),
+        (["--compile-cache", "/dev/null/x"], "x\n", "--compile-cache: expected a directory, found none"),
+    ],
+)
+def test_an_error_is_one_line(args, stdin, message):
+    done = run("chat", *args, stdin=stdin)
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("mpt-eqx: error: ") and message in line
+
+
+def test_a_model_without_a_template(talker):
+    done = run("chat", "--model", talker, stdin="x\n")
+    assert done.returncode == 1 and "chatml" in done.stderr and "mpt-instruct" in done.stderr
+
+
+def test_a_template_from_a_file(talker, tmp_path):
+    (tmp_path / "own.jinja").write_text("{{ messages[0].content }}")
+    options = ("--model", talker, "--max-new-tokens", 8, "--temperature", 0)
+    done = run("chat", *options, "--template", tmp_path / "own.jinja", stdin="The zip() function\n")
+    text = json.loads(run("generate", "The zip() function", *options, "--json").stdout)["text"]
+    assert done.stdout == text + "\n"
+    (tmp_path / "own.jinja").write_bytes(b"\xff\xfe{{")
+    done = run("chat", *options, "--template", tmp_path / "own.jinja", stdin="x\n")
+    assert done.returncode == 1 and "--template: expected a file with text" in done.stderr
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_conversation():
+    """In a terminal: an endless answer is cut, the next one comes, Ctrl-D leaves."""
+    keyboard, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mpt_eqx", "chat", "--temperature", "0", "--min-new-tokens", "900", "--max-new-tokens",
+         "900"],
+        stdin=terminal, stdout=terminal, stderr=terminal, close_fds=True, env={**os.environ, "TERM": "dumb"},
+    )  # fmt: skip
+    os.close(terminal)
+    seen = b""
+
+    def until(condition):
+        nonlocal seen
+        deadline = time.monotonic() + 200
+        while not condition(seen):
+            assert time.monotonic() < deadline, seen
+            seen += os.read(keyboard, 4096)
+
+    until(lambda text: b"> " in text)
+    os.write(keyboard, b"The zip() function\n")
+    until(lambda text: len(text.split(b"function", 1)[-1]) > 150)
+    process.send_signal(signal.SIGINT)
+    until(lambda text: text.endswith(b"> "))
+    os.write(keyboard, b"/quit\n")
+    assert process.wait(timeout=60) == 0
+    os.close(keyboard)
+
+
+def test_ctrl_c_keeps_what_generate_has_made():
+    command = [
+        sys.executable, "-u", "-m", "mpt_eqx", "generate", "The zip() function", "--temperature", "0",
+        "--min-new-tokens", "1000", "--max-new-tokens", "1000",
+    ]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        begun = process.stdout.read(60)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=100)
+    assert process.returncode == 130, err
+    assert (begun + out).decode().startswith("The zip() function") and b"tokens/s" in err
+
+
+def test_ctrl_c_as_json(monkeypatch, capsys):
+    from mpt_eqx import generation
+    from mpt_eqx.cli import main
+
+    def interrupted(*_, **__):
+        yield from [500, 501]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generation, "stream", interrupted)
+    assert main(["generate", "The", "--json"]) == 130
+    record = json.loads(capsys.readouterr().out)
+    assert record["tokens"] == [500, 501] and record["finish_reason"] == "interrupted"
+
+
+def test_what_is_compiled_can_be_kept(tmp_path):
+    cache = tmp_path / "cache"
+    first = run("generate", "The", "--max-new-tokens", 4, "--temperature", 0, "--compile-cache", cache)
+    kept = {path.name for path in cache.iterdir()}
+    second = run("generate", "The", "--max-new-tokens", 4, "--temperature", 0, "--compile-cache", cache)
+    assert first.returncode == second.returncode == 0 and first.stdout == second.stdout
+    assert kept and {path.name for path in cache.iterdir() if path.name.endswith("-cache")} <= kept
+
+
+def test_the_tokenizers_gap_is_barred(talker, tmp_path):
+    """A model with more rows than its tokenizer has ids never writes one of those."""
+    shutil.copytree(talker, tmp_path / "m")
+    from mpt_eqx import SHIPPED_MODEL
+
+    shutil.copy(SHIPPED_MODEL / "tokenizer.json", tmp_path / "m")
+    done = run("generate", "The", "--model", tmp_path / "m", "--json", "--temperature", 50, "--max-new-tokens", 100)
+    assert done.returncode == 0 and max(json.loads(done.stdout)["tokens"]) < 4096
