@@ -101,31 +101,14 @@ def load_torch(directory: Path, source: Path, name: str) -> None:
 
 
 def decode(directory: Path, source: Path, name: str) -> None:
-    """Loads what was converted and writes three tokens after a prompt of eight.
+    """Loads what was converted and writes three tokens after a prompt of eight, each on its own."""
+    from mpt_eqx import from_pretrained, stream
 
-    A step reads the token and one more that is taken back, because XLA's CPU product of a single bfloat16 row makes
-    float32 copies of all weights first.
-    """
-    import equinox as eqx
-    import jax.numpy as jnp
-
-    from mpt_eqx import KVCache, from_pretrained
-
-    model = from_pretrained(directory / "converted")
-
-    @eqx.filter_jit
-    def step(model, tokens, count, cache):
-        x, cache = model.extend(tokens, cache)
-        cache = eqx.tree_at(lambda c: c.length, cache, cache.length - len(tokens) + count)
-        return jnp.argmax(model.unembed(x[count - 1][None])[0]), cache
-
-    tokens, cache = jnp.arange(8, dtype=jnp.int32), KVCache.empty(model.config, 32, "bfloat16")
-    count, written = 8, []
-    for _ in range(TOKENS):
+    model, written = from_pretrained(directory / "converted"), []
+    started = time.monotonic()
+    for token in stream(model, list(range(8)), max_new_tokens=TOKENS, chunk_size=1):
+        written.append((token, round(time.monotonic() - started, 2)))
         started = time.monotonic()
-        token, cache = step(model, tokens, count, cache)
-        written.append((int(token), round(time.monotonic() - started, 2)))
-        tokens, count = jnp.stack([token, token]).astype(jnp.int32), 1
     print(json.dumps({"tokens": [token for token, _ in written], "seconds_per_token": [s for _, s in written]}))
 
 
