@@ -14,7 +14,15 @@ from jaxtyping import install_import_hook
 
 # Shapes are checked wherever they are annotated, but for the public border (config, generate, command line), which
 # checks its arguments itself and has its own messages for them tested.
-CHECKED = ("model", "checkpoint", "generation.choose", "generation.decode", "generation.sampling", "train")
+CHECKED = (
+    "model",
+    "checkpoint",
+    "generation.choose",
+    "generation.decode",
+    "generation.sampling",
+    "generation.search",
+    "train",
+)
 install_import_hook(
     [f"mpt_eqx.{room}" for room in CHECKED], "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 )

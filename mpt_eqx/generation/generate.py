@@ -32,7 +32,8 @@ class GenerateResult:
             what an interrupted call leaves.
         logprobs: the model's log-probability of each token, in nats, before any warping; 0 after the end.
         logits: the unwarped logits each token was chosen from; 0 after the end; None unless asked for.
-        scores: of beams, the sum of logprobs over length to the power of length_penalty; None otherwise.
+        scores: from `beam_search`, the sum of the log-probabilities that the search went by over length to the power of
+            length_penalty; None otherwise.
     """
 
     tokens: Int[np.ndarray, "B N"]
