@@ -149,6 +149,21 @@ def test_a_step_needs_the_cache_and_little_else(tiny_model, rows, dtype):
     assert temporary[1] <= temporary[0] + 16 * rows * 8192
 
 
+def test_numbers_of_numpy_are_numbers(tiny_model, prompts):
+    from mpt_eqx import generate, stream
+
+    (prompt,) = prompts(5)
+    key = jax.random.key(0)
+    plain = generate(tiny_model, [prompt], max_new_tokens=9, temperature=1.0, top_k=7, num_return_sequences=2, key=key)
+    numpys = generate(
+        tiny_model, np.asarray([prompt]), max_new_tokens=np.int64(9), temperature=np.float32(1), top_k=np.int32(7),
+        num_return_sequences=np.int64(2), eos_token_ids=np.asarray([], np.int64), key=key,
+    )  # fmt: skip
+    np.testing.assert_array_equal(numpys.tokens, plain.tokens)
+    tokens = list(stream(tiny_model, jnp.asarray(prompt), max_new_tokens=np.int32(9), chunk_size=np.int64(4)))
+    assert tokens == generate(tiny_model, prompt, max_new_tokens=9).tokens[0].tolist()
+
+
 def test_no_prompts_no_rows(tiny_model):
     from mpt_eqx import generate
 

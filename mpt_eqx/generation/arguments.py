@@ -136,7 +136,7 @@ def check_prompts(
 
 def check_one_prompt(prompt: Sequence[int]) -> None:
     """Refuses several prompts where one is expected."""
-    if len(prompt) and not isinstance(prompt[0], int | np.integer):
+    if len(prompt) and not isinstance(prompt, str) and np.ndim(prompt[0]) > 0:
         raise GenerationError(f"prompt: expected the token ids of one prompt, found {_kind(prompt[0])} in it")
 
 

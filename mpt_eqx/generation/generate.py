@@ -119,6 +119,7 @@ def generate(
     )
     key = check_key(key, temperature)
     check_count("num_return_sequences", num_return_sequences)
+    max_new_tokens, num_return_sequences = int(max_new_tokens), int(num_return_sequences)  # numpy's are welcome
     if num_return_sequences > 1 and temperature == 0:
         raise GenerationError(
             f"num_return_sequences: expected 1 with temperature=0, found {num_return_sequences}; all of them would be "
@@ -226,6 +227,7 @@ def stream(
         vocab_size=vocab_size,
     )
     key = check_key(key, temperature)
+    max_new_tokens, chunk_size = int(max_new_tokens), int(chunk_size)
     before = 0 if prefix is None else len(prefix)
     (text,) = check_prompts(model.config, [prompt], max_new_tokens=max_new_tokens, before=before)
     length = before + len(text)

@@ -34,6 +34,7 @@ def warmup(
     for name, counts in (("batch_sizes", batch_sizes), ("prompt_lengths", prompt_lengths)):
         for count in counts:
             check_count(name, count)
+    max_new_tokens = int(max_new_tokens)
     for length in prompt_lengths:
         check_prompts(config, [[0] * length], max_new_tokens=max_new_tokens)
     fixed = (model, options, check_key(None, 0.0))
