@@ -59,13 +59,14 @@ def test_an_argument_at_the_call_wins(shipped):
     import jax
     import numpy as np
 
-    from mpt_eqx import SHIPPED_MODEL, generate, generation_defaults
+    from mpt_eqx import SHIPPED_MODEL, generate, generation_defaults, stream
 
     defaults = {**generation_defaults(SHIPPED_MODEL), "max_new_tokens": 12}
     assert defaults["temperature"] == 0.7 and defaults["top_p"] == 0.95 and defaults["eos_token_ids"] == (0,)
     greedy = generate(shipped, [5, 6, 7], **{**defaults, "temperature": 0.0})
     np.testing.assert_array_equal(greedy.tokens, generate(shipped, [5, 6, 7], max_new_tokens=12).tokens)
-    assert generate(shipped, [5, 6, 7], **defaults, key=jax.random.key(0)).tokens.shape == (1, 12)
+    drawn = generate(shipped, [5, 6, 7], **defaults, key=jax.random.key(0))
+    assert list(stream(shipped, [5, 6, 7], **defaults, key=jax.random.key(0))) == drawn.tokens[0].tolist()
 
 
 @pytest.mark.parametrize(

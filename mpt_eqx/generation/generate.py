@@ -181,6 +181,7 @@ def stream(
     no_repeat_ngram_size: int | None = None,
     min_new_tokens: int = 0,
     eos_token_ids: Sequence[int] = (),
+    pad_token_id: int = 0,
     vocab_size: int | None = None,
     key: PRNGKeyArray | None = None,
     prefix: Prefix | None = None,
@@ -203,6 +204,7 @@ def stream(
         no_repeat_ngram_size: as in `generate`.
         min_new_tokens: as in `generate`.
         eos_token_ids: as in `generate`.
+        pad_token_id: taken so that both can be given the same options; a stream ends instead.
         vocab_size: as in `generate`.
         key: as in `generate`.
         prefix: as in `generate`.
@@ -224,6 +226,7 @@ def stream(
         no_repeat_ngram_size=no_repeat_ngram_size,
         min_new_tokens=min_new_tokens,
         eos_token_ids=eos_token_ids,
+        pad_token_id=pad_token_id,
         vocab_size=vocab_size,
     )
     key = check_key(key, temperature)
