@@ -324,8 +324,8 @@ def test_nothing_compiles_again(model, prompts):
     assert compiles == []
 
 
-def test_a_step_needs_the_cache_once_more_at_most(tiny_model):
-    """The cache is donated; putting its rows in order takes less than a copy of it."""
+def test_a_step_of_beams_needs_the_cache_and_little_else(tiny_model):
+    """The cache is donated, and its rows are put in order block by block."""
     from mpt_eqx.generation.arguments import check_options
     from mpt_eqx.generation.beam import search_options
     from mpt_eqx.generation.decode import empty_state
@@ -336,7 +336,7 @@ def test_a_step_needs_the_cache_once_more_at_most(tiny_model):
     memory = search.lower((tiny_model, options), state, 8).compile().compiled.memory_analysis()
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.rows.cache))
     assert memory.alias_size_in_bytes > 0.99 * cache_bytes
-    assert memory.temp_size_in_bytes < 1.1 * cache_bytes
+    assert memory.temp_size_in_bytes < 0.3 * cache_bytes
 
 
 def test_logits_that_are_not_finite_are_an_error_and_not_a_token(model):

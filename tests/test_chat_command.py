@@ -91,6 +91,7 @@ def test_the_system_message_and_stops_of_the_call(talker):
 
 
 def test_commands():
+    assert run("chat", "--seed", -1).stderr.startswith("mpt-eqx: error: --seed: expected a whole number from 0 to 2^63")
     done = run("chat", stdin="/help\n/frobnicate\n\n/quit\nnever read\n")
     assert done.returncode == 0 and done.stdout == ""
     assert "/reset         forget what was said" in done.stderr and "/frobnicate is no command" in done.stderr

@@ -55,6 +55,26 @@ def test_no_file_no_arguments(checkpoint):
     assert generation_defaults(directory) == {}
 
 
+def test_the_command_lines_word_is_the_last(tmp_path):
+    """Over the file's: another length than its least one, and all of it with --no-defaults."""
+    import shutil
+
+    from test_cli import run
+
+    from mpt_eqx import SHIPPED_MODEL
+
+    shutil.copytree(SHIPPED_MODEL, tmp_path / "m")
+    content = {"min_new_tokens": 15, "max_new_tokens": 20, "eos_token_id": 0}
+    (tmp_path / "m" / "generation_config.json").write_text(json.dumps(content))
+    made = json.loads(run("generate", "The", "--model", tmp_path / "m", "--json").stdout)
+    assert len(made["tokens"]) == 20
+    made = json.loads(run("generate", "The", "--model", tmp_path / "m", "--json", "--max-new-tokens", 10).stdout)
+    assert len(made["tokens"]) == 10
+    (tmp_path / "m" / "generation_config.json").write_text(json.dumps({**content, "num_beams": 4}))
+    assert run("generate", "The", "--model", tmp_path / "m").returncode == 1
+    assert run("generate", "The", "--model", tmp_path / "m", "--no-defaults", "--max-new-tokens", 3).returncode == 0
+
+
 def test_an_argument_at_the_call_wins(shipped):
     import jax
     import numpy as np
@@ -79,6 +99,9 @@ def test_an_argument_at_the_call_wins(shipped):
         ),
         ({"do_sample": "yes"}, "do_sample: expected true or false, found 'yes'"),
         ({"do_sample": True, "temperature": "hot"}, "temperature: expected a number, found 'hot'"),
+        ({"do_sample": True, "top_k": 50.0}, "top_k: expected a whole number, found 50.0"),
+        ({"eos_token_id": "x"}, "eos_token_id, pad_token_id: expected token ids, found 'x'"),
+        ({"min_length": 50}, "min_length=50 is not something that generate does"),
         ({"repetition_penalty": True}, "repetition_penalty: expected a number, found True"),
     ],
 )

@@ -12,7 +12,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 def run(name, *args, stdin=""):
     command = [sys.executable, EXAMPLES / name, *args]
-    done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

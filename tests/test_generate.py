@@ -2,6 +2,9 @@
 
 import contextlib
 import itertools
+import os
+import subprocess
+import sys
 
 import equinox as eqx
 import jax
@@ -206,6 +209,19 @@ def test_no_prompts_no_rows(tiny_model):
         ({"vocab_size": 62}, "vocab_size: expected at most the model's 61, found 62; the tokenizer is not this"),
         ({"num_return_sequences": 0}, "num_return_sequences: expected a whole number ≥ 1, found 0"),
         ({"num_return_sequences": 2}, "num_return_sequences: expected 1 with temperature=0, found 2; .* beam_search"),
+        ({"temperature": 1e39}, "temperature: expected a finite number ≥ 0, found 1e"),
+        ({"repetition_penalty": 1e300}, "repetition_penalty: expected a finite number > 0, found 1e"),
+        ({"key": 5}, r"key: expected one key, such as jax.random.key\(0\), found int"),
+        ({"key": jax.random.split(jax.random.key(0), 2)}, "key: expected one key, such as .*, found PRNGKeyArray"),
+        ({"key": np.array([0, 5])}, r"key: expected one key, .*, found an array of shape \(2,\) and type int64"),
+        ({"eos_token_ids": 5}, "eos_token_ids: expected a list of token ids, found 5"),
+        ({"eos_token_ids": None}, "eos_token_ids: expected a list of token ids, found None"),
+        ({"eos_token_ids": ["x"]}, "eos_token_ids: expected token ids from 0 to 60, found 'x'"),
+        ({"prompts": None}, "prompts: expected a list of token ids for each prompt, found NoneType"),
+        ({"prompts": 5}, "prompts: expected a list of token ids for each prompt, found int"),
+        ({"prompts": {1, 2}}, "prompts: expected a list of token ids for each prompt, found set"),
+        ({"prompts": [1, [2]]}, r"prompts\[0\]: expected a list of whole numbers, found lists in it"),
+        ({"prompts": [[1, [2]]]}, r"prompts\[0\]: expected a list of whole numbers, found lists in it"),
         ({"eos_token_ids": [61]}, "eos_token_ids: expected token ids from 0 to 60, found 61"),
         ({"pad_token_id": -1}, "pad_token_id: expected token ids from 0 to 60, found -1"),
     ],
@@ -224,6 +240,8 @@ def test_bad_arguments_of_stream_are_found_at_once(tiny_model):
         stream(tiny_model, [1], max_new_tokens=4, chunk_size=0)
     with pytest.raises(GenerationError, match="found an empty prompt"):
         stream(tiny_model, [], max_new_tokens=4)
+    with pytest.raises(GenerationError, match="prompt: expected a list of token ids, found NoneType"):
+        stream(tiny_model, None, max_new_tokens=4)
     with pytest.raises(GenerationError, match="prompt: expected the token ids of one prompt, found list in it"):
         stream(tiny_model, [[1], [2]], max_new_tokens=4)
 
@@ -234,6 +252,71 @@ def test_logits_that_are_not_finite_are_an_error_and_not_a_token(tiny_model):
     broken = eqx.tree_at(lambda m: m.norm_f.weight, tiny_model, replace_fn=lambda w: w.at[3].set(jnp.nan))
     with pytest.raises(GenerationError, match="logits of new token 0 are not finite; .*check_finite=True"):
         generate(broken, [[1, 2]], max_new_tokens=4)
+
+
+def test_a_step_that_is_not_finite_is_named(tiny_config):
+    """The embedding of the fourth new token is NaN: the fifth cannot be chosen, except where the row has ended."""
+    from mpt_eqx import MPT, GenerationError, InitConfig, generate
+
+    config = tiny_config(tie_word_embeddings=False, init_config=InitConfig(emb_init_std=0.5))
+    model = MPT(config, key=jax.random.key(3))
+    tokens = generate(model, [[1, 2]], max_new_tokens=6).tokens[0].tolist()
+    fourth = tokens.index(tokens[3])
+    for value in (jnp.nan, jnp.inf):
+        broken = eqx.tree_at(lambda m: m.wte.weight, model, model.wte.weight.at[tokens[3]].set(value))
+        with pytest.raises(GenerationError, match=f"the logits of new token {fourth + 1} are not finite"):
+            generate(broken, [[5], [1, 2]] if tokens[3] != 5 else [[1, 2]], max_new_tokens=6)
+        ended = generate(broken, [[1, 2]], max_new_tokens=6, eos_token_ids=[tokens[3]])
+        assert ended.finish_reasons == ["stop"] and ended.lengths[0] == fourth + 1
+
+
+def test_what_fills_a_piece_of_a_prompt_is_not_seen(tiny_config):
+    """Token 0, with which prompts are padded, makes NaN: only a prompt with it in it fails."""
+    from mpt_eqx import MPT, GenerationError, generate
+
+    model = MPT(tiny_config(tie_word_embeddings=False), key=jax.random.key(1))
+    broken = eqx.tree_at(lambda m: m.wte.weight, model, model.wte.weight.at[0].set(jnp.nan))
+    sound = generate(model, [[1, 2, 3], [4] * 40], max_new_tokens=4)
+    np.testing.assert_array_equal(generate(broken, [[1, 2, 3], [4] * 40], max_new_tokens=4).tokens, sound.tokens)
+    with pytest.raises(GenerationError, match="the logits of new token 0 are not finite"):
+        generate(broken, [[1, 0, 3]], max_new_tokens=4)
+
+
+@pytest.mark.parametrize("kind", [tuple, set, frozenset, np.array, jnp.array, dict.fromkeys], ids=str)
+def test_ends_in_any_collection(tiny_model, kind):
+    from mpt_eqx import generate, stream
+
+    free = generate(tiny_model, [1, 2, 3], max_new_tokens=9).tokens[0].tolist()
+    result = generate(tiny_model, [1, 2, 3], max_new_tokens=9, eos_token_ids=kind([free[4]]))
+    assert result.finish_reasons == ["stop"] and result.lengths[0] == free.index(free[4]) + 1
+    made = list(stream(tiny_model, [1, 2, 3], max_new_tokens=9, eos_token_ids=kind([free[4]])))
+    assert made == free[: result.lengths[0]]
+
+
+SHARDED = """
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from mpt_eqx import SHIPPED_MODEL, from_pretrained, generate
+model = from_pretrained(SHIPPED_MODEL, dtype="float32")
+mesh = Mesh(np.array(jax.devices()), ("x",))
+place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+rows = [[5, 6, 7], [8] * 40]
+options = {"max_new_tokens": 24, "temperature": 1.0, "top_k": 50, "key": jax.random.key(0)}
+alone = generate(model, rows, **options).tokens
+for spec in (P(), P("x"), P(None, "x")):
+    split = jax.tree.map(lambda x: place(x, spec if x.ndim == 2 else P()), model)
+    np.testing.assert_array_equal(generate(split, rows, **options).tokens, alone)
+print(len(jax.devices()))
+"""
+
+
+def test_the_sharding_does_not_show():
+    """Weights whole on each of four devices, split by rows, and split by columns."""
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout == "4\n", done.stderr
 
 
 def test_no_token_is_left(tiny_model):

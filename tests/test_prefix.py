@@ -80,6 +80,11 @@ def test_what_is_refused(tiny_model, tiny_config):
     other = MPT(tiny_config(n_layers=1), key=jax.random.key(0))
     with pytest.raises(GenerationError, match="prefix: expected one that this model has read, .*another configuration"):
         generate(other, [1], max_new_tokens=1, prefix=prefix)
+    half = jax.tree.map(lambda x: x.astype("bfloat16"), tiny_model)
+    with pytest.raises(GenerationError, match="found that of a model in float32 instead of bfloat16"):
+        generate(half, [1], max_new_tokens=1, prefix=prefix)
+    with pytest.raises(GenerationError, match=r"prefix: expected what prefill\(model, tokens\) returns, found str"):
+        generate(tiny_model, [1], max_new_tokens=1, prefix="x")
     with pytest.raises(
         GenerationError, match="a prefix of 3 tokens, 250 tokens and max_new_tokens=4 exceed max_seq_len"
     ):

@@ -36,6 +36,11 @@ def test_no_character_is_cut_in_half(tokenizer):
     assert len(tokenizer.encode("🙂")) > 1
 
 
+def test_tokens_that_end_within_a_character(tokenizer):
+    tokens = tokenizer.encode("Hi 🙂")[:-1]
+    assert "".join(tokenizer.decode_stream(tokens)) == tokenizer.decode(tokens)
+
+
 def test_special_tokens_are_left_out(tokenizer):
     assert tokenizer.decode([0, *tokenizer.encode("x"), 0]) == "x"
     assert list(tokenizer.decode_stream([0])) == []

@@ -17,6 +17,7 @@ COMMANDS = """/reset         forget what was said
 /system TEXT   begin anew, with TEXT as the system's message
 /help          these lines
 /quit          leave; Ctrl-D does too
+A line that begins with a space is a message, whatever follows.
 Ctrl-C ends an answer; what there is of it stays in the conversation."""
 
 LEAST = 16  # tokens that must be left for an answer
@@ -94,7 +95,10 @@ def run(args: argparse.Namespace) -> int:
             continue
         note.clear()
         print(flush=True)
-        said.append({"role": "assistant", "content": "".join(answer)})
+        if answer:
+            said.append({"role": "assistant", "content": "".join(answer)})
+        else:  # interrupted before the first word, or ended with none
+            said.pop()
     return 0
 
 

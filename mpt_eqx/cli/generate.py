@@ -10,8 +10,6 @@ from typing import Any
 from mpt_eqx.cli.options import Note, add_options, load, read_options
 from mpt_eqx.errors import GenerationError
 
-CHUNK = 8  # tokens between two looks at what has been made
-
 
 def add_to(commands: Any, shared: argparse.ArgumentParser) -> None:
     """Adds the command to the subparsers `commands`; `shared` holds the options of every command."""
@@ -44,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     moments: list[float] = []
 
     def noted() -> Iterator[int]:
-        for token in stream(model, tokens, chunk_size=CHUNK, **options):
+        for token in stream(model, tokens, **options):
             note.clear()
             moments.append(time.monotonic())
             new_tokens.append(token)
@@ -58,6 +56,11 @@ def run(args: argparse.Namespace) -> int:
                 print(prompt + piece if text == piece else piece, end="", flush=True)
     except KeyboardInterrupt:
         interrupted = True
+        # Of what was held back, because it could have become a stop or half a character, nothing is lost.
+        rest = tokenizer.decode(new_tokens).removesuffix("\ufffd")[len(text) :]
+        text += rest
+        if not args.json:
+            print(rest if new_tokens and text != rest else prompt + rest, end="", flush=True)
     finally:
         note.clear()
     ended = bool(new_tokens) and new_tokens[-1] in tokenizer.eos_token_ids
@@ -79,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
 
 def speed(prompt_tokens: int, started: float, moments: list[float]) -> str:
     """Returns a line on how fast it went: after the first chunk, or over all where that one was the only one."""
+    from mpt_eqx.generation.loop import CHUNK
+
     counts = f"{prompt_tokens} prompt tokens, {len(moments)} new tokens"
     if len(moments) > CHUNK:
         return f"{counts}, {(len(moments) - CHUNK) / (moments[-1] - moments[0]):.1f} tokens/s"

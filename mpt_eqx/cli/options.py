@@ -36,6 +36,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     for flag, kind, metavar, text in SAMPLING:
         chosen.add_argument(flag, type=kind, metavar=metavar, help=text)
+    chosen.add_argument(
+        "--no-defaults", action="store_true", help="pay no attention to the checkpoint's generation_config.json"
+    )
     chosen.add_argument("--seed", type=int, default=0, metavar="S", help="another seed, another text (default: 0)")
     chosen.add_argument(
         "--stop", action="append", default=[], metavar="S", help="end before this text; may be repeated"
@@ -58,19 +61,23 @@ def read_options(args: argparse.Namespace) -> tuple[Path, "Tokenizer", dict[str,
     from mpt_eqx.generation import generation_defaults
     from mpt_eqx.text import load_tokenizer
 
+    if not 0 <= args.seed < 2**63:
+        raise GenerationError(f"--seed: expected a whole number from 0 to 2^63 - 1, found {args.seed}")
     if any(not stop for stop in args.stop):
         raise GenerationError("--stop: expected some text, found an empty string")
     if args.compile_cache is not None:
         keep_compiled(args.compile_cache)
     place = find_checkpoint(args.model, revision=args.revision)
     tokenizer = load_tokenizer(place)
-    options = {"temperature": 0.0, **generation_defaults(place), "eos_token_ids": tokenizer.eos_token_ids}
+    defaults = {} if args.no_defaults else generation_defaults(place)
+    options = {"temperature": 0.0, **defaults, "eos_token_ids": tokenizer.eos_token_ids}
     for flag, *_ in (*SAMPLING, ("--max-new-tokens",)):
         name = flag.removeprefix("--").replace("-", "_")
         if (given := getattr(args, name)) is not None:
             options[name] = given
-    for batched in ("num_return_sequences", "pad_token_id"):  # of several rows; here is one
-        options.pop(batched, None)
+    options.pop("num_return_sequences", None)  # here is one
+    if args.max_new_tokens is not None and args.min_new_tokens is None and "min_new_tokens" in options:
+        options["min_new_tokens"] = min(options["min_new_tokens"], args.max_new_tokens)  # the call's word is the last
     return place, tokenizer, {**options, "key": jax.random.key(args.seed)}
 
 

@@ -36,6 +36,7 @@ def check_options(
         GenerationError: one of them is not valid.
     """
     v = config.vocab_size
+    ends = check_ends(eos_token_ids, v)
     check_count("max_new_tokens", max_new_tokens)
     check_number("temperature", temperature, "a finite number ≥ 0", lambda t: 0 <= t < math.inf)
     for name, count in (("top_k", top_k), ("no_repeat_ngram_size", no_repeat_ngram_size), ("vocab_size", vocab_size)):
@@ -58,10 +59,8 @@ def check_options(
             f"vocab_size: expected at most the model's {v}, found {vocab_size}; the tokenizer is not this model's"
         )
     check_ids("pad_token_id", [pad_token_id], v)
-    check_ids("eos_token_ids", eos_token_ids, v)
     # One shape for up to eight ends, so that their number does not compile again.
-    places = max(8, power_of_two(len(eos_token_ids)))
-    ends = [*map(int, eos_token_ids), *[-1] * (places - len(eos_token_ids))]
+    ends += (-1,) * (max(8, power_of_two(len(ends))) - len(ends))
 
     # By numpy and device_put, because jnp.asarray would compile something.
     def real(value: float | None, neutral: float) -> Array:
@@ -90,15 +89,32 @@ def check_key(key: PRNGKeyArray | None, temperature: float) -> Key[Array, ""]:
     """Returns the key, made typed if it is one of `jax.random.PRNGKey`; any key where none is needed.
 
     Raises:
-        GenerationError: tokens are to be drawn and there is no key.
+        GenerationError: it is no key, or tokens are to be drawn and there is none.
     """
     if key is None and temperature > 0:
         raise GenerationError(f"key: expected a key, such as jax.random.key(0), with temperature={temperature}")
     if key is None:
         return jax.random.key(0)
-    if not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(key)
-    return key
+    if isinstance(key, jax.Array):
+        if key.dtype == np.uint32 and key.ndim == 1:
+            key = jax.random.wrap_key_data(key)
+        if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0:
+            return key
+    raise GenerationError(f"key: expected one key, such as jax.random.key(0), found {_kind(key)}")
+
+
+def check_ends(ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+    """Returns the tokens that end a row, which may come in any collection.
+
+    Raises:
+        GenerationError: there is no collection, or something else than token ids in it.
+    """
+    try:
+        ends = np.asarray(list(ids)).tolist()
+    except TypeError:
+        raise GenerationError(f"eos_token_ids: expected a list of token ids, found {ids!r}") from None
+    check_ids("eos_token_ids", ends, vocab_size)
+    return tuple(ends)
 
 
 def check_prompts(
@@ -135,7 +151,9 @@ def check_prompts(
 
 
 def check_one_prompt(prompt: Sequence[int]) -> None:
-    """Refuses several prompts where one is expected."""
+    """Refuses what is not one prompt."""
+    if not _is_list(prompt):
+        raise GenerationError(f"prompt: expected a list of token ids, found {_kind(prompt)}")
     if len(prompt) and not isinstance(prompt, str) and np.ndim(prompt[0]) > 0:
         raise GenerationError(f"prompt: expected the token ids of one prompt, found {_kind(prompt[0])} in it")
 
@@ -155,8 +173,12 @@ def check_count(name: str, value: object, *, least: int = 1) -> None:
 
 def check_number(name: str, value: Any, expected: str, valid: Callable[[Any], bool]) -> None:
     """Refuses what is no number, or not a valid one."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not valid(value):
-        raise GenerationError(f"{name}: expected {expected}, found {value!r}")
+    array = isinstance(value, np.ndarray | jax.Array) and value.ndim == 0 and value.dtype.kind in "iuf"
+    number = array or isinstance(value, int | float | np.number)
+    # What is computed with is float32, in which 1e39 is infinite.
+    with np.errstate(over="ignore"):
+        if isinstance(value, bool) or not number or not valid(float(np.float32(value))):
+            raise GenerationError(f"{name}: expected {expected}, found {value!r}")
 
 
 def power_of_two(n: int) -> int:
@@ -165,14 +187,25 @@ def power_of_two(n: int) -> int:
 
 
 def _as_rows(prompts: Sequence[Sequence[int]] | Sequence[int]) -> list[np.ndarray]:
+    if not _is_list(prompts):
+        raise GenerationError(f"prompts: expected a list of token ids for each prompt, found {_kind(prompts)}")
     if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
         raise GenerationError("prompts: expected token ids, found text; encode it with mpt_eqx.text.load_tokenizer")
-    single = len(prompts) > 0 and np.ndim(prompts[0]) == 0
-    rows = [np.asarray(row) for row in ([prompts] if single else prompts)]
-    for number, row in enumerate(rows):
+    single = len(prompts) > 0 and not _is_list(prompts[0])
+    rows = []
+    for number, prompt in enumerate([prompts] if single else prompts):
+        try:
+            row = np.asarray(prompt)
+        except ValueError:  # lists of several lengths in it
+            raise GenerationError(f"prompts[{number}]: expected a list of whole numbers, found lists in it") from None
+        rows.append(row)
         if row.ndim != 1 or (row.size and not np.issubdtype(row.dtype, np.integer)):
             raise GenerationError(f"prompts[{number}]: expected a list of whole numbers, found {_kind(row)}")
     return rows
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) or (isinstance(value, np.ndarray | jax.Array) and value.ndim > 0)
 
 
 def _kind(value: object) -> str:

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpt_eqx.errors import GenerationError, Interrupted
-from mpt_eqx.generation.arguments import check_count, check_number, check_options, check_prompts, power_of_two
+from mpt_eqx.generation.arguments import check_count, check_ends, check_number, check_options, check_prompts
 from mpt_eqx.generation.choose import SamplingOptions
 from mpt_eqx.generation.decode import spread
 from mpt_eqx.generation.generate import GenerateResult
-from mpt_eqx.generation.loop import CHUNK, bar, capacity_for, check_finite, read_prompts
-from mpt_eqx.generation.prefix import Prefix, state_after
+from mpt_eqx.generation.loop import CHUNK, bar, check_finite, chunk_for, read_prompts, with_room
+from mpt_eqx.generation.prefix import Prefix, length_of, state_after
 from mpt_eqx.generation.search import (
     Grown,
     SearchOptions,
@@ -103,16 +103,17 @@ def beam_search(
             f"num_return_sequences: expected at most num_beams={num_beams}, found {num_return_sequences}"
         )
     num_beams, max_new_tokens = int(num_beams), int(max_new_tokens)
-    before = 0 if prefix is None else len(prefix)
+    before = length_of(prefix)
+    ends = check_ends(eos_token_ids, model.config.vocab_size)
     texts = check_prompts(model.config, prompts, max_new_tokens=max_new_tokens, before=before)
     longest, made = max(map(len, texts), default=0), 0
-    chunk = min(CHUNK, power_of_two(max_new_tokens))
+    chunk = chunk_for(CHUNK, max_new_tokens)
     sequences, steps = jax.device_get(no_sequences(len(texts), num_beams)), list[Grown]()
 
     def result() -> GenerateResult:
         best = jax.tree.map(lambda x: x[:, :num_return_sequences], sequences)
         tokens, logprobs = written(best, steps, max_new_tokens, pad_token_id)
-        stopped = np.isin(best.tokens, np.asarray(eos_token_ids)) & (best.lengths > 0)
+        stopped = np.isin(best.tokens, ends) & (best.lengths > 0)
         unfinished = np.where(best.lengths == max_new_tokens, "length", "interrupted")
         return GenerateResult(
             tokens=tokens.reshape(-1, max_new_tokens),
@@ -133,9 +134,7 @@ def beam_search(
             state, done = first_beams(rows, num_beams), np.zeros(1, bool)
             while made < max_new_tokens and not done.all():
                 needed = before + longest + min(made + chunk, max_new_tokens)
-                if needed > state.rows.cache.capacity:
-                    larger = spread(state.rows, 1, capacity_for(model.config, needed))
-                    state = eqx.tree_at(lambda s: s.rows, state, larger)
+                state = eqx.tree_at(lambda s: s.rows, state, with_room(model, state.rows, needed))
                 state, grown = search((model, options), state, chunk)
                 sequences, beams, not_finite, done, grown = jax.device_get(
                     (state.finished, state.scores, state.rows.not_finite, state.rows.done, grown)

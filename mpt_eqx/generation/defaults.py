@@ -7,6 +7,7 @@ from mpt_eqx.checkpoint.hub import find_checkpoint
 from mpt_eqx.config_dialects import read_json_object
 from mpt_eqx.errors import GenerationError
 
+COUNTS = ("top_k", "no_repeat_ngram_size", "min_new_tokens", "max_new_tokens", "num_return_sequences")
 WARPERS = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 TAKEN = ("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "max_new_tokens", "num_return_sequences")
 
@@ -18,6 +19,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "eta_cutoff": (0,),
     "top_h": (),
     "diversity_penalty": (0,),
+    "min_length": (0,),
     "encoder_repetition_penalty": (1,),
     "encoder_no_repeat_ngram_size": (0,),
     "guidance_scale": (1,),
@@ -35,7 +37,10 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "dola_layers": (),
     "stop_strings": ([],),
 }
-"""What else changes the tokens in transformers, and the values with which it does not; null never does."""
+"""What else changes the tokens in transformers, and the values with which it does not; null never does.
+
+`max_length` is not among them: what it bounds is said by max_new_tokens here.
+"""
 
 
 def generation_defaults(source: str | Path, *, revision: str | None = None) -> dict[str, Any]:
@@ -71,14 +76,18 @@ def generation_defaults(source: str | Path, *, revision: str | None = None) -> d
     defaults: dict[str, Any] = {} if sampled else {"temperature": 0.0}
     for name in names:
         if name in asked:
-            if isinstance(asked[name], bool) or not isinstance(asked[name], int | float):
-                raise GenerationError(f"{path}: {name}: expected a number, found {asked[name]!r:.60}")
+            kind, what = (int, "a whole number") if name in COUNTS else (int | float, "a number")
+            if isinstance(asked[name], bool) or not isinstance(asked[name], kind):
+                raise GenerationError(f"{path}: {name}: expected {what}, found {asked[name]!r:.60}")
             defaults[name] = asked[name]
     if "eos_token_id" in asked:
         ends = asked["eos_token_id"]
         defaults["eos_token_ids"] = tuple(ends) if isinstance(ends, list) else (ends,)
     if "pad_token_id" in asked:
         defaults["pad_token_id"] = asked["pad_token_id"]
+    for token in (*defaults.get("eos_token_ids", ()), defaults.get("pad_token_id", 0)):
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise GenerationError(f"{path}: eos_token_id, pad_token_id: expected token ids, found {token!r:.60}")
     # What transformers writes for "off".
     for name, off in (("top_k", 0), ("no_repeat_ngram_size", 0)):
         if defaults.get(name) == off:

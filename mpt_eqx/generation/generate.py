@@ -9,15 +9,15 @@ from jaxtyping import Float, Int, PRNGKeyArray
 from mpt_eqx.errors import GenerationError, Interrupted
 from mpt_eqx.generation.arguments import (
     check_count,
+    check_ends,
     check_key,
     check_one_prompt,
     check_options,
     check_prompts,
-    power_of_two,
 )
 from mpt_eqx.generation.decode import spread
-from mpt_eqx.generation.loop import CHUNK, bar, make_tokens, read_prompts
-from mpt_eqx.generation.prefix import Prefix, state_after
+from mpt_eqx.generation.loop import CHUNK, bar, chunk_for, make_tokens, read_prompts
+from mpt_eqx.generation.prefix import Prefix, length_of, state_after
 from mpt_eqx.model import MPT
 
 
@@ -69,8 +69,9 @@ def generate(
     """Continues prompts of any lengths; a row's result does not depend on the rows beside it.
 
     Work is compiled for each batch size and each of a few sizes of the cache (512, 2048 tokens, and on in powers of
-    two), whatever the lengths of the prompts; no other argument compiles again. It ends within eight tokens of the
-    last row's end.
+    two), whatever the lengths of the prompts; besides, for max_new_tokens below 5, with return_logits, for another
+    num_return_sequences and with a prefix. How tokens are chosen never compiles again. It ends within eight tokens of
+    the last row's end.
 
     On CPU a row of bfloat16 or float16 is the same in every bit whatever stands beside it; in float32 a row alone
     differs from one in a batch in the last digit, which shows only where two tokens are equally likely to that digit.
@@ -94,7 +95,7 @@ def generate(
             of the first prompt come first.
         key: randomness; row i draws its n-th token with fold_in(fold_in(key, i), n). Needed when temperature > 0.
         return_logits: keep the logits of every step, B·N·V float32 numbers.
-        prefix: what stands before every prompt, from `prefill`; prompts may then be empty.
+        prefix: what stands before every prompt, from `prefill` with this model; prompts may then be empty.
         progress: whether to show a bar on stderr when it takes over two seconds; None: where that is a terminal.
 
     Raises:
@@ -125,7 +126,8 @@ def generate(
             f"num_return_sequences: expected 1 with temperature=0, found {num_return_sequences}; all of them would be "
             "the same, so draw with temperature > 0 or use beam_search"
         )
-    before = 0 if prefix is None else len(prefix)
+    before = length_of(prefix)
+    eos = check_ends(eos_token_ids, model.config.vocab_size)
     texts = check_prompts(model.config, prompts, max_new_tokens=max_new_tokens, before=before)
     rows, longest = len(texts) * num_return_sequences, max(map(len, texts), default=0)
     tokens = np.full((rows, max_new_tokens), pad_token_id, np.int32)
@@ -134,7 +136,7 @@ def generate(
     made = 0
 
     def result(unfinished: str) -> GenerateResult:
-        ends = np.isin(tokens[:, :made], np.asarray(eos_token_ids))
+        ends = np.isin(tokens[:, :made], eos)
         stopped = np.any(ends, axis=1)
         lengths = np.where(stopped, np.argmax(ends, axis=1) + 1, made) if made else np.zeros(rows, np.int64)
         reasons = ["stop" if stop else unfinished for stop in stopped.tolist()]
@@ -142,7 +144,7 @@ def generate(
 
     if not rows:
         return result("length")
-    chunk = min(CHUNK, power_of_two(max_new_tokens))
+    chunk = chunk_for(CHUNK, max_new_tokens)
     try:
         with bar(longest + max_new_tokens, progress) as shown:
             state = state_after(model, prefix, len(texts), before + longest + min(chunk, max_new_tokens))
@@ -230,21 +232,22 @@ def stream(
         vocab_size=vocab_size,
     )
     key = check_key(key, temperature)
-    max_new_tokens, chunk_size = int(max_new_tokens), int(chunk_size)
-    before = 0 if prefix is None else len(prefix)
+    max_new_tokens = int(max_new_tokens)
+    ends, chunk = check_ends(eos_token_ids, model.config.vocab_size), chunk_for(int(chunk_size), max_new_tokens)
+    before = length_of(prefix)
     (text,) = check_prompts(model.config, [prompt], max_new_tokens=max_new_tokens, before=before)
     length = before + len(text)
 
     def tokens() -> Iterator[int]:
         with bar(len(text), False) as hidden:
-            state = state_after(model, prefix, 1, length + min(chunk_size, max_new_tokens))
+            state = state_after(model, prefix, 1, length + min(chunk, max_new_tokens))
             state = read_prompts(model, state, [text], before, hidden)
         for decoded in make_tokens(
-            model, state, options, key, length=length, max_new_tokens=max_new_tokens, chunk=chunk_size
+            model, state, options, key, length=length, max_new_tokens=max_new_tokens, chunk=chunk
         ):
             for token in decoded.tokens[:, 0].tolist():
                 yield token
-                if token in eos_token_ids:
+                if token in ends:
                     return
 
     return tokens()

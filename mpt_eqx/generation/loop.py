@@ -24,6 +24,11 @@ SMALLEST = 512
 """The smallest cache, in tokens. The next size is four times that, then each twice the one before."""
 
 
+def chunk_for(chunk: int, max_new_tokens: int) -> int:
+    """Returns how many tokens to make at a time: not more than `chunk`, nor many more than there are to make."""
+    return min(chunk, power_of_two(max_new_tokens))
+
+
 def capacity_for(config: MPTConfig, length: int) -> int:
     """Returns the size of the cache for so many tokens: one of a few, so that few are compiled for."""
     size = SMALLEST if length <= SMALLEST else max(4 * SMALLEST, power_of_two(length))
@@ -52,13 +57,16 @@ def read_prompts(
         progress: counts the tokens of the longest prompt.
     """
     longest = max(map(len, prompts))
+    # Behind its prompt a row has its own last token: one that it has not could make NaN of it.
+    others = max(prompts, key=len)[:1]
+    fillers = [(prompt if len(prompt) else others)[-1:] for prompt in prompts]
     ends = np.asarray([before + len(prompt) for prompt in prompts], np.int32)
     start = 0
     for size in piece_sizes(longest):
-        piece = np.zeros((len(prompts), size), np.int32)
-        for row, prompt in zip(piece, prompts, strict=True):
+        piece = np.empty((len(prompts), size), np.int32)
+        for row, prompt, filler in zip(piece, prompts, fillers, strict=True):
             here = prompt[start : start + size]
-            row[: len(here)] = here
+            row[:] = [*here, *filler.tolist() * (size - len(here))]
         state = read(model, state, jax.device_put(piece), jax.device_put(ends))
         # Otherwise the host would be done long before the device, with a copy of the cache waiting for every piece.
         jax.block_until_ready(state.hidden)
@@ -96,8 +104,7 @@ def make_tokens(
     made = 0
     while made < max_new_tokens:
         needed = length + min(made + chunk, max_new_tokens)
-        if needed > state.cache.capacity:
-            state = spread(state, 1, capacity_for(model.config, needed))
+        state = with_room(model, state, needed)
         state, decoded = decode((model, options, key), state, chunk, with_logits)
         not_finite, nothing_left, done = jax.device_get((state.not_finite, state.nothing_left, state.done))
         check_finite(not_finite)
@@ -106,7 +113,8 @@ def make_tokens(
                 f"no token is left to choose from for new token {nothing_left}; loosen no_repeat_ngram_size, "
                 f"min_new_tokens or vocab_size"
             )
-        yield _first(jax.device_get(decoded), min(chunk, max_new_tokens - made))
+        last = min(chunk, max_new_tokens - made)
+        yield jax.tree.map(lambda x, last=last: x[:last], jax.device_get(decoded))
         made += chunk
         if done.all():
             return
@@ -121,11 +129,14 @@ def check_finite(not_finite: int) -> None:
         )
 
 
+def with_room(model: MPT, state: DecodeState, length: int) -> DecodeState:
+    """Returns the state with room for so many tokens in each row; copied into a larger one where it has not."""
+    if length <= state.cache.capacity:
+        return state
+    return spread(state, 1, capacity_for(model.config, length))
+
+
 def bar(total: int, shown: bool | None) -> tqdm:
     """Returns a bar on stderr that counts tokens, and shows itself after two seconds; None: only in a terminal."""
     disabled = None if shown is None else not shown
     return tqdm(total=total, desc="generating", unit=" tokens", disable=disabled, delay=2, leave=False)
-
-
-def _first(decoded: Decoded, steps: int) -> Decoded:
-    return jax.tree.map(lambda x: x[:steps], decoded)

@@ -48,11 +48,22 @@ def prefill(model: MPT, tokens: Sequence[int], *, prefix: Prefix | None = None, 
             model with another configuration.
     """
     check_one_prompt(tokens)
-    before = 0 if prefix is None else len(prefix)
+    before = length_of(prefix)
     (row,) = check_prompts(model.config, [tokens], max_new_tokens=0, before=before)
     state = state_after(model, prefix, 1, before + len(row))
     with bar(len(row), progress) as shown:
         return Prefix(read_prompts(model, state, [row], before, shown), model.config)
+
+
+def length_of(prefix: Prefix | None) -> int:
+    """Returns how many tokens a prefix has.
+
+    Raises:
+        GenerationError: it is none.
+    """
+    if prefix is not None and not isinstance(prefix, Prefix):
+        raise GenerationError(f"prefix: expected what prefill(model, tokens) returns, found {type(prefix).__name__}")
+    return 0 if prefix is None else len(prefix)
 
 
 def state_after(model: MPT, prefix: Prefix | None, rows: int, length: int) -> DecodeState:
@@ -60,9 +71,11 @@ def state_after(model: MPT, prefix: Prefix | None, rows: int, length: int) -> De
     capacity = capacity_for(model.config, length)
     if prefix is None:
         return empty_state(model, rows, capacity)
-    if prefix.config != model.config:
+    read_in, dtype = prefix.state.hidden.dtype, model.wte.weight.dtype
+    if prefix.config != model.config or read_in != dtype:
+        what = f"in {read_in} instead of {dtype}" if read_in != dtype else "with another configuration"
         raise GenerationError(
-            "prefix: expected one that this model has read, found that of a model with another configuration; make it "
-            "with prefill(model, tokens)"
+            f"prefix: expected one that this model has read, found that of a model {what}; make it with "
+            f"prefill(model, tokens)"
         )
     return spread(prefix.state, rows, capacity)

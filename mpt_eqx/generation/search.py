@@ -13,7 +13,8 @@ from jaxtyping import Array, Bool, Float32, Int
 
 from mpt_eqx.generation.choose import SamplingOptions, allowed
 from mpt_eqx.generation.decode import DecodeState, append, first_step, next_logits
-from mpt_eqx.model import MPT
+from mpt_eqx.model import MPT, KVCache
+from mpt_eqx.model.cache import BLOCK
 
 
 class SearchOptions(eqx.Module):
@@ -93,6 +94,19 @@ def first_beams(rows: DecodeState, num_beams: int) -> BeamState:
     return BeamState(rows, jnp.array(scores), finished)
 
 
+def in_order(cache: KVCache, order: Int[Array, " R"]) -> KVCache:
+    """Returns a cache of R rows with row order[i] in place of row i; what no row has filled yet stays where it is."""
+
+    def swapped(stored: Array) -> Array:
+        def block(number: Int[Array, ""], stored: Array) -> Array:
+            part = jax.lax.dynamic_slice_in_dim(stored, number * BLOCK, BLOCK, axis=-2)
+            return jax.lax.dynamic_update_slice_in_dim(stored, part[order], number * BLOCK, axis=-2)
+
+        return jax.lax.fori_loop(0, (jnp.max(cache.length) + BLOCK - 1) // BLOCK, block, stored)
+
+    return KVCache(layers=jax.tree.map(swapped, cache.layers), length=cache.length[order])
+
+
 @eqx.filter_jit(donate="all-except-first")
 def search(fixed: tuple[MPT, SearchOptions], state: BeamState, steps: int) -> tuple[BeamState, Grown]:
     """Adds `steps` more tokens to the beams of each prompt, in one scan; nothing changes for prompts that are done.
@@ -132,7 +146,8 @@ def search(fixed: tuple[MPT, SearchOptions], state: BeamState, steps: int) -> tu
             lambda r: (r.cache, r.tokens, r.done, r.step, r.not_finite),
             rows,
             (
-                *jax.tree.map(lambda x: x.at[order].get(mode="promise_in_bounds"), (rows.cache, rows.tokens)),
+                in_order(rows.cache, order),
+                rows.tokens[order],
                 jnp.repeat(done_after, beams),
                 length,
                 first_step(rows, rows.not_finite, bad),

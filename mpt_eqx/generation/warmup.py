@@ -6,16 +6,18 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from mpt_eqx.generation.arguments import check_count, check_key, check_options, check_prompts, power_of_two
-from mpt_eqx.generation.decode import decode, empty_state, read, spread
-from mpt_eqx.generation.loop import CHUNK, capacity_for, piece_sizes
+from mpt_eqx.generation.arguments import check_count, check_key, check_options, check_prompts
+from mpt_eqx.generation.decode import decode, empty_state, read
+from mpt_eqx.generation.loop import CHUNK, capacity_for, chunk_for, piece_sizes, with_room
 from mpt_eqx.model import MPT
 
 
 def warmup(
     model: MPT, *, batch_sizes: Sequence[int], prompt_lengths: Sequence[int], max_new_tokens: int
 ) -> dict[tuple[int, int], float]:
-    """Compiles all that `generate` and `stream` need for these shapes, so that no later call of theirs waits for it.
+    """Compiles what `generate` and `stream` need for these shapes, so that no later call of theirs waits for it.
+
+    What return_logits, num_return_sequences and a prefix need besides is compiled when they are first asked for.
 
     Args:
         model: the model.
@@ -38,7 +40,7 @@ def warmup(
     for length in prompt_lengths:
         check_prompts(config, [[0] * length], max_new_tokens=max_new_tokens)
     fixed = (model, options, check_key(None, 0.0))
-    chunk = min(CHUNK, power_of_two(max_new_tokens))
+    chunk = chunk_for(CHUNK, max_new_tokens)
     seconds = {}
     for rows in batch_sizes:
         for length in prompt_lengths:
@@ -50,11 +52,8 @@ def warmup(
                 state = read(model, state, jax.device_put(piece), jax.device_put(ends))
             for made in range(chunk, max_new_tokens + chunk, chunk):
                 needed = length + min(made, max_new_tokens)
-                if needed > state.cache.capacity:
-                    state = spread(state, 1, capacity_for(config, needed))
-                elif made > chunk:
-                    continue
-                state, _ = decode(fixed, state, chunk, False)
+                if made == chunk or needed > state.cache.capacity:
+                    state, _ = decode(fixed, with_room(model, state, needed), chunk, False)
             jax.block_until_ready(state)
             seconds[rows, length] = time.monotonic() - started
     return seconds

@@ -119,7 +119,10 @@ def blockwise_attention(
     def gather(number: Int[Array, ""], mixed: Float[Array, "N T H"]) -> Float[Array, "N T H"]:
         rows = cache.block(number)
         weights = jnp.exp(scores(number, rows.k) - largest[..., None]) / total[..., None]
-        return mixed + jnp.einsum("NTS,NSH->NTH", weights.astype(q.dtype), rows.v, preferred_element_type=sums)
+        # What no query sees may be anything, and 0 · NaN is NaN.
+        seen = jnp.any(bias_and_mask(number * BLOCK + jnp.arange(BLOCK))[1], axis=0)
+        v = jnp.where(seen[:, None], rows.v, 0)
+        return mixed + jnp.einsum("NTS,NSH->NTH", weights.astype(q.dtype), v, preferred_element_type=sums)
 
     mixed = jax.lax.fori_loop(0, blocks, gather, jnp.zeros(queries.shape, sums))
     return mixed[:, : q.shape[1]].astype(q.dtype)

@@ -51,8 +51,8 @@ class LayerCache(eqx.Module):
 class KVCache(eqx.Module):
     """Keys and values of every layer, and how many tokens they stand for.
 
-    Rows from `length` on hold anything: causality hides them from every query until they are written. A layer that
-    reads another's keys and values has None.
+    Rows from `length` on hold anything, even NaN: causality hides them from every query until they are written. A
+    layer that reads another's keys and values has None.
     """
 
     layers: tuple[LayerCache | None, ...]

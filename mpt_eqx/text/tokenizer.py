@@ -52,13 +52,20 @@ class Tokenizer:
         return [id_ for id_ in ids if id_ is not None]
 
     def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Yields the text of token ids as it becomes certain: a character is never cut in half."""
+        """Yields the text of token ids as it becomes certain: a character is never cut in half.
+
+        Where the tokens end within a character, the last piece has what `decode` makes of it.
+        """
         from tokenizers.decoders import DecodeStream
 
-        decoder = DecodeStream(skip_special_tokens=True)
+        decoder, seen, length = DecodeStream(skip_special_tokens=True), [], 0
         for token in tokens:
+            seen.append(int(token))
             if piece := decoder.step(self._backend, int(token)):
+                length += len(piece)
                 yield piece
+        if rest := self.decode(seen)[length:]:
+            yield rest
 
     def apply_chat_template(
         self,
