@@ -174,11 +174,18 @@ def check_count(name: str, value: object, *, least: int = 1) -> None:
 def check_number(name: str, value: Any, expected: str, valid: Callable[[Any], bool]) -> None:
     """Refuses what is no number, or not a valid one."""
     array = isinstance(value, np.ndarray | jax.Array) and value.ndim == 0 and value.dtype.kind in "iuf"
-    number = array or isinstance(value, int | float | np.number)
-    # What is computed with is float32, in which 1e39 is infinite.
-    with np.errstate(over="ignore"):
-        if isinstance(value, bool) or not number or not valid(float(np.float32(value))):
-            raise GenerationError(f"{name}: expected {expected}, found {value!r}")
+    number = not isinstance(value, bool) and (array or isinstance(value, int | float | np.number))
+    if not number or not valid(_single(value)):
+        raise GenerationError(f"{name}: expected {expected}, found {value!r}")
+
+
+def _single(value: Any) -> float:
+    """Returns a number as float32 has it, which is what is computed with: there 1e39 is infinite."""
+    try:
+        with np.errstate(over="ignore"):
+            return float(np.float32(value))
+    except OverflowError:
+        return math.inf
 
 
 def power_of_two(n: int) -> int:

@@ -104,7 +104,8 @@ def in_order(cache: KVCache, order: Int[Array, " R"]) -> KVCache:
 
         return jax.lax.fori_loop(0, (jnp.max(cache.length) + BLOCK - 1) // BLOCK, block, stored)
 
-    return KVCache(layers=jax.tree.map(swapped, cache.layers), length=cache.length[order])
+    layers = jax.tree.map(swapped, cache.layers)
+    return eqx.tree_at(lambda c: (c.layers, c.length), cache, (layers, cache.length[order]))
 
 
 @eqx.filter_jit(donate="all-except-first")
