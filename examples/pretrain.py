@@ -227,7 +227,8 @@ def write(args, model, tokenizer, curve, minutes, parts, test_rows) -> None:
     save_pretrained(model, args.directory)
     tokenizer.save(str(args.directory / "tokenizer.json"))
     # It was not trained to talk: what is said to it is text that it continues, with an empty line between.
-    template = "{% for message in messages %}{{ message.content }}{% if not loop.last %}\n\n{% endif %}{% endfor %}"
+    joint = "{% if not loop.last %}{{ '\\n\\n' }}{% endif %}"
+    template = "{% for message in messages %}{{ message.content }}" + joint + "{% endfor %}"
     write_json(
         args.directory / "tokenizer_config.json",
         {"chat_template": template, "eos_token": END, "tokenizer_class": "PreTrainedTokenizerFast"},

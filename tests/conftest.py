@@ -47,6 +47,13 @@ def asked_by_line(script: str):
         process.stdin.close()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def fresh_caches():
+    """Drops what a module has compiled: thousands of programs would fill a process's memory maps and end it."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def golden():
     """Loads a case of reference data: its model, what is expected of it, and its case.json."""

@@ -102,13 +102,13 @@ def blockwise_attention(
     sums = wide(q.dtype)
     blocks = (jnp.minimum(_longest(length), cache.k.shape[-2]) + BLOCK - 1) // BLOCK
 
-    def scores(number: Int[Array, ""], k: Float[Array, "N S H"]) -> Float[Array, "N T S"]:
+    def scores(number: Int[Array, ""], k: Float[Array, "N S H"]) -> tuple[Float[Array, "N T S"], Bool[Array, "#T S"]]:
         bias, mask = bias_and_mask(number * BLOCK + jnp.arange(BLOCK))
-        return attention_scores(queries, k, bias, mask, scale, softcap)
+        return attention_scores(queries, k, bias, mask, scale, softcap), mask
 
     def measure(number: Int[Array, ""], so_far: tuple[Array, Array]) -> tuple[Array, Array]:
         largest, total = so_far
-        block = scores(number, cache.block(number).k)
+        block, _ = scores(number, cache.block(number).k)
         new_largest = jnp.maximum(largest, jnp.max(block, axis=-1))
         total = total * jnp.exp(largest - new_largest) + row_sum(jnp.exp(block - new_largest[..., None]))
         return new_largest, total
@@ -118,10 +118,10 @@ def blockwise_attention(
 
     def gather(number: Int[Array, ""], mixed: Float[Array, "N T H"]) -> Float[Array, "N T H"]:
         rows = cache.block(number)
-        weights = jnp.exp(scores(number, rows.k) - largest[..., None]) / total[..., None]
+        block, mask = scores(number, rows.k)
+        weights = jnp.exp(block - largest[..., None]) / total[..., None]
         # What no query sees may be anything, and 0 · NaN is NaN.
-        seen = jnp.any(bias_and_mask(number * BLOCK + jnp.arange(BLOCK))[1], axis=0)
-        v = jnp.where(seen[:, None], rows.v, 0)
+        v = jnp.where(jnp.any(mask, axis=0)[:, None], rows.v, 0)
         return mixed + jnp.einsum("NTS,NSH->NTH", weights.astype(q.dtype), v, preferred_element_type=sums)
 
     mixed = jax.lax.fori_loop(0, blocks, gather, jnp.zeros(queries.shape, sums))
