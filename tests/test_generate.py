@@ -282,7 +282,10 @@ def test_what_fills_a_piece_of_a_prompt_is_not_seen(tiny_config):
         generate(broken, [[1, 0, 3]], max_new_tokens=4)
 
 
-@pytest.mark.parametrize("kind", [tuple, set, frozenset, np.array, jnp.array, dict.fromkeys], ids=str)
+@pytest.mark.parametrize(
+    "kind", [tuple, set, frozenset, np.array, jnp.array, dict.fromkeys],
+    ids=["tuple", "set", "frozenset", "numpy", "jax", "dict"],
+)  # fmt: skip
 def test_ends_in_any_collection(tiny_model, kind):
     from mpt_eqx import generate, stream
 
