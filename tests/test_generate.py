@@ -283,8 +283,8 @@ def test_what_fills_a_piece_of_a_prompt_is_not_seen(tiny_config):
 
 
 @pytest.mark.parametrize(
-    "kind", [tuple, set, frozenset, np.array, jnp.array, dict.fromkeys],
-    ids=["tuple", "set", "frozenset", "numpy", "jax", "dict"],
+    "kind", [tuple, set, frozenset, np.array, jnp.array, dict.fromkeys, iter],
+    ids=["tuple", "set", "frozenset", "numpy", "jax", "dict", "iterator"],
 )  # fmt: skip
 def test_ends_in_any_collection(tiny_model, kind):
     from mpt_eqx import generate, stream

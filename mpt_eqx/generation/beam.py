@@ -85,13 +85,14 @@ def beam_search(
             gave NaN or infinite logits, or the arguments leave fewer sequences than are to be returned.
         Interrupted: Ctrl-C; its `result` holds the best sequences until then, ended or not.
     """
+    ends = check_ends(eos_token_ids, model.config.vocab_size)
     choice = check_options(
         model.config,
         max_new_tokens=max_new_tokens,
         repetition_penalty=repetition_penalty,
         no_repeat_ngram_size=no_repeat_ngram_size,
         min_new_tokens=min_new_tokens,
-        eos_token_ids=eos_token_ids,
+        eos_token_ids=ends,
         pad_token_id=pad_token_id,
         vocab_size=vocab_size,
     )
@@ -104,7 +105,6 @@ def beam_search(
         )
     num_beams, max_new_tokens = int(num_beams), int(max_new_tokens)
     before = length_of(prefix)
-    ends = check_ends(eos_token_ids, model.config.vocab_size)
     texts = check_prompts(model.config, prompts, max_new_tokens=max_new_tokens, before=before)
     longest, made = max(map(len, texts), default=0), 0
     chunk = chunk_for(CHUNK, max_new_tokens)

@@ -103,6 +103,7 @@ def generate(
             gave NaN or infinite logits, or the arguments leave no token to choose.
         Interrupted: Ctrl-C; its `result` holds what was written until then.
     """
+    eos = check_ends(eos_token_ids, model.config.vocab_size)
     options = check_options(
         model.config,
         max_new_tokens=max_new_tokens,
@@ -114,7 +115,7 @@ def generate(
         repetition_penalty=repetition_penalty,
         no_repeat_ngram_size=no_repeat_ngram_size,
         min_new_tokens=min_new_tokens,
-        eos_token_ids=eos_token_ids,
+        eos_token_ids=eos,
         pad_token_id=pad_token_id,
         vocab_size=vocab_size,
     )
@@ -127,7 +128,6 @@ def generate(
             "the same, so draw with temperature > 0 or use beam_search"
         )
     before = length_of(prefix)
-    eos = check_ends(eos_token_ids, model.config.vocab_size)
     texts = check_prompts(model.config, prompts, max_new_tokens=max_new_tokens, before=before)
     rows, longest = len(texts) * num_return_sequences, max(map(len, texts), default=0)
     tokens = np.full((rows, max_new_tokens), pad_token_id, np.int32)
@@ -216,6 +216,7 @@ def stream(
     """
     check_one_prompt(prompt)
     check_count("chunk_size", chunk_size)
+    ends = check_ends(eos_token_ids, model.config.vocab_size)
     options = check_options(
         model.config,
         max_new_tokens=max_new_tokens,
@@ -227,13 +228,13 @@ def stream(
         repetition_penalty=repetition_penalty,
         no_repeat_ngram_size=no_repeat_ngram_size,
         min_new_tokens=min_new_tokens,
-        eos_token_ids=eos_token_ids,
+        eos_token_ids=ends,
         pad_token_id=pad_token_id,
         vocab_size=vocab_size,
     )
     key = check_key(key, temperature)
     max_new_tokens = int(max_new_tokens)
-    ends, chunk = check_ends(eos_token_ids, model.config.vocab_size), chunk_for(int(chunk_size), max_new_tokens)
+    chunk = chunk_for(int(chunk_size), max_new_tokens)
     before = length_of(prefix)
     (text,) = check_prompts(model.config, [prompt], max_new_tokens=max_new_tokens, before=before)
     length = before + len(text)
