@@ -1,6 +1,7 @@
 """`mpt-eqx chat`: a conversation in the terminal."""
 
 import argparse
+import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
 def _lines() -> Iterator[str]:
     """Yields the lines of stdin that are not empty; in a terminal with a sign to write at, and line editing."""
     if sys.stdin.isatty():
-        import readline  # noqa: F401  # gives input() its editing and history
+        importlib.import_module("readline")  # gives input() its editing and history
     while True:
         try:
             line = input("> ") if sys.stdin.isatty() else input()
