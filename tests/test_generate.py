@@ -443,6 +443,18 @@ def test_the_shipped_model_writes_the_same_whatever_stands_beside(shipped):
         np.testing.assert_array_equal(generate(shipped, row, max_new_tokens=100).tokens[0], tokens)
 
 
+@pytest.mark.parametrize("name", ["f_torch_dmoe", "f_gqa_kv2", "f_rope_dynamic", "f_reuse_kv", "f_qk_ln"])
+def test_a_row_of_another_kind_of_model_is_the_same_in_every_bit(name):
+    """Experts, shared keys, rotation, another block's keys, normed queries: alone and in a batch."""
+    from conftest import GOLDEN
+
+    from mpt_eqx import from_pretrained, generate
+
+    model, options = from_pretrained(GOLDEN / name, dtype="bfloat16"), {"max_new_tokens": 8, "return_logits": True}
+    together = generate(model, [[5, 6, 7], [8] * 9, [3]], **options).logits[0]
+    np.testing.assert_array_equal(generate(model, [5, 6, 7], **options).logits[0], together)
+
+
 def test_a_step_alone_would_differ_with_one_row(shipped, monkeypatch):
     """Mutation: without the second row that a step reads in 16 bits, a row alone differs from one in a batch."""
     from mpt_eqx import generate
