@@ -182,6 +182,101 @@ def test_the_formula_notices_a_mutation_of_its_blocks(part, other):
     assert not difference(module.blockwise_attention, 0, 700, 5, None) < 1e-3
 
 
+def fused_difference(fused_attention, seed, seen, asked, window, dtype="float32", alibi=True):
+    """As `difference`, for the arguments that the kernel is given, and for two rows of other lengths under vmap."""
+    from mpt_eqx.model.attention import attention
+    from mpt_eqx.model.positions import alibi_bias, alibi_slopes
+
+    capacity, rng = 1024, np.random.default_rng(seed)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 3, n, 8)), dtype) for n in (asked, capacity, capacity))
+    # What a cache holds beyond its length may be anything.
+    totals = jnp.asarray([seen + asked, max(seen - 7, 0) + asked])
+    beyond = (jnp.arange(capacity) >= totals[:, None])[:, None, :, None]
+    k, v = jnp.where(beyond, jnp.nan, k), jnp.where(beyond, jnp.inf, v)
+
+    def bias_and_mask(total, keys):
+        places = total - asked + jnp.arange(asked)
+        mask = keys[None] <= places[:, None]
+        if window is not None:
+            mask &= keys[None] >= places[:, None] - window
+        return alibi_bias(alibi_slopes(3, 8), places, keys) if alibi else None, mask
+
+    def row(q, k, v, total):
+        how = None if jax.default_backend() == "gpu" else "xla"
+        chosen = {} if how is None else {"implementation": how}
+        return fused_attention(q, k, v, *bias_and_mask(total, jnp.arange(capacity)), total, 0.3, **chosen)
+
+    found = [*jax.vmap(row)(q, k, v, totals), row(q[0], k[0], v[0], totals[0])]
+    wide = (x.astype(jnp.float32) for x in (q, k, v))
+    expected = [
+        attention(q, k[:, :n], v[:, :n], *bias_and_mask(n, jnp.arange(n)), 0.3)
+        for q, k, v, n in zip(*wide, totals.tolist(), strict=True)
+    ]
+    return max(np.abs(a - b).max() for a, b in zip(found, [*expected, expected[0]], strict=True))
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.integers(0, 2**31), st.sampled_from([0, 255, 700]), st.sampled_from([32, 256]), st.sampled_from([None, 3]),
+    st.booleans(),
+)  # fmt: skip
+def test_what_the_fused_kernel_is_asked_for_is_attention(seed, seen, asked, window, alibi):
+    """By XLA's implementation of the same function with the same arguments; on a GPU by cuDNN itself, in 16 bits."""
+    from mpt_eqx.model.fused import fused_attention
+
+    dtype, atol = ("bfloat16", 0.05) if jax.default_backend() == "gpu" else ("float32", 1e-5)
+    assert fused_difference(fused_attention, seed, seen, asked, window, dtype, alibi) < atol
+
+
+@pytest.mark.parametrize(
+    ("part", "other"),
+    [
+        ("jnp.where(seen, v, 0)", "v"),
+        ("jnp.where(mask, 0 if bias is None else bias, hidden)", "jnp.where(mask, 0, hidden)"),
+        ("jnp.where(mask, 0 if bias is None else bias, hidden)", "bias"),
+        ("scale=scale, implementation", "implementation"),
+    ],
+)
+def test_a_mutation_of_those_arguments_is_noticed(part, other):
+    import inspect
+    import types
+
+    from mpt_eqx.model import fused
+
+    source = inspect.getsource(fused)
+    assert source.count(part) == 1
+    module = types.ModuleType("mutated")
+    exec(source.replace(part, other), module.__dict__)
+    assert not fused_difference(module.fused_attention, 0, 700, 32, 3) < 1e-3
+
+
+def test_the_fused_kernel_is_chosen_for_what_it_takes(monkeypatch):
+    """On a GPU of NVIDIA's; that and its compute capability are played here."""
+    from types import SimpleNamespace
+
+    from mpt_eqx.model import fused
+
+    def takes(n=4, t=256, h=128, keys=2048, dtype="bfloat16", softcap=None):
+        return fused.cudnn_takes(jnp.zeros((n, t, h), dtype), keys, softcap)
+
+    def gpu(platform="cuda 12090", capability="8.0"):
+        device = SimpleNamespace(client=SimpleNamespace(platform_version=platform), compute_capability=capability)
+        monkeypatch.setattr(jax, "local_devices", lambda backend: [device])
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+    if jax.default_backend() != "gpu":
+        assert not takes()
+    gpu()
+    assert takes() and takes(dtype="float16") and takes(t=32) and takes(h=8)
+    assert not takes(dtype="float32") and not takes(h=12) and not takes(h=136) and not takes(softcap=30.0)
+    assert not takes(t=2), "a step of decoding reads the blocks that are filled"
+    assert not takes(n=64, keys=16384), "the bias would be too large"
+    gpu(capability="7.5")
+    assert not takes()
+    gpu(platform="rocm 60")
+    assert not takes()
+
+
 LONG = """
 import jax, numpy as np
 from mpt_eqx import MPT, AttnConfig, InitConfig, MPTConfig, generate

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
 from mpt_eqx.model.cache import BLOCK, LayerCache
 from mpt_eqx.model.dropout import Dropout, dropped
+from mpt_eqx.model.fused import cudnn_takes, fused_attention
 from mpt_eqx.model.precision import row_sum, scaled, softcapped, wide
 
 BiasAndMask = Callable[[Int[Array, " S"]], tuple[Float32[Array, "N T S"] | None, Bool[Array, "T S"]]]
@@ -71,6 +72,33 @@ def attention_scores(
     return jnp.where(mask, scores, float(jnp.finfo(jnp.float32).min))
 
 
+def cached_attention(
+    q: Float[Array, "N T H"],
+    cache: LayerCache,
+    bias_and_mask: BiasAndMask,
+    length: Int[Array, ""],
+    scale: float,
+    *,
+    softcap: float | None = None,
+) -> Float[Array, "N T H"]:
+    """Returns what `attention` does with the keys and values of a cache: by cuDNN where it can, else block by block.
+
+    Arguments as in `blockwise_attention`.
+    """
+
+    def blocks() -> Float[Array, "N T H"]:
+        return blockwise_attention(q, cache, bias_and_mask, length, scale, softcap=softcap)
+
+    def fused() -> Float[Array, "N T H"]:
+        rows = cache.rows(0, capacity)
+        return fused_attention(q, rows.k, rows.v, *bias_and_mask(jnp.arange(capacity)), length, scale)
+
+    capacity = cache.k.shape[-2]
+    if not cudnn_takes(q, capacity, softcap):
+        return blocks()
+    return jax.lax.platform_dependent(cuda=fused, default=blocks)
+
+
 def blockwise_attention(
     q: Float[Array, "N T H"],
     cache: LayerCache,
@@ -108,7 +136,7 @@ def blockwise_attention(
 
     def measure(number: Int[Array, ""], so_far: tuple[Array, Array]) -> tuple[Array, Array]:
         largest, total = so_far
-        block, _ = scores(number, cache.block(number).k)
+        block, _ = scores(number, cache.rows(number * BLOCK, BLOCK).k)
         new_largest = jnp.maximum(largest, jnp.max(block, axis=-1))
         total = total * jnp.exp(largest - new_largest) + row_sum(jnp.exp(block - new_largest[..., None]))
         return new_largest, total
@@ -117,7 +145,7 @@ def blockwise_attention(
     largest, total = jax.lax.fori_loop(0, blocks, measure, (none, jnp.zeros_like(none)))
 
     def gather(number: Int[Array, ""], mixed: Float[Array, "N T H"]) -> Float[Array, "N T H"]:
-        rows = cache.block(number)
+        rows = cache.rows(number * BLOCK, BLOCK)
         block, mask = scores(number, rows.k)
         weights = jnp.exp(block - largest[..., None]) / total[..., None]
         # What no query sees may be anything, and 0 · NaN is NaN.

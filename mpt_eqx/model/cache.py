@@ -38,14 +38,14 @@ class LayerCache(eqx.Module):
 
         return LayerCache(k=written(self.k, new.k), v=written(self.v, new.v), dtype=self.dtype)
 
-    def block(self, number: Int[Array, ""]) -> KeysValues:
-        """Returns the BLOCK rows from `number` · BLOCK on."""
+    def rows(self, first: Int[Array, ""] | int, count: int) -> KeysValues:
+        """Returns `count` rows from `first` on."""
 
-        def rows(stored: Array) -> Float[Array, "K S H"]:
-            part = jax.lax.dynamic_slice_in_dim(stored, number * BLOCK, BLOCK, axis=1)
-            return jax.lax.bitcast_convert_type(part, self.dtype)
+        def part(stored: Array) -> Float[Array, "K S H"]:
+            rows = jax.lax.dynamic_slice_in_dim(stored, first, count, axis=1)
+            return jax.lax.bitcast_convert_type(rows, self.dtype)
 
-        return KeysValues(k=rows(self.k), v=rows(self.v))
+        return KeysValues(k=part(self.k), v=part(self.v))
 
 
 class KVCache(eqx.Module):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
 from mpt_eqx.config import LayerConfig, MPTConfig, TemperatureTuning
-from mpt_eqx.model.attention import attention, blockwise_attention
+from mpt_eqx.model.attention import attention, cached_attention
 from mpt_eqx.model.cache import KeysValues, LayerCache
 from mpt_eqx.model.dropout import Dropout
 from mpt_eqx.model.init import init_heads, init_linear
@@ -135,7 +135,7 @@ class Attention(eqx.Module):
             return self._bias_and_mask(positions, keys)
 
         if isinstance(kv, LayerCache):
-            h = blockwise_attention(q, kv, bias_and_mask, positions.query[-1] + 1, self.scale, softcap=self.softcap)
+            h = cached_attention(q, kv, bias_and_mask, positions.query[-1] + 1, self.scale, softcap=self.softcap)
         else:
             bias, mask = bias_and_mask(positions.query)
             h = attention(q, kv.k, kv.v, bias, mask, self.scale, softcap=self.softcap, dropout=self.dropout, key=key)
