@@ -1,0 +1,196 @@
+// Products of a weight's rows with a few vectors. Compiled once for each instruction set, which MPT_EQX_ISA names.
+//
+// Every sum runs in the same order whatever the number of vectors: sixteen partial sums over the columns modulo sixteen,
+// then their total. A row of a batch is therefore the same to the last bit in any batch.
+
+#include "rows.h"
+
+#include <cstring>
+#include <type_traits>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int kLanes = 16;
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+typedef int16_t Shorts __attribute__((vector_size(2 * kLanes)));
+typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+
+template <typename T>
+inline T load(const void* from) {
+  T vector;
+  std::memcpy(&vector, from, sizeof(T));
+  return vector;
+}
+
+template <typename To, typename From>
+inline To bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+inline Ints widened(Bytes numbers) {
+#ifdef __AVX512F__
+  return bits<Ints>(_mm512_cvtepi8_epi32(bits<__m128i>(numbers)));
+#else
+  // Two steps, because GCC takes single numbers out of the vector for one.
+  return __builtin_convertvector(__builtin_convertvector(numbers, Shorts), Ints);
+#endif
+}
+
+inline float total(Floats v) {
+  float sum[kLanes];
+  std::memcpy(sum, &v, sizeof(v));
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; i++) sum[i] += sum[i + width];
+  }
+  return sum[0];
+}
+
+// How sixteen numbers from column `at` on of a row that begins at `row` become float32.
+struct Float32 {
+  static constexpr int kBytes = 4;
+  static Floats read(const uint8_t* row, int64_t at) { return load<Floats>(row + 4 * at); }
+};
+
+struct BFloat16 {
+  static constexpr int kBytes = 2;
+  static Floats read(const uint8_t* row, int64_t at) {
+    return bits<Floats>(__builtin_convertvector(load<Halves>(row + 2 * at), Words) << 16);
+  }
+};
+
+struct Float16 {
+  static constexpr int kBytes = 2;
+  static Floats read(const uint8_t* row, int64_t at) {
+    Words half = __builtin_convertvector(load<Halves>(row + 2 * at), Words);
+    // The exponent moves from bias 15 to bias 127 by a product, which also makes subnormal numbers right.
+    Floats magnitude = bits<Floats>((half & 0x7fff) << 13) * 0x1p112f;
+    Words infinite = (Words)((half & 0x7c00) == 0x7c00) & 0x7f800000u;
+    return bits<Floats>(bits<Words>(magnitude) | infinite | ((half & 0x8000) << 16));
+  }
+};
+
+struct Int8 {
+  static constexpr int kBytes = 1;
+  static Floats read(const uint8_t* row, int64_t at) {
+    return __builtin_convertvector(widened(load<Bytes>(row + at)), Floats);
+  }
+};
+
+// kRows rows times kVectors vectors of x. What is left over after the last sixteen columns is added at the end.
+template <typename Weight, int kRows, int kVectors>
+inline void tile(const Rows& p, int64_t row, int64_t vector) {
+  const int64_t whole = p.in / kLanes * kLanes;
+  const uint8_t* w[kRows];
+  for (int r = 0; r < kRows; r++) w[r] = static_cast<const uint8_t*>(p.weight) + (row + r) * p.in * Weight::kBytes;
+  const float* x = p.x + vector * p.in;
+  Floats sums[kRows][kVectors] = {};
+  for (int64_t at = 0; at < whole; at += kLanes) {
+    Floats numbers[kRows];
+    for (int r = 0; r < kRows; r++) {
+      numbers[r] = Weight::read(w[r], at);
+    }
+    for (int v = 0; v < kVectors; v++) {
+      Floats column = load<Floats>(x + v * p.in + at);
+      for (int r = 0; r < kRows; r++) sums[r][v] += numbers[r] * column;
+    }
+  }
+  for (int r = 0; r < kRows; r++) {
+    if (whole < p.in) {
+      uint8_t rest[kLanes * 4] = {};
+      std::memcpy(rest, w[r] + whole * Weight::kBytes, (p.in - whole) * Weight::kBytes);
+      Floats numbers = Weight::read(rest, 0);
+      for (int v = 0; v < kVectors; v++) {
+        Floats column = {};
+        std::memcpy(&column, x + v * p.in + whole, (p.in - whole) * sizeof(float));
+        sums[r][v] += numbers * column;
+      }
+    }
+    const float scale = p.scale ? static_cast<const float*>(p.scale)[row + r] : 1.0f;
+    for (int v = 0; v < kVectors; v++) p.y[(vector + v) * p.out + row + r] = total(sums[r][v]) * scale;
+  }
+}
+
+// The same for 4 bits, where each group of 32 columns has a scale of its own.
+struct Int4 {};
+
+template <int kRows, int kVectors>
+inline void tile4(const Rows& p, int64_t row, int64_t vector) {
+  const int64_t groups = p.in / 32;
+  const uint8_t* w = static_cast<const uint8_t*>(p.weight) + row * groups * 16;
+  const uint16_t* scales = static_cast<const uint16_t*>(p.scale) + row * groups;
+  const float* x = p.x + vector * p.in;
+  Floats sums[kRows][kVectors] = {};
+  for (int64_t g = 0; g < groups; g++) {
+    Floats low[kRows], high[kRows];
+    float scale[kRows];
+    for (int r = 0; r < kRows; r++) {
+      const Words pairs = bits<Words>(widened(load<Bytes>(w + (r * groups + g) * 16)));
+      // The last bits of 2^23 are a number of their own, so that no conversion is needed.
+      low[r] = bits<Floats>((pairs & 15) | 0x4b000000u) - (0x1p23f + 8);
+      high[r] = bits<Floats>(((pairs >> 4) & 15) | 0x4b000000u) - (0x1p23f + 8);
+      scale[r] = bits<float>(static_cast<uint32_t>(scales[r * groups + g]) << 16);
+    }
+    for (int v = 0; v < kVectors; v++) {
+      const Floats first = load<Floats>(x + v * p.in + g * 32);
+      const Floats second = load<Floats>(x + v * p.in + g * 32 + 16);
+      for (int r = 0; r < kRows; r++) sums[r][v] += (low[r] * first + high[r] * second) * scale[r];
+    }
+  }
+  for (int r = 0; r < kRows; r++) {
+    for (int v = 0; v < kVectors; v++) p.y[(vector + v) * p.out + row + r] = total(sums[r][v]);
+  }
+}
+
+template <typename Weight, int kRows, int kVectors>
+inline void any_tile(const Rows& p, int64_t row, int64_t vector) {
+  if constexpr (std::is_same_v<Weight, Int4>) {
+    tile4<kRows, kVectors>(p, row, vector);
+  } else {
+    tile<Weight, kRows, kVectors>(p, row, vector);
+  }
+}
+
+template <typename Weight, int kVectors>
+void vectors(const Rows& p, int64_t first, int64_t last, int64_t vector) {
+  constexpr int kRows = kVectors == 1 ? 8 : kVectors <= 4 ? 4 : 2;
+  int64_t row = first;
+  for (; row + kRows <= last; row += kRows) any_tile<Weight, kRows, kVectors>(p, row, vector);
+  for (; row < last; row++) any_tile<Weight, 1, kVectors>(p, row, vector);
+}
+
+template <typename Weight>
+void run(const Rows& p, int64_t first, int64_t last) {
+  int64_t vector = 0;
+  for (; vector + 8 <= p.vectors; vector += 8) vectors<Weight, 8>(p, first, last, vector);
+  switch (p.vectors - vector) {
+    case 7: return vectors<Weight, 7>(p, first, last, vector);
+    case 6: return vectors<Weight, 6>(p, first, last, vector);
+    case 5: return vectors<Weight, 5>(p, first, last, vector);
+    case 4: return vectors<Weight, 4>(p, first, last, vector);
+    case 3: return vectors<Weight, 3>(p, first, last, vector);
+    case 2: return vectors<Weight, 2>(p, first, last, vector);
+    case 1: return vectors<Weight, 1>(p, first, last, vector);
+  }
+}
+
+}  // namespace
+
+void MPT_EQX_ISA(const Rows& p, int64_t first, int64_t last) {
+  switch (p.kind) {
+    case Kind::kFloat32: return run<Float32>(p, first, last);
+    case Kind::kBFloat16: return run<BFloat16>(p, first, last);
+    case Kind::kFloat16: return run<Float16>(p, first, last);
+    case Kind::kInt8: return run<Int8>(p, first, last);
+    case Kind::kInt4: return run<Int4>(p, first, last);
+  }
+}
