@@ -1,0 +1,269 @@
+"""The libraries that are measured beside this one. They are imported inside functions only, where they are installed."""
+
+import ctypes
+import importlib.util
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpt_eqx.bench.gguf_writer import not_in_llama_cpp
+from mpt_eqx.bench.measure import ONE_BY_ONE, Implementation, step_bytes, threads
+from mpt_eqx.config import MPTConfig
+
+PEERS = ("transformers", "llama.cpp")
+THEIR_FORMS = {
+    "transformers": {"float32": "float32", "bfloat16": "bfloat16"},
+    "llama.cpp": {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"},
+}
+"""What each calls our forms; those that it does not have are not here."""
+
+NEEDS = {"transformers": ("torch", "transformers"), "llama.cpp": ("llama_cpp", "gguf")}
+INSTALL = {"transformers": "pip install 'mpt_eqx[reference]'", "llama.cpp": "pip install 'mpt_eqx[bench]'"}
+
+
+def missing(peer: str) -> str | None:
+    """Returns a line on what a peer lacks and how to install it, or None where it is there."""
+    absent = [module for module in NEEDS[peer] if importlib.util.find_spec(module) is None]
+    return f"{peer}: skipped, {' and '.join(absent)} not installed; {INSTALL[peer]}" if absent else None
+
+
+def unsupported(peer: str, config: MPTConfig, form: str) -> str | None:
+    """Returns what of a model a peer does not have, or None."""
+    return not_in_transformers(config) if peer == "transformers" else not_in_llama_cpp(config, THEIR_FORMS[peer][form])
+
+
+def not_in_transformers(config: MPTConfig) -> str | None:
+    """Returns what of a configuration transformers' MPT does not have, or None."""
+    attn, ffn = config.attn_config, config.ffn_config
+    wrong = [
+        (not attn.alibi or attn.rope, "no ALiBi"),
+        (config.kv_heads != config.n_heads, f"{config.kv_heads} heads of keys and values"),
+        (not attn.fused_qkv, "fused_qkv false"),
+        (attn.qk_ln or attn.qk_gn, "norms of queries and keys"),
+        (attn.attn_logit_softcapping is not None, "attn_logit_softcapping"),
+        (attn.sliding_window_size != -1, "sliding_window_size"),
+        (not config.no_bias or config.has_attention_bias, "biases"),
+        (config.head_size * config.n_heads != config.d_model, "head_dim"),
+        (config.block_overrides is not None, "block_overrides"),
+        (config.logit_scale is not None, "logit_scale"),
+        (config.final_logit_softcapping is not None, "final_logit_softcapping"),
+        ("layernorm" not in config.norm_type, f"norm_type {config.norm_type}"),
+        (ffn.ffn_type != "mptmlp", f"ffn_type {ffn.ffn_type}"),
+        (config.ffn_hidden_size != 4 * config.d_model, f"an FFN of width {config.ffn_hidden_size}"),
+    ]
+    return next((reason for is_so, reason in wrong if is_so), None)
+
+
+def uses_gpu(peer: str) -> bool:
+    """Tells whether an installed peer can use the GPU."""
+    if peer == "transformers":
+        import torch
+
+        return torch.cuda.is_available()
+    import llama_cpp
+
+    return bool(llama_cpp.llama_supports_gpu_offload())
+
+
+def open_transformers(place: str, form: str) -> Implementation:
+    """Returns transformers' own MPT with its own attention and its cache, called without the checks of its generate."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(threads())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = transformers.MptForCausalLM.from_pretrained(place, dtype=getattr(torch, form)).eval().to(device)
+
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    @torch.inference_mode()
+    def forward(tokens: Any, cache: Any) -> tuple[Any, Any]:
+        # Said here because config.json may say that there is to be no cache.
+        out = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1], out.past_key_values
+
+    def as_tensor(prompts: list[list[int]]) -> Any:
+        return torch.tensor(prompts, device=device)
+
+    def prefill(prompt: list[int]) -> Any:
+        tokens = as_tensor([prompt])
+
+        def run() -> float:
+            started = time.perf_counter()
+            forward(tokens, None)[0].argmax(-1).tolist()
+            return time.perf_counter() - started
+
+        return run
+
+    def make(prompts: list[list[int]], steps: int) -> Any:
+        logits, cache = forward(as_tensor(prompts), None)
+        first = logits.argmax(-1, keepdim=True)
+
+        def run() -> tuple[float, list[int]]:
+            cache.crop(len(prompts[0]))
+            token, made = first, [first]
+            wait()
+            started = time.perf_counter()
+            for _ in range(steps):
+                step_logits, _ = forward(token, cache)
+                token = step_logits.argmax(-1, keepdim=True)
+                made.append(token)
+            wait()
+            return time.perf_counter() - started, [int(row[0, 0]) for row in made[:steps]]
+
+        return run
+
+    def logits(prompt: list[int]) -> np.ndarray:
+        _, cache = forward(as_tensor([prompt[:-ONE_BY_ONE]]), None)
+        for token in prompt[-ONE_BY_ONE:]:
+            out, cache = forward(as_tensor([[token]]), cache)
+        return out[0].float().cpu().numpy()
+
+    def facts() -> dict[str, Any]:
+        sizes = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
+        config = MPTConfig.from_json_file(Path(place) / "config.json")
+        return {
+            "weight_bytes": sum(sizes.values()),
+            "step_bytes": step_bytes(config, sizes),
+            "attention": str(getattr(model.config, "_attn_implementation", "its own")),
+            "device": device,
+        }
+
+    return Implementation(prefill, make, logits, facts)
+
+
+def multiply_by_torch(width: int, dtype: str) -> float:
+    """Returns how many GFLOP/s torch makes of a product of square matrices."""
+    import torch
+
+    from mpt_eqx.bench.measure import best_seconds
+
+    torch.set_num_threads(threads())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.ones((width, width), dtype=getattr(torch, dtype), device=device)
+
+    def run() -> None:
+        torch.matmul(x, x)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return 2 * width**3 / best_seconds(run, 3) / 1e9
+
+
+def open_llama_cpp(place: str, form: str) -> Implementation:
+    """Returns a GGUF file in llama.cpp, through its C functions.
+
+    Its cache is float32 beside float32 weights, and otherwise float16, which is its default.
+    """
+    import llama_cpp as ll
+
+    ll.llama_backend_init()
+    options = ll.llama_model_default_params()
+    options.n_gpu_layers = -1 if ll.llama_supports_gpu_offload() else 0
+    model = ll.llama_model_load_from_file(str(place).encode(), options)
+    if not model:
+        raise RuntimeError(f"llama.cpp does not load {place}")
+    vocab_size = ll.llama_vocab_n_tokens(ll.llama_model_get_vocab(model))
+
+    class Context:
+        """A context of llama.cpp, which is freed with this object."""
+
+        def __init__(self, rows: int, length: int):
+            params = ll.llama_context_default_params()
+            # Whole blocks for each row, because it rounds up itself and would then have less than was asked for.
+            params.n_ctx = rows * -(-length // 256) * 256
+            params.n_seq_max = rows
+            params.n_batch = max(512, length, rows)
+            params.n_threads = params.n_threads_batch = threads()
+            if form == "float32":
+                params.type_k = params.type_v = 0  # GGML_TYPE_F32
+            self.context = ll.llama_init_from_model(model, params)
+            if not self.context:
+                raise RuntimeError(f"llama.cpp makes no context for {rows} rows of {length} tokens")
+            self.batch = ll.llama_batch_init(params.n_batch, 0, 1)
+            self.memory = ll.llama_get_memory(self.context)
+
+        def __del__(self) -> None:
+            if self.context:
+                ll.llama_batch_free(self.batch)
+                ll.llama_free(self.context)
+
+        def read(self, tokens: list[tuple[int, int, int]], wanted: int) -> np.ndarray:
+            """Reads (token, position, row) triples; returns the logits after the last `wanted` of them."""
+            batch = self.batch
+            batch.n_tokens = len(tokens)
+            for i, (token, position, row) in enumerate(tokens):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
+                batch.seq_id[i][0] = row
+                batch.logits[i] = i >= len(tokens) - wanted
+            if ll.llama_decode(self.context, batch) != 0:
+                raise RuntimeError("llama.cpp could not read the tokens")
+            first = ll.llama_get_logits_ith(self.context, len(tokens) - wanted)
+            # The rows that were asked for lie one after the other.
+            address = ctypes.addressof(first.contents)
+            array = (ctypes.c_float * (vocab_size * wanted)).from_address(address)
+            return np.frombuffer(array, np.float32).reshape(wanted, vocab_size)
+
+    def prefill(prompt: list[int]) -> Any:
+        context = Context(1, len(prompt))
+
+        def run() -> float:
+            ll.llama_memory_clear(context.memory, True)
+            started = time.perf_counter()
+            context.read([(token, i, 0) for i, token in enumerate(prompt)], 1).argmax()
+            return time.perf_counter() - started
+
+        return run
+
+    def make(prompts: list[list[int]], steps: int) -> Any:
+        rows, length = len(prompts), len(prompts[0])
+        context = Context(rows, length + steps)
+        # Each row by itself, so that no batch is larger than a prompt.
+        first = []
+        for row, prompt in enumerate(prompts):
+            logits = context.read([(token, i, row) for i, token in enumerate(prompt)], 1)
+            first.append(int(logits[0].argmax()))
+
+        def run() -> tuple[float, list[int]]:
+            for row in range(rows):
+                ll.llama_memory_seq_rm(context.memory, row, length, -1)
+            tokens, made = first, []
+            started = time.perf_counter()
+            for step in range(steps):
+                made.append(tokens[0])
+                logits = context.read([(token, length + step, row) for row, token in enumerate(tokens)], rows)
+                tokens = logits.argmax(axis=1).tolist()
+            return time.perf_counter() - started, made
+
+        return run
+
+    def logits(prompt: list[int]) -> np.ndarray:
+        context, split = Context(1, len(prompt)), len(prompt) - ONE_BY_ONE
+        context.read([(token, i, 0) for i, token in enumerate(prompt[:split])], 1)
+        for i in range(split, len(prompt)):
+            last = context.read([(prompt[i], i, 0)], 1)
+        return last[0].copy()
+
+    def facts() -> dict[str, Any]:
+        import gguf
+
+        from mpt_eqx.checkpoint import checkpoint_info
+
+        # Of the file itself: what the library keeps besides, such as weights in another order, is not read as well.
+        names = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(place).tensors}
+        sizes = {
+            name.replace("token_embd", "transformer.wte").replace("position_embd", "transformer.wpe"): size
+            for name, size in names.items()
+        }
+        return {
+            "weight_bytes": sum(sizes.values()),
+            "step_bytes": step_bytes(checkpoint_info(place).config, sizes),
+            "system": ll.llama_print_system_info().decode(),
+            "device": "gpu" if options.n_gpu_layers else "cpu",
+        }
+
+    return Implementation(prefill, make, logits, facts)
