@@ -25,6 +25,8 @@ from mpt_eqx.config_parts import (
     InitConfig,
     RopeHFConfig,
 )
+from mpt_eqx.config_quantization import KEY as QUANTIZATION
+from mpt_eqx.config_quantization import read_quantization
 from mpt_eqx.errors import ConfigError, printable
 
 # Keys of the canonical form, per part of the config ("" is the top level).
@@ -95,13 +97,14 @@ PLAIN_ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
 
 # Keys that choose a kernel, describe the file or belong to another program. fuse_norm_attn_norm only renames tensors,
 # and both names are read; use_pad_tok_in_ffn changes only what is computed at padding, where outputs mean nothing;
-# rope_dail_config is looked at in `_check_dail`; moe_loss_weight and its like weigh what a trainer adds to the loss.
+# rope_dail_config is looked at in `_check_dail`, quantization_config in `read_quantization`; moe_loss_weight and its
+# like weigh what a trainer adds to the loss.
 BOOKKEEPING = {
     "": {
         *("model_type", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "_name_or_path"),
         *("attn_config", "ffn_config", "init_config", "fc_type", "init_device", "initializer_range", "loss_fn", "name"),
         *("tokenizer_name", "use_cache", "verbose", "bos_token_id", "eos_token_id", "fuse_norm_attn_norm"),
-        *("activation_checkpointing_target", "use_pad_tok_in_ffn"),
+        *("activation_checkpointing_target", "use_pad_tok_in_ffn", QUANTIZATION),
     },
     "attn_config": {
         *("attn_impl", "verbose", "rope_dail_config", "fc_type", "model_type"),
@@ -200,6 +203,7 @@ def to_canonical(d: Mapping[str, Any]) -> dict[str, Any]:
     for name, values in {"": top, **parts}.items():
         _refuse(name, values)
     _check_dail(parts["attn_config"])
+    read_quantization(d)
 
     canonical: dict[str, Any] = {key: top[key] for key in TAKEN[""] if key in top}
     for name, values in parts.items():

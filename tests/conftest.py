@@ -17,6 +17,7 @@ from jaxtyping import install_import_hook
 CHECKED = (
     "model",
     "checkpoint",
+    "quantization",
     "generation.choose",
     "generation.decode",
     "generation.sampling",

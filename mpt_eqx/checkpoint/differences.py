@@ -3,24 +3,34 @@
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
+import numpy as np
 
-from mpt_eqx.checkpoint.names import EMBEDDING, HEAD, canonical_name, named_leaves
+from mpt_eqx.checkpoint.names import EMBEDDING, HEAD, canonical_name, is_quantised, named_leaves
 from mpt_eqx.checkpoint.safetensors_file import DTYPES
 from mpt_eqx.checkpoint.tensors import TensorInfo
 from mpt_eqx.config import MPTConfig
+from mpt_eqx.config_quantization import KEY, Quantization
 from mpt_eqx.errors import first_of
 from mpt_eqx.model import MPT
 from mpt_eqx.model.blocks import Block
+from mpt_eqx.quantization import with_zeros
 
 FLOATS = tuple(dtype.name for dtype in DTYPES.values())
 
 
-def differences(config: MPTConfig, tensors: Sequence[TensorInfo]) -> Iterator[str]:
-    """Yields what keeps the tensors from being the model's: a guess at the cause, then what differs, ten of each."""
-    expected = _expected(config)
+def differences(config: MPTConfig, quantization: Quantization | None, tensors: Sequence[TensorInfo]) -> Iterator[str]:
+    """Yields what keeps the tensors from being the model's: a guess at the cause, then what differs, ten of each.
+
+    Raises:
+        MPTError: a weight cannot be quantised as `quantization` says.
+    """
+    leaves = _expected(config, quantization)
+    expected = {name: leaf.shape for name, leaf in leaves.items()}
+    types = {name: leaf.dtype.name for name, leaf in leaves.items() if is_quantised(name)}
     found: dict[str, TensorInfo] = {}
     twice = []
     for tensor in tensors:
@@ -29,7 +39,7 @@ def differences(config: MPTConfig, tensors: Sequence[TensorInfo]) -> Iterator[st
         if name in found:
             twice.append(f"{found[name].name} ({found[name].file}) and {tensor.name} ({tensor.file})")
         found[name] = tensor
-    if config.tie_word_embeddings and HEAD in found:
+    if config.tie_word_embeddings and HEAD in found and EMBEDDING in expected:
         expected[HEAD] = expected[EMBEDDING]
 
     missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in found]
@@ -42,7 +52,14 @@ def differences(config: MPTConfig, tensors: Sequence[TensorInfo]) -> Iterator[st
         if name in found and found[name].shape != shape
     ]
     mistyped = [
-        f"{tensor.name} ({tensor.dtype}, {tensor.file})" for tensor in found.values() if tensor.dtype not in FLOATS
+        f"{tensor.name} ({tensor.dtype}, {tensor.file})"
+        for name, tensor in found.items()
+        if name not in types and tensor.dtype not in FLOATS
+    ]
+    misquantised = [
+        f"{name} (expected {dtype}, found {found[name].dtype} in {found[name].file})"
+        for name, dtype in types.items()
+        if name in found and found[name].dtype != dtype
     ]
     if missing or unexpected or misshaped:
         yield from _causes(config, {name: tensor.shape for name, tensor in found.items()}, set(expected))
@@ -51,6 +68,7 @@ def differences(config: MPTConfig, tensors: Sequence[TensorInfo]) -> Iterator[st
         ("unexpected", unexpected),
         ("misshaped", misshaped),
         (f"of another type than {', '.join(FLOATS)}", mistyped),
+        ("quantised to another type", misquantised),
         ("there twice", twice),
     ):
         if names:
@@ -59,7 +77,7 @@ def differences(config: MPTConfig, tensors: Sequence[TensorInfo]) -> Iterator[st
 
 def type_choices(format: str, tensors: Sequence[TensorInfo]) -> Iterator[str]:
     """Yields what keeps tensors from being loaded as they are, although not from being converted to another type."""
-    stored = {tensor.dtype: tensor.name for tensor in tensors if canonical_name(tensor.name)}
+    stored = stored_types(tensors)
     if not stored.keys() <= set(FLOATS):
         return
     if len(stored) > 1 and not format.startswith("GGUF"):
@@ -69,24 +87,39 @@ def type_choices(format: str, tensors: Sequence[TensorInfo]) -> Iterator[str]:
         yield "the tensors are float64, which JAX has switched off; pass dtype='float32', or set jax_enable_x64"
 
 
-def _expected(config: MPTConfig) -> dict[str, tuple[int, ...]]:
+def stored_types(tensors: Sequence[TensorInfo]) -> dict[str, str]:
+    """Returns the types of those weights that are not quantised, each with a tensor that has it."""
+    named = ((canonical_name(tensor.name), tensor) for tensor in tensors)
+    return {tensor.dtype: tensor.name for name, tensor in named if name is not None and not is_quantised(name)}
+
+
+def _expected(config: MPTConfig, quantization: Quantization | None) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shapes of the model's tensors, from one block of each kind: a file may ask for a thousand blocks."""
     key = jax.random.key(0)
-    small = eqx.filter_eval_shape(MPT, dataclasses.replace(config, n_layers=1, block_overrides=None), key=key)
-    expected = {name: leaf.shape for name, leaf in named_leaves(small).items() if ".blocks." not in name}
-    kinds: dict[tuple[bool, bool], dict[str, tuple[int, ...]]] = {}
+
+    def shapes(make: type, *args: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        whole = np.dtype(np.float32)
+        return named_leaves(eqx.filter_eval_shape(lambda: with_zeros(make(*args, key=key), quantization, whole)))
+
+    small = shapes(MPT, dataclasses.replace(config, n_layers=1, block_overrides=None))
+    expected = {name: leaf for name, leaf in small.items() if ".blocks." not in name}
+    kinds: dict[tuple[bool, bool], dict[str, jax.ShapeDtypeStruct]] = {}
     for i, layer in enumerate(config.layers):
         # Whatever else block_overrides change, it is no tensor.
         kind = (layer.kv_from is None, layer.kv_x_from is None)
         if kind not in kinds:
-            leaves = named_leaves(eqx.filter_eval_shape(Block, config, layer, key=key))
-            kinds[kind] = {name.removeprefix("transformer."): leaf.shape for name, leaf in leaves.items()}
-        expected |= {f"transformer.blocks.{i}.{name}": shape for name, shape in kinds[kind].items()}
+            leaves = shapes(Block, config, layer)
+            kinds[kind] = {name.removeprefix("transformer."): leaf for name, leaf in leaves.items()}
+        expected |= {f"transformer.blocks.{i}.{name}": leaf for name, leaf in kinds[kind].items()}
     return expected
 
 
 def _causes(config: MPTConfig, found: Mapping[str, tuple[int, ...]], expected: set[str]) -> Iterator[str]:
     """Yields which keys of config.json the tensors contradict."""
+    quantised = sum(is_quantised(name) for name in found)
+    if bool(quantised) != any(is_quantised(name) for name in expected):
+        says, hold = ("has no", f"hold {quantised} of") if quantised else ("has a", "hold none of")
+        yield f"config.json {says} {KEY}, the tensors {hold} quantised weights"
     blocks = [int(match[1]) for name in found if (match := re.match(r"transformer\.blocks\.(\d+)\.", name))]
     if blocks and max(blocks) + 1 != config.n_layers:
         yield f"config.json says n_layers {config.n_layers}, the tensors have {max(blocks) + 1} blocks"

@@ -11,7 +11,7 @@ import numpy as np
 
 from mpt_eqx.checkpoint.files import INDEX, TORCH_INDEX, read_index, weight_names
 from mpt_eqx.checkpoint.formats import SUFFIXES, WeightFile
-from mpt_eqx.checkpoint.safetensors_file import DTYPES
+from mpt_eqx.checkpoint.safetensors_file import DTYPES, INTEGERS
 from mpt_eqx.checkpoint.tensors import TensorInfo
 from mpt_eqx.errors import CheckpointError, first_of
 
@@ -287,9 +287,10 @@ def _remote_file(repository: _Repository, name: str, commit: str) -> WeightFile:
     def read() -> np.ndarray:
         raise CheckpointError(f"{repository.source}: only the header of {name} was fetched; use from_pretrained")
 
+    known = DTYPES | INTEGERS
     tensors = [
         TensorInfo(
-            tensor, tuple(entry.shape), DTYPES[entry.dtype].name if entry.dtype in DTYPES else entry.dtype, name, read
+            tensor, tuple(entry.shape), known[entry.dtype].name if entry.dtype in known else entry.dtype, name, read
         )
         for tensor, entry in header.tensors.items()
     ]

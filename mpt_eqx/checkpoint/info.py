@@ -12,7 +12,8 @@ from mpt_eqx.checkpoint.hub import fetch_headers, find_checkpoint
 from mpt_eqx.checkpoint.tensors import TensorInfo
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.config_dialects import override, read_json_object
-from mpt_eqx.errors import CheckpointError, ConfigError, first_of
+from mpt_eqx.config_quantization import Quantization, read_quantization
+from mpt_eqx.errors import CheckpointError, ConfigError, MPTError, first_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,7 @@ class CheckpointInfo:
         directory: where it is.
         format: "safetensors", "torch", or "GGUF" with its types.
         config: its configuration.
+        quantization: which of its weights are quantised as by `mpt_eqx.quantize`, and how; None if none.
         tensors: every tensor of every file.
         parameters: how many numbers the model has.
         bytes: size of the weight files on disk.
@@ -33,6 +35,7 @@ class CheckpointInfo:
     directory: Path
     format: str
     config: MPTConfig
+    quantization: Quantization | None
     tensors: tuple[TensorInfo, ...]
     parameters: int
     bytes: int
@@ -108,7 +111,8 @@ def _described(
     if not isinstance(config_overrides, Mapping | None):
         raise ConfigError(f"config_overrides: expected a dict of keys of config.json, found {config_overrides!r:.80}")
     try:
-        config = MPTConfig.from_dict(override(content, config_overrides or {}))
+        content = override(content, config_overrides or {})
+        config, quantization = MPTConfig.from_dict(content), read_quantization(content)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     tensors = tuple(tensor for file in files for tensor in file.tensors)
@@ -116,11 +120,15 @@ def _described(
     held = {(tensor.name, tensor.file) for tensor in tensors}
     lost = [f"{name} ({file})" for name, file in index.items() if (name, file) not in held]
     lines = [f"{len(lost)} tensors not in the file that the index names: {first_of(lost)}"] if lost else []
-    problems = (*lines, *differences(config, tensors))
+    try:
+        problems = (*lines, *differences(config, quantization, tensors))
+    except MPTError as error:
+        raise ConfigError(f"{path}: {error}") from None
     return CheckpointInfo(
         directory=directory,
         format=formats[0],
         config=config,
+        quantization=quantization,
         tensors=tensors,
         parameters=config.num_parameters(),
         bytes=size,

@@ -14,12 +14,14 @@ import numpy as np
 from jaxtyping import DTypeLike
 from tqdm import tqdm
 
+from mpt_eqx.checkpoint.differences import stored_types
 from mpt_eqx.checkpoint.info import CheckpointInfo, read_checkpoint
-from mpt_eqx.checkpoint.names import EMBEDDING, HEAD, canonical_name, with_leaves
+from mpt_eqx.checkpoint.names import EMBEDDING, HEAD, canonical_name, is_quantised, with_leaves
 from mpt_eqx.checkpoint.safetensors_file import ALIGNMENT, DTYPES
 from mpt_eqx.checkpoint.tensors import TensorInfo
 from mpt_eqx.errors import CheckpointError, first_of
 from mpt_eqx.model import MPT
+from mpt_eqx.quantization import with_zeros
 
 FLOATS = {dtype.name: dtype for dtype in DTYPES.values()}
 CHUNK = 2**24  # numbers that are looked at together
@@ -47,7 +49,8 @@ def from_pretrained(
         source: a directory, a .safetensors, .bin, .pt or .gguf file, a Hub repository id "owner/name", or such a file
             in a repository, "owner/name/file.gguf". What is on the disk wins.
         dtype: "float32", "bfloat16", "float16" or "float64" to convert to; None keeps what is stored, and makes
-            float32 of quantised GGUF.
+            float32 of quantised GGUF. Weights that `mpt_eqx.quantize` made stay as they are; then it is the type of
+            the others and of computations.
         device: where the weights go; None means JAX's default device.
         revision: branch, tag or commit of the repository.
         subfolder: directory within `source` that holds the checkpoint.
@@ -81,8 +84,9 @@ def from_pretrained(
     arrays = _read(info, target, device, mmap, check_finite, shown)
     if shown:
         seconds = time.monotonic() - started
-        print(f"loaded {info.directory.name}: {summary(info, target, seconds)}", file=sys.stderr)
-    skeleton = eqx.filter_eval_shape(MPT, info.config, key=jax.random.key(0))
+        print(f"loaded {info.directory.name}: {summary(info, arrays, seconds)}", file=sys.stderr)
+    key = jax.random.key(0)
+    skeleton = eqx.filter_eval_shape(lambda: with_zeros(MPT(info.config, key=key), info.quantization, target))
     return with_leaves(skeleton, arrays)
 
 
@@ -119,7 +123,7 @@ def target_dtype(info: CheckpointInfo, dtype: DTypeLike | None) -> np.dtype:
         CheckpointError: `dtype` is no type for weights, is not given where the tensors have several, or is one that
             JAX has switched off.
     """
-    stored = {tensor.dtype: tensor.name for tensor in info.tensors if canonical_name(tensor.name)}
+    stored = stored_types(info.tensors)
     if dtype is None and len(stored) > 1 and not info.format.startswith("GGUF"):
         examples = [f"{name} ({kind})" for kind, name in stored.items()]
         raise CheckpointError(
@@ -146,11 +150,17 @@ def finite(array: np.ndarray) -> bool:
     return all(np.isfinite(flat[at : at + CHUNK]).all() for at in range(0, len(flat), CHUNK))
 
 
-def summary(info: CheckpointInfo, dtype: np.dtype, seconds: float) -> str:
-    """Returns a line on what was read: parameters, bytes, type, seconds, and the most memory this process has used."""
+def kept_dtype(name: str, tensor: TensorInfo, dtype: np.dtype) -> np.dtype:
+    """Returns the type that a tensor is to have: the wanted one, but for those of quantised weights their own."""
+    return jax.numpy.dtype(tensor.dtype) if is_quantised(name) else dtype
+
+
+def summary(info: CheckpointInfo, arrays: Mapping[str, jax.Array], seconds: float) -> str:
+    """Returns a line on what was read: parameters, bytes, types, seconds, and the most memory this process has used."""
+    types = " and ".join(sorted({array.dtype.name for array in arrays.values()}))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return (
-        f"{info.parameters:,} parameters, {info.parameters * dtype.itemsize / 1e9:.2f} GB {dtype.name}, "
+        f"{info.parameters:,} parameters, {sum(array.nbytes for array in arrays.values()) / 1e9:.2f} GB {types}, "
         f"{seconds:.1f} s, peak memory {peak / 1e9:.2f} GB"
     )
 
@@ -168,15 +178,17 @@ def _read(
     on_cpu = place.platform == "cpu"
     named = weights(info)
 
-    def one(tensor: TensorInfo) -> np.ndarray:
-        view = tensor.read()
+    def one(name: str) -> np.ndarray:
+        tensor = named[name]
+        view, wanted = tensor.read(), kept_dtype(name, tensor, dtype)
         if check_finite and not finite(view):
             raise CheckpointError(f"{info.directory / tensor.file}: {tensor.name} holds NaN or infinity")
-        if not (mmap and on_cpu and _usable(view, dtype)):
-            view = _aligned_copy(view, dtype)
+        if not (mmap and on_cpu and _usable(view, wanted)):
+            view = _aligned_copy(view, wanted)
         return view
 
-    bar = byte_bar(f"loading {info.directory.name}", sum(t.size for t in named.values()) * dtype.itemsize, progress)
+    total = sum(tensor.size * kept_dtype(name, tensor, dtype).itemsize for name, tensor in named.items())
+    bar = byte_bar(f"loading {info.directory.name}", total, progress)
     arrays = {}
     quantised = info.format.startswith("GGUF")
     if quantised:
@@ -184,16 +196,16 @@ def _read(
         named = dict(sorted(named.items(), key=lambda item: -item[1].size))
     # Several at a time, because copies wait for the disk; but quantised tensors need memory of their own on the way.
     with bar, ThreadPoolExecutor(1 if quantised else READERS) as pool:
-        for name, array in zip(named, _in_order(pool, one, named.values()), strict=True):
+        for name, array in zip(named, _in_order(pool, one, named), strict=True):
             # In this thread, because JAX's settings may have been made for it alone.
             arrays[name] = jax.device_put(array, device)
             bar.update(array.nbytes)
     return arrays
 
 
-def _in_order(pool: ThreadPoolExecutor, function: Any, tensors: Any) -> Iterator[np.ndarray]:
+def _in_order(pool: ThreadPoolExecutor, function: Any, names: Any) -> Iterator[np.ndarray]:
     """Yields the results in order; the first error ends what has not begun."""
-    futures = [pool.submit(function, tensor) for tensor in tensors]
+    futures = [pool.submit(function, name) for name in names]
     try:
         for future in futures:
             yield future.result()

@@ -12,6 +12,9 @@ EMBEDDING = "transformer.wte.weight"
 # transformers' state dicts name the head also where it is tied to the embedding.
 HEAD = "lm_head.weight"
 
+# The two arrays of a quantised weight stand under its name.
+VALUES, SCALE = ".values", ".scale"
+
 # What wrappers put into names: FSDP and activation checkpointing anywhere, trainers and PEFT at the front.
 WRAPPERS = r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\."
 PREFIXES = r"^(base_model\.model\.|model\.|module\.)+"
@@ -47,6 +50,11 @@ def stored_name(name: str, config: MPTConfig) -> str:
         for ours, theirs in TRANSFORMER_ENGINE:
             name = name.replace(ours, theirs)
     return name
+
+
+def is_quantised(name: str) -> bool:
+    """Tells whether a name is that of an array of a quantised weight, whose type never changes."""
+    return name.endswith((f"weight{VALUES}", f"weight{SCALE}"))
 
 
 def named_leaves(model: Any) -> dict[str, Any]:

@@ -19,6 +19,8 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+# Of quantised weights.
+INTEGERS = {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}
 # A model of a thousand layers has a header of 2 MB; of a longer one the library would make objects by the gigabyte.
 MAX_HEADER = 4 * 2**20
 # What JAX needs to use memory as it is instead of copying it.
@@ -68,7 +70,7 @@ def read_safetensors(file: Path) -> list[TensorInfo]:
 
 def _tensor_info(name: str, entry: dict, data: np.ndarray, file: Path) -> TensorInfo:
     shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
-    dtype = DTYPES.get(entry["dtype"])
+    dtype = (DTYPES | INTEGERS).get(entry["dtype"])
 
     def read() -> np.ndarray:
         return data[start:end].view(dtype).reshape(shape)
@@ -89,7 +91,7 @@ def write_safetensors(
     Raises:
         OSError: the file cannot be written.
     """
-    names = {dtype: name for name, dtype in DTYPES.items()}
+    names = {dtype: name for name, dtype in (DTYPES | INTEGERS).items()}
     tensors = sorted(tensors, key=lambda tensor: tensor.nbytes % ALIGNMENT != 0)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0

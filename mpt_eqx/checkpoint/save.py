@@ -15,11 +15,13 @@ import numpy as np
 
 from mpt_eqx.checkpoint.files import CONFIG, INDEX, SHARD, WAITING, WEIGHTS, index_start
 from mpt_eqx.checkpoint.formats import SUFFIXES
-from mpt_eqx.checkpoint.names import named_leaves, stored_name
+from mpt_eqx.checkpoint.names import is_quantised, named_leaves, stored_name
 from mpt_eqx.checkpoint.safetensors_file import Outgoing, write_safetensors
 from mpt_eqx.config import MPTConfig
+from mpt_eqx.config_quantization import KEY, Quantization
 from mpt_eqx.errors import CheckpointError
 from mpt_eqx.model import MPT
+from mpt_eqx.quantization import quantization_of
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -34,6 +36,9 @@ def save_pretrained(model: MPT, directory: str | Path, *, max_shard_size: int | 
     Shards that replace others get other names, such as model-1a2b3c4d-00001-of-00002.safetensors. Weights that an
     earlier save left are removed; other files stay.
 
+    A model that `mpt_eqx.quantize` made is written as it is, and config.json says so. Only this library reads that;
+    transformers refuses it.
+
     Args:
         model: the model.
         directory: where to write; made if it does not exist.
@@ -42,10 +47,11 @@ def save_pretrained(model: MPT, directory: str | Path, *, max_shard_size: int | 
     Raises:
         CheckpointError: `max_shard_size` is not a size, the directory cannot be written, or another process is saving
             there.
+        MPTError: only some of the model's matrices are quantised.
     """
-    limit = parse_size(max_shard_size)
+    limit, quantization = parse_size(max_shard_size), quantization_of(model)
     tensors = [_outgoing(stored_name(name, model.config), leaf) for name, leaf in named_leaves(model).items()]
-    write_checkpoint(Path(directory), model.config, tensors, limit)
+    write_checkpoint(Path(directory), model.config, tensors, limit, quantization=quantization)
 
 
 def write_checkpoint(
@@ -54,6 +60,7 @@ def write_checkpoint(
     tensors: Sequence[Outgoing],
     limit: int,
     *,
+    quantization: Quantization | None = None,
     companions: Sequence[Path] = (),
     progress: Callable[[int], object] = lambda written: None,
 ) -> None:
@@ -64,6 +71,7 @@ def write_checkpoint(
         config: the model's configuration.
         tensors: the weights; each is asked for when it is its turn.
         limit: largest size of a weight file in bytes.
+        quantization: which of the weights are quantised, and how; None for none.
         companions: files that belong to the checkpoint, to be copied beside it.
         progress: is told how many bytes were written, after each tensor.
 
@@ -72,10 +80,11 @@ def write_checkpoint(
     """
     shards = _shards({tensor.name: tensor.nbytes for tensor in tensors}, limit)
     by_name = {tensor.name: tensor for tensor in tensors}
-    dtype = tensors[0].dtype.name
+    dtype = next(tensor.dtype.name for tensor in tensors if not is_quantised(tensor.name))
+    keys = {"dtype": dtype, "torch_dtype": dtype} | ({KEY: quantization.to_dict()} if quantization else {})
     try:
         small = {path.name: path.read_bytes() for path in companions}
-        small[CONFIG] = _json({**config.to_dict(), "dtype": dtype, "torch_dtype": dtype})
+        small[CONFIG] = _json({**config.to_dict(), **keys})
         _make(directory)
         with _alone(directory):
             save = _begin(directory, len(shards), small)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mpt_eqx import SHIPPED_MODEL, MPTConfig
+from mpt_eqx.config_quantization import Quantization
 
 
 def add_to(commands: Any, shared: argparse.ArgumentParser) -> None:
@@ -35,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
         ("format", f"{info.format}, {len(files)} file{'s' * (len(files) != 1)}, {info.bytes / 1e6:,.1f} MB"),
         ("parameters", f"{info.parameters:,} in {len(info.tensors)} tensors"),
         ("types", ", ".join(sorted({tensor.dtype for tensor in info.tensors}))),
+        *([("quantised", _quantised(info.quantization))] if info.quantization else []),
         (
             "layers",
             f"{config.n_layers} of width {config.d_model}, {config.n_heads} heads over {config.kv_heads} of keys and "
@@ -54,6 +56,12 @@ def run(args: argparse.Namespace) -> int:
     for problem in info.problems:
         print(f"mpt-eqx: problem: {problem}", file=sys.stderr)
     return 1 if info.problems else 0
+
+
+def _quantised(quantization: Quantization) -> str:
+    return (
+        f"matrices in {quantization.scheme}, {'the embedding, too' if quantization.embeddings else 'but the embedding'}"
+    )
 
 
 def _positions(config: MPTConfig) -> str:
