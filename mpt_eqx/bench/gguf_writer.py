@@ -42,7 +42,8 @@ def write_gguf(model: MPT, file: str | Path, kind: str) -> None:
     if reason := not_in_llama_cpp(model.config, kind):
         raise CheckpointError(f"{file}: expected a model that llama.cpp can run, found {reason}")
     config = model.config
-    writer = gguf.GGUFWriter(file, "mpt")
+    # The library would keep all tensors in memory otherwise until the header is written.
+    writer = gguf.GGUFWriter(file, "mpt", use_temp_file=True)
     writer.add_context_length(config.max_seq_len)
     writer.add_embedding_length(config.d_model)
     writer.add_block_count(config.n_layers)
@@ -86,12 +87,13 @@ def not_in_llama_cpp(config: MPTConfig, kind: str) -> str | None:
         (attn.qk_gn, "qk_gn"),
         (attn.softmax_scale is not None, "softmax_scale"),
         (attn.attn_logit_softcapping is not None, "attn_logit_softcapping"),
-        (attn.sliding_window_size not in (None, -1), "sliding_window_size"),
+        (attn.sliding_window_size != -1, "sliding_window_size"),
         (config.block_overrides is not None, "block_overrides"),
         (config.logit_scale is not None, "logit_scale"),
         (config.final_logit_softcapping is not None, "final_logit_softcapping"),
         ("layernorm" not in config.norm_type, f"norm_type {config.norm_type}"),
         (ffn.ffn_type != "mptmlp", f"ffn_type {ffn.ffn_type}"),
+        (ffn.ffn_act_fn is not None and ffn.ffn_act_fn.name != "gelu", "another activation than GELU"),
         (kind in QUANTISED and config.d_model % GROUP, f"d_model {config.d_model}, no multiple of {GROUP}"),
         (kind in QUANTISED and config.ffn_hidden_size % GROUP, f"an FFN width that is no multiple of {GROUP}"),
     ]

@@ -1,6 +1,7 @@
 """mpt_eqx as it is measured: the public steps of `generate`, without the checks of its arguments."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,36 +10,26 @@ import jax
 import numpy as np
 
 import mpt_eqx
+import mpt_eqx.kernel
 from mpt_eqx.bench.measure import ONE_BY_ONE, Implementation, step_bytes
 from mpt_eqx.checkpoint import from_pretrained
 from mpt_eqx.checkpoint.names import named_leaves
+from mpt_eqx.config import MPTConfig
+from mpt_eqx.errors import MPTError
 from mpt_eqx.generation.arguments import check_options
 from mpt_eqx.generation.decode import DecodeState, append, decode, empty_state, next_logits, spread
 from mpt_eqx.generation.loop import CHUNK, bar, capacity_for, chunk_for, make_tokens, read_prompts
 from mpt_eqx.model import MPT
 
 
-def can_quantise() -> bool:
-    """Tells whether this version has weights of 8 and 4 bits."""
-    return callable(getattr(mpt_eqx, "quantize", None))
-
-
 def kernel_is_used() -> bool:
     """Tells whether the optional CPU kernel is there and not switched off."""
-    try:
-        from mpt_eqx import kernel
-    except ImportError:
-        return False
-    available = getattr(kernel, "available", None)
-    return available is not None and bool(available())
+    return bool(mpt_eqx.kernel.available())
 
 
-def open_mpt_eqx(place: str, form: str) -> Implementation:
-    """Returns the checkpoint at `place` in one of the forms; what is quantised computes in the type it was stored in."""
-    if form in ("int8", "int4"):
-        model = mpt_eqx.quantize(from_pretrained(place), form, embeddings=True)
-    else:
-        model = from_pretrained(place, dtype=form)
+def open_mpt_eqx(place: str, form: str, config: MPTConfig) -> Implementation:
+    """Returns a checkpoint that is in this form already, which is used where it lies in the file."""
+    model = from_pretrained(place)
     jax.block_until_ready(jax.tree.leaves(eqx.filter(model, eqx.is_array)))
     logits_of = eqx.filter_jit(next_logits)
     append_to = eqx.filter_jit(append)
@@ -98,24 +89,39 @@ def temporary_bytes(model: MPT) -> int:
 
 
 def reference(place: str, prompt: list[int], steps: int) -> tuple[np.ndarray, list[int]]:
-    """Returns what all others are compared with: float32 logits of the full forward pass, and the greedy tokens."""
-    model = from_pretrained(place, dtype="float32")
-    forward = eqx.filter_jit(lambda model, tokens: model(tokens)[-1])
+    """Returns what all others are compared with: the logits of the full forward pass, and the likeliest tokens."""
+    model = from_pretrained(place)
+    forward = eqx.filter_jit(lambda model, tokens: model(tokens)[-1].astype("float32"))
     logits = np.asarray(forward(model, jax.device_put(np.asarray(prompt, np.int32))))
     tokens = mpt_eqx.generate(model, prompt, max_new_tokens=steps, progress=False).tokens[0].tolist()
     return logits, tokens
 
 
-def prepare(source: str | None, directory: Path, with_bfloat16: bool) -> dict[str, Any]:
-    """Writes the weights in float32 and bfloat16; without a source, random ones of the reference size."""
+def prepare(source: str | None, directory: Path, forms: Sequence[str]) -> dict[str, Any]:
+    """Writes the weights, a directory for each form; without a source, random ones of the reference size.
+
+    Returns:
+        The model's config.json, and why a form could not be made. Quantised weights are made of those in bfloat16,
+        which stays the type that is computed in; bfloat16 is there in any case.
+    """
     from mpt_eqx.bench.run import REFERENCE
 
+    base = "float32" if "float32" in forms else "bfloat16"
     if source is None:
         model = MPT(REFERENCE, key=jax.random.key(0))
     else:
-        model = from_pretrained(source, dtype="float32", progress=False)
-    mpt_eqx.save_pretrained(model, directory / "float32")
-    if with_bfloat16:
-        half = jax.tree.map(lambda x: x.astype("bfloat16"), model)
+        model = from_pretrained(source, dtype=base, progress=False)
+    model = jax.tree.map(lambda x: x.astype(base), model)
+    mpt_eqx.save_pretrained(model, directory / base)
+    half = jax.tree.map(lambda x: x.astype("bfloat16"), model)
+    if base != "bfloat16":
         mpt_eqx.save_pretrained(half, directory / "bfloat16")
-    return {"config": model.config.to_dict()}
+    del model
+    failed = {}
+    for form in forms:
+        if form in ("int8", "int4"):
+            try:
+                mpt_eqx.save_pretrained(mpt_eqx.quantize(half, form, embeddings=True), directory / form)
+            except MPTError as error:
+                failed[form] = str(error)
+    return {"config": half.config.to_dict(), "failed": failed}

@@ -1,14 +1,12 @@
-"""The libraries that are measured beside this one. They are imported inside functions only, where they are installed."""
+"""The libraries that are measured beside this one, imported where they are installed, inside functions only."""
 
 import ctypes
 import importlib.util
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mpt_eqx.bench.gguf_writer import not_in_llama_cpp
 from mpt_eqx.bench.measure import ONE_BY_ONE, Implementation, step_bytes, threads
 from mpt_eqx.config import MPTConfig
 
@@ -31,6 +29,8 @@ def missing(peer: str) -> str | None:
 
 def unsupported(peer: str, config: MPTConfig, form: str) -> str | None:
     """Returns what of a model a peer does not have, or None."""
+    from mpt_eqx.bench.gguf_writer import not_in_llama_cpp
+
     return not_in_transformers(config) if peer == "transformers" else not_in_llama_cpp(config, THEIR_FORMS[peer][form])
 
 
@@ -51,6 +51,7 @@ def not_in_transformers(config: MPTConfig) -> str | None:
         (config.final_logit_softcapping is not None, "final_logit_softcapping"),
         ("layernorm" not in config.norm_type, f"norm_type {config.norm_type}"),
         (ffn.ffn_type != "mptmlp", f"ffn_type {ffn.ffn_type}"),
+        (ffn.ffn_act_fn is not None and ffn.ffn_act_fn.name != "gelu", "another activation than GELU"),
         (config.ffn_hidden_size != 4 * config.d_model, f"an FFN of width {config.ffn_hidden_size}"),
     ]
     return next((reason for is_so, reason in wrong if is_so), None)
@@ -67,7 +68,7 @@ def uses_gpu(peer: str) -> bool:
     return bool(llama_cpp.llama_supports_gpu_offload())
 
 
-def open_transformers(place: str, form: str) -> Implementation:
+def open_transformers(place: str, form: str, config: MPTConfig) -> Implementation:
     """Returns transformers' own MPT with its own attention and its cache, called without the checks of its generate."""
     import torch
     import transformers
@@ -104,7 +105,8 @@ def open_transformers(place: str, form: str) -> Implementation:
         first = logits.argmax(-1, keepdim=True)
 
         def run() -> tuple[float, list[int]]:
-            cache.crop(len(prompts[0]))
+            if more := cache.get_seq_length() - len(prompts[0]):
+                cache.crop(-more)
             token, made = first, [first]
             wait()
             started = time.perf_counter()
@@ -125,7 +127,6 @@ def open_transformers(place: str, form: str) -> Implementation:
 
     def facts() -> dict[str, Any]:
         sizes = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
-        config = MPTConfig.from_json_file(Path(place) / "config.json")
         return {
             "weight_bytes": sum(sizes.values()),
             "step_bytes": step_bytes(config, sizes),
@@ -154,7 +155,7 @@ def multiply_by_torch(width: int, dtype: str) -> float:
     return 2 * width**3 / best_seconds(run, 3) / 1e9
 
 
-def open_llama_cpp(place: str, form: str) -> Implementation:
+def open_llama_cpp(place: str, form: str, config: MPTConfig) -> Implementation:
     """Returns a GGUF file in llama.cpp, through its C functions.
 
     Its cache is float32 beside float32 weights, and otherwise float16, which is its default.
@@ -167,7 +168,7 @@ def open_llama_cpp(place: str, form: str) -> Implementation:
     model = ll.llama_model_load_from_file(str(place).encode(), options)
     if not model:
         raise RuntimeError(f"llama.cpp does not load {place}")
-    vocab_size = ll.llama_vocab_n_tokens(ll.llama_model_get_vocab(model))
+    vocab_size = config.vocab_size
 
     class Context:
         """A context of llama.cpp, which is freed with this object."""
@@ -251,8 +252,6 @@ def open_llama_cpp(place: str, form: str) -> Implementation:
     def facts() -> dict[str, Any]:
         import gguf
 
-        from mpt_eqx.checkpoint import checkpoint_info
-
         # Of the file itself: what the library keeps besides, such as weights in another order, is not read as well.
         names = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(place).tensors}
         sizes = {
@@ -261,7 +260,7 @@ def open_llama_cpp(place: str, form: str) -> Implementation:
         }
         return {
             "weight_bytes": sum(sizes.values()),
-            "step_bytes": step_bytes(checkpoint_info(place).config, sizes),
+            "step_bytes": step_bytes(config, sizes),
             "system": ll.llama_print_system_info().decode(),
             "device": "gpu" if options.n_gpu_layers else "cpu",
         }

@@ -10,15 +10,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from mpt_eqx import SHIPPED_MODEL
-from mpt_eqx.bench import ours, peers
+from mpt_eqx.bench import peers
 from mpt_eqx.bench.measure import FORMS, hardware, prefill_flops, threads
 from mpt_eqx.config import AttnConfig, MPTConfig
 from mpt_eqx.errors import MPTError, printable
@@ -36,11 +36,15 @@ GREEDY = 8
 """Tokens that are compared with those of float32."""
 
 TOLERANCE = {"float32": 0.02, "bfloat16": 0.1, "int8": 0.15, "int4": 1.0}
-"""The largest difference of a logit from mpt_eqx in float32, over the standard deviation of all logits.
+"""The largest difference of a logit from the widest form of mpt_eqx, over the standard deviation of all logits.
 
 In float32 not less, because llama.cpp reads GELU from a table of 16 bits; in 4 bits random weights lose most, because
 no few of them matter more than the rest.
 """
+
+PACKAGE = Path(__file__).parents[1]
+PLAIN_XLA = {"MPT_EQX_KERNEL": "0"}
+"""What switches the CPU kernel off in a process."""
 
 Say = Callable[[str], None]
 
@@ -72,13 +76,24 @@ class Settings:
     machine_size: str = "large"
 
 
+# What a process runs in which the library itself is not to be loaded, because its memory and its start are to be
+# those of another: its modules without the package's own imports, which bring JAX.
+BARE = """import sys, types
+package = types.ModuleType("mpt_eqx")
+package.__path__ = [sys.argv[1]]
+sys.modules["mpt_eqx"] = package
+"""
+WORK = "from mpt_eqx.bench.worker import main; main()"
+
+
 class Worker:
     """A process that measures; it ends with the block that it was made for."""
 
-    def __init__(self, log: IO[str], **environment: str):
+    def __init__(self, log: IO[str], *, bare: bool, environment: Mapping[str, str]):
         self.log = log
+        self.started = time.perf_counter()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "mpt_eqx.bench.worker"],
+            [sys.executable, "-c", (BARE if bare else "") + WORK, str(PACKAGE)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -126,61 +141,52 @@ def run_benchmark(settings: Settings, say: Say, warn: Say) -> dict[str, Any]:
         warn(line)
 
     chosen = [peer for peer in settings.peers if not (line := peers.missing(peer)) or skip(line)]
-    forms = list(settings.forms)
-    if set(forms) & {"int8", "int4"} and not ours.can_quantise():
-        skip("int8, int4: skipped, this version of mpt_eqx does not quantise")
-        forms = [form for form in forms if form not in ("int8", "int4")]
     before = os.getloadavg()[0]
-    with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mpt_eqx-bench-")))
+    with tempfile.TemporaryDirectory(prefix="mpt_eqx-bench-") as temporary:
+        directory = Path(temporary)
 
-        def worker(inside: ExitStack = stack, **environment: str) -> Worker:
-            log = inside.enter_context(tempfile.TemporaryFile("w+"))
-            return inside.enter_context(Worker(log, **environment))
+        def ask(text: str, do: str, **question: Any) -> dict[str, Any]:
+            """Asks a process of its own, in which everything is plain."""
+            say(text)
+            with _worker(environment={} if do == "machine" else PLAIN_XLA) as worker:
+                return worker.ask(do, **question)
 
-        with ExitStack() as inside:
-            say("making the weights")
-            answer = worker(inside, MPT_EQX_KERNEL="0").ask(
-                "prepare", source=settings.source, directory=str(directory), with_bfloat16=forms != ["float32"]
-            )
-            config = MPTConfig.from_dict(_needed(answer, directory)["config"])
+        made = _needed(
+            ask("making the weights", "prepare", source=settings.source, directory=temporary, forms=settings.forms),
+            directory,
+        )
+        for form, reason in made["failed"].items():
+            skip(f"{form}: skipped, {reason}")
+        forms = [form for form in settings.forms if form not in made["failed"]]
+        config = MPTConfig.from_dict(made["config"])
         lengths = check_lengths(settings, config)
-        with ExitStack() as inside:
-            say("making the logits that all are compared with")
-            greedy = _needed(
-                worker(inside, MPT_EQX_KERNEL="0").ask(
-                    "reference", place=str(directory / "float32"), length=settings.prompt, steps=GREEDY,
-                    file=str(directory / REFERENCE_LOGITS),
-                ),
-                directory,
-            )["tokens"]  # fmt: skip
-        with ExitStack() as inside:
-            say("measuring the machine")
-            with_torch = "transformers" in chosen
-            machine = _needed(
-                worker(inside).ask("machine", size=settings.machine_size, with_torch=with_torch), directory
-            )
+        base = directory / ("float32" if "float32" in settings.forms else "bfloat16")
+        file = str(directory / REFERENCE_LOGITS)
+        question = {"place": str(base), "length": settings.prompt, "steps": GREEDY, "file": file}
+        answer = _needed(ask("making the logits that all are compared with", "reference", **question), directory)
+        with_torch = "transformers" in chosen
+        machine = _needed(
+            ask("measuring the machine", "machine", size=settings.machine_size, with_torch=with_torch), directory
+        )
         if machine["backend"] == "gpu":
             for peer in list(chosen):
-                with ExitStack() as inside:
-                    if not worker(inside).ask("probe", peer=peer).get("gpu"):
-                        chosen.remove(peer)
-                        skip(f"{peer}: skipped, the installed build cannot use the GPU that mpt_eqx runs on")
+                if not ask(f"looking whether {peer} can use the GPU", "probe", peer=peer).get("gpu"):
+                    chosen.remove(peer)
+                    skip(f"{peer}: skipped, the installed build cannot use the GPU that mpt_eqx runs on")
         kernel = machine.pop("kernel")
         warn(f"the optional CPU kernel is {'used' if kernel else 'not used'}")
-        job = _Job(settings, lengths, config, directory, greedy, say, warn)
+        job = _Job(settings, lengths, config, directory, base, answer["tokens"], say, warn)
         results: list[dict[str, Any]] = []
         for form in forms:
-            with ExitStack() as inside:
-                runners = {}
-                for name in (US, *((PLAIN,) if kernel else ()), *chosen):
-                    if name in peers.PEERS and form not in peers.THEIR_FORMS[name]:
-                        continue
-                    if name in peers.PEERS and (reason := peers.unsupported(name, config, form)):
-                        skip(f"{name}, {form}: skipped, it has no {reason}")
-                        continue
-                    runners[name] = worker(inside, **({"MPT_EQX_KERNEL": "0"} if name == PLAIN else {}))
-                results += _measure_form(job, form, runners)
+            names = [US, *((PLAIN,) if kernel else ())]
+            for peer in chosen:
+                if form not in peers.THEIR_FORMS[peer]:
+                    continue
+                if reason := peers.unsupported(peer, config, form):
+                    skip(f"{peer}, {form}: skipped, it has no {reason}")
+                    continue
+                names.append(peer)
+            results += _measure_form(job, form, names)
         say("measuring the time to the first token")
         start = _start(directory, settings.rounds)
     for result in results:
@@ -207,6 +213,7 @@ def run_benchmark(settings: Settings, say: Say, warn: Say) -> dict[str, Any]:
         },
         "machine": machine,
         "kernel": kernel,
+        "greedy_tokens": GREEDY,
         "results": results,
         "ratios": ratios(results),
         "start": start,
@@ -243,8 +250,9 @@ class _Job(NamedTuple):
         settings: what to measure.
         lengths: tokens of the prompts that are read.
         config: the model's.
-        directory: where the weights are.
-        greedy: the tokens that mpt_eqx in float32 makes first.
+        directory: where the weights are, in a directory for each form.
+        base: the widest of them, whose logits all others are compared with.
+        greedy: the tokens that mpt_eqx makes of it first.
         say: is told what is going on.
         warn: is told what is wrong.
     """
@@ -253,13 +261,21 @@ class _Job(NamedTuple):
     lengths: Sequence[int]
     config: MPTConfig
     directory: Path
+    base: Path
     greedy: list[int]
     say: Say
     warn: Say
 
 
-def _measure_form(job: _Job, form: str, runners: dict[str, Worker]) -> list[dict[str, Any]]:
+def _measure_form(job: _Job, form: str, names: Sequence[str]) -> list[dict[str, Any]]:
     """Returns a result for each implementation; one that fails has "error" in it and is asked no more."""
+    with ExitStack() as stack:
+        return _measure_together(job, form, names, stack)
+
+
+def _measure_together(job: _Job, form: str, names: Sequence[str], stack: ExitStack) -> list[dict[str, Any]]:
+    """Does what `_measure_form` says, with processes that live as long as the stack."""
+    workers: dict[str, Worker] = {}
     results: dict[str, dict[str, Any]] = {
         name: {
             "implementation": name,
@@ -268,14 +284,14 @@ def _measure_form(job: _Job, form: str, runners: dict[str, Worker]) -> list[dict
             "prefill": {},
             "decode": {},
         }
-        for name in runners
+        for name in names
     }
 
     def ask(name: str, what: str, do: str, **question: Any) -> dict[str, Any] | None:
         if "error" in results[name]:
             return None
         job.say(f"{form}: {what}, {name}")
-        answer = runners[name].ask(do, **question)
+        answer = workers[name].ask(do, **question)
         if "error" in answer:
             results[name]["error"] = answer["error"]
             job.warn(f"{name}, {form}: failed, {answer['error']}")
@@ -285,22 +301,26 @@ def _measure_form(job: _Job, form: str, runners: dict[str, Worker]) -> list[dict
     file = job.directory / "logits.npy"
     for name, result in results.items():
         place = str(_place(job, name, form))
-        result |= (
-            ask(name, "loading", "load", implementation=name, place=place, form=form, vocab_size=job.config.vocab_size)
-            or {}
-        )
+        environment = PLAIN_XLA if name == PLAIN else {}
+        # Made when it is its turn, so that nothing else starts meanwhile.
+        workers[name] = stack.enter_context(_worker(bare=name in peers.PEERS, environment=environment))
+        config = job.config.to_dict()
+        answer = ask(name, "loading", "load", implementation=name, place=place, form=form, config=config)
+        if answer is not None:
+            seconds = time.perf_counter() - workers[name].started
+            result |= {**answer, "start_seconds": seconds - answer["load_seconds"]}
         if ask(name, "comparing", "logits", length=job.settings.prompt, file=str(file)) is not None:
             result["agreement"] = agreement(np.load(job.directory / REFERENCE_LOGITS), np.load(file), form)
             if not result["agreement"]["agrees"]:
                 job.warn(disagreement(result))
     steps = job.settings.new_tokens
     for length in job.lengths:
-        runs = _in_turn(list(runners), ask, "prefill", length, job.settings.rounds, {"length": length})
+        runs = _in_turn(names, ask, "prefill", length, job.settings.rounds, {"length": length})
         for name, run in runs.items():
             results[name]["prefill"][str(length)] = {**run, "tokens_per_s": length / run["median_seconds"]}
     for rows in job.settings.batch_sizes:
         question = {"rows": rows, "length": job.settings.prompt, "steps": steps}
-        runs = _in_turn(list(runners), ask, "decode", rows, job.settings.rounds, question)
+        runs = _in_turn(names, ask, "decode", rows, job.settings.rounds, question)
         for name, run in runs.items():
             same = [a == b for a, b in zip(job.greedy, run.pop("tokens"), strict=False)]
             results[name]["agreement"]["greedy_tokens"] = [*same, False].index(False)
@@ -316,21 +336,20 @@ def _measure_form(job: _Job, form: str, runners: dict[str, Worker]) -> list[dict
 
 def _place(job: _Job, name: str, form: str) -> Path:
     """Returns where an implementation loads a form from; llama.cpp's file is written first."""
-    kept = job.directory / ("float32" if form == "float32" else "bfloat16")
     if name != "llama.cpp":
-        return kept
+        return job.directory / form
     kind = peers.THEIR_FORMS[name][form]
     file = job.directory / f"{kind}.gguf"
     job.say(f"{form}: writing {file.name}")
     # By a process of its own, because the peak of the one that measures is to be that of loading.
-    with tempfile.TemporaryFile("w+") as log, Worker(log, MPT_EQX_KERNEL="0") as writer:
-        source = kept if form == "bfloat16" else job.directory / "float32"
-        _needed(writer.ask("write_gguf", place=str(source), file=str(file), kind=kind), job.directory)
+    with _worker(environment=PLAIN_XLA) as worker:
+        source = job.directory / "bfloat16" if form == "bfloat16" else job.base
+        _needed(worker.ask("write_gguf", place=str(source), file=str(file), kind=kind), job.directory)
     return file
 
 
 def _in_turn(
-    names: list[str], ask: Callable[..., dict[str, Any] | None], what: str, size: int, rounds: int, question: Any
+    names: Sequence[str], ask: Callable[..., dict[str, Any] | None], what: str, size: int, rounds: int, question: Any
 ) -> dict[str, dict[str, Any]]:
     """Returns the seconds of those that did not fail: a, b, c, a, b, c, and not a, a, b, b, c, c.
 
@@ -357,7 +376,7 @@ def disagreement(result: dict[str, Any]) -> str:
     """Returns a line on a result whose logits are not those of the others."""
     found = result["agreement"]
     return (
-        f"{result['implementation']}, {result['form']}: its logits differ from those of mpt_eqx in float32 by "
+        f"{result['implementation']}, {result['form']}: its logits differ from those of mpt_eqx in the widest form by "
         f"{found['difference']:.3g} of their standard deviation, expected at most {found['tolerance']}; "
         f"its figures are worth nothing"
     )
@@ -435,11 +454,18 @@ def _start(directory: Path, rounds: int) -> dict[str, Any]:
             "median_seconds": statistics.median(seconds[1:])}  # fmt: skip
 
 
-def _environment(changes: dict[str, str]) -> dict[str, str]:
+@contextmanager
+def _worker(*, bare: bool = False, environment: Mapping[str, str]) -> Iterator[Worker]:
+    """Yields a process that measures, which ends with the block."""
+    with tempfile.TemporaryFile("w+") as log, Worker(log, bare=bare, environment=environment) as worker:
+        yield worker
+
+
+def _environment(changes: Mapping[str, str]) -> dict[str, str]:
     """Returns the environment of a process that measures: nothing compiled earlier, and room for others on a GPU."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("JAX_COMPILATION_CACHE")}
     # A process may be started from any directory, also where the package is not installed but lies.
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), kept.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(PACKAGE.parent), kept.get("PYTHONPATH")]))
     return {**kept, "PYTHONPATH": path, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **changes}
 
 
@@ -468,10 +494,11 @@ def _versions() -> dict[str, str]:
 
 def _commit() -> str | None:
     """Returns the commit that this package is of, with "+" where files of it have changed since; None outside git."""
-    here = Path(__file__).parents[1]
     try:
         commit, changed = (
-            subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, timeout=20, check=True).stdout
+            subprocess.run(
+                ["git", *command], cwd=PACKAGE, capture_output=True, text=True, timeout=20, check=True
+            ).stdout
             for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "."])
         )
     except (OSError, subprocess.SubprocessError):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mpt_eqx.bench.measure import Implementation, make_prompts, measure_machine, peak_bytes, threads
+from mpt_eqx.config import MPTConfig
 from mpt_eqx.errors import MPTError
 
 
@@ -30,21 +31,19 @@ def main() -> None:
         except Exception as error:
             text = " ".join(str(error).split())
             answer = {"error": text if isinstance(error, MPTError) else f"{type(error).__name__}: {text}"}
-            answer["is_users"] = isinstance(error, MPTError | OSError)
         print(json.dumps(answer), file=answers)
 
 
-def prepare(kept: dict[str, Any], source: str | None, directory: str, with_bfloat16: bool) -> dict[str, Any]:
+def prepare(kept: dict[str, Any], source: str | None, directory: str, forms: list[str]) -> dict[str, Any]:
     """Writes the weights, from which everybody loads."""
     from mpt_eqx.bench import ours
 
-    return ours.prepare(source, Path(directory), with_bfloat16)
+    return ours.prepare(source, Path(directory), forms)
 
 
 def reference(kept: dict[str, Any], place: str, length: int, steps: int, file: str) -> dict[str, Any]:
     """Writes the logits that all are compared with, and answers the greedy tokens."""
     from mpt_eqx.bench import ours
-    from mpt_eqx.config import MPTConfig
 
     vocab_size = MPTConfig.from_json_file(Path(place) / "config.json").vocab_size
     logits, tokens = ours.reference(place, make_prompts(vocab_size, 1, length)[0], steps)
@@ -81,9 +80,8 @@ def probe(kept: dict[str, Any], peer: str) -> dict[str, Any]:
     return {"gpu": peers.uses_gpu(peer)}
 
 
-def load(kept: dict[str, Any], implementation: str, place: str, form: str, vocab_size: int) -> dict[str, Any]:
+def load(kept: dict[str, Any], implementation: str, place: str, form: str, config: dict[str, Any]) -> dict[str, Any]:
     """Imports an implementation and loads the weights."""
-    started = time.perf_counter()
     if implementation == "transformers":
         import transformers  # noqa: F401
 
@@ -98,11 +96,11 @@ def load(kept: dict[str, Any], implementation: str, place: str, form: str, vocab
         from mpt_eqx.bench.ours import open_mpt_eqx as opened
 
         jax.devices()
-    imported = time.perf_counter()
-    kept["implementation"], kept["vocab_size"] = opened(place, form), vocab_size
+    started = time.perf_counter()
+    read = MPTConfig.from_dict(config)
+    kept["implementation"], kept["vocab_size"] = opened(place, form, read), read.vocab_size
     return {
-        "import_seconds": imported - started,
-        "load_seconds": time.perf_counter() - imported,
+        "load_seconds": time.perf_counter() - started,
         "peak_bytes_after_load": peak_bytes(),
         "threads": threads(),
     }
@@ -144,21 +142,12 @@ def forget(kept: dict[str, Any]) -> dict[str, Any]:
 def facts(kept: dict[str, Any]) -> dict[str, Any]:
     """Answers what is known without measuring, and the most memory so far."""
     model: Implementation = kept["implementation"]
-    return {"peak_bytes": peak_bytes(), "cpu_seconds": time.process_time(), **model.facts()}
-
-
-def idle(kept: dict[str, Any]) -> dict[str, Any]:
-    """Answers the seconds of core time that this process has used."""
-    return {"cpu_seconds": time.process_time()}
+    return {"peak_bytes": peak_bytes(), **model.facts()}
 
 
 QUESTIONS: dict[str, Callable[..., dict[str, Any]]] = {
     function.__name__: function
     for function in (
-        prepare, reference, write_gguf, machine, probe, load, logits, prefill, decode, again, forget, facts, idle,
+        prepare, reference, write_gguf, machine, probe, load, logits, prefill, decode, again, forget, facts,
     )
 }  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

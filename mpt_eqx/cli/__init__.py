@@ -4,10 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mpt_eqx.cli import chat, convert, generate, inspect
+from mpt_eqx.cli import bench, chat, convert, generate, inspect
 from mpt_eqx.errors import MPTError
 
-COMMANDS = (generate, chat, inspect, convert)  # one module each, in the order in which --help lists them
+COMMANDS = (generate, chat, inspect, convert, bench)  # one module each, in the order in which --help lists them
 
 EXAMPLES = """examples:
   mpt-eqx generate "The zip() function"                      the small model that ships with mpt_eqx
@@ -16,6 +16,7 @@ EXAMPLES = """examples:
   mpt-eqx chat --model ./mpt-7b-chat --template chatml         a conversation
   mpt-eqx inspect ./mpt-7b                                    what a checkpoint holds, and what is wrong with it
   mpt-eqx convert ./mpt-7b ./mpt-7b-aligned                   torch files or GGUF to safetensors that load at once
+  mpt-eqx bench --model ./mpt-7b --forms bfloat16,int8        how fast that is here, beside other libraries
 """
 
 

@@ -1,0 +1,248 @@
+"""What a run is written as: JSON, tables in Markdown, a plot."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mpt_eqx.errors import MPTError
+
+JSON, MARKDOWN, PLOT = "speed.json", "speed.md", "speed.png"
+COLORS = {
+    "mpt_eqx": "#0b6e4f",
+    "mpt_eqx (plain XLA)": "#8fc0a9",
+    "transformers": "#e09f3e",
+    "llama.cpp": "#577590",
+}
+
+
+def check_output(directory: Path) -> None:
+    """Refuses a directory that cannot be written to, before anything is measured.
+
+    Raises:
+        MPTError: it cannot be.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / ".speed.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise MPTError(f"--output: expected a directory that can be written to, found {directory} ({error})") from None
+
+
+def write_report(report: dict[str, Any], directory: Path) -> list[str]:
+    """Writes all three files; returns a line on each that could not be made."""
+    (directory / JSON).write_text(json.dumps(rounded(report), indent=1) + "\n")
+    (directory / MARKDOWN).write_text(markdown(report))
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return [f"{PLOT}: skipped, matplotlib not installed; pip install 'mpt_eqx[plot]'"]
+    plot(report, directory / PLOT)
+    return []
+
+
+def rounded(value: Any) -> Any:
+    """Returns figures with five digits, of which two would do."""
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [rounded(inner) for inner in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """Returns the tables, with a word on what was measured and where."""
+    settings, results = report["settings"], report["results"]
+    new, prompt = settings["new_tokens"], settings["prompt"]
+    parts = [
+        "# Speed",
+        _about(report),
+        f"## Writing: tokens per second, {new} tokens after a prompt of {prompt}",
+        "All rows of a batch together. In brackets how many times as fast mpt_eqx is. The last columns are of one row: "
+        "the weights that a step reads, times steps per second, over the memory's speed; and for the largest batch "
+        "how many times the tokens of one row.",
+        _speeds(report, "decode", settings["batch_sizes"], "batch"),
+        "## Reading: tokens per second, by the length of the prompt",
+        "One row. The last column is of the longest prompt: operations per second over the fastest product of "
+        "matrices that was seen here.",
+        _speeds(report, "prefill", settings["prefill_lengths"], "tokens"),
+        "## Loading and memory",
+        "Each in a process of its own, files in the page cache; peaks count mapped files. Start is that of the process "
+        "until its library is imported and looks for devices. Compiling is what the first "
+        "calls of all sizes above took longer than the later ones. Temporary memory is that of the compiled step of "
+        "one row, over the weights.",
+        table(
+            ["form", "", "start, s", "load, s", "peak after load, GB", "peak, GB", "weights, GB", "compiling, s",
+             "temporary"],
+            [
+                [
+                    result["form"], result["implementation"], *(
+                        _number(result.get(key), scale)
+                        for key, scale in (
+                            ("start_seconds", 1), ("load_seconds", 1), ("peak_bytes_after_load", 1e9),
+                            ("peak_bytes", 1e9), ("weight_bytes", 1e9), ("compile_seconds", 1),
+                            ("temporary_over_weights", 1),
+                        )
+                    ),
+                ]
+                for result in results
+            ],
+        ),
+        "## Whether they compute the same",
+        f"Logits after the prompt, the last four tokens read one by one, against the full forward pass of mpt_eqx "
+        f"in the widest form that was measured: the largest difference over the standard deviation of all logits; and "
+        f"how many of the first {report['greedy_tokens']} likeliest tokens are the same.",
+        table(
+            ["form", "", "difference", "at most", "same tokens", ""],
+            [
+                [
+                    result["form"], f"{result['implementation']} {result['their_form']}",
+                    _number(found.get("difference")), _number(found.get("tolerance")),
+                    str(found.get("greedy_tokens", "–")), "" if found.get("agrees") else "**disagrees**",
+                ]
+                for result in results
+                if (found := result.get("agreement"))
+            ],
+        ),
+    ]  # fmt: skip
+    if lines := [*report["skipped"], *(_failure(result) for result in results if "error" in result)]:
+        parts += ["## Left out", "\n".join(f"* {line}" for line in lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _about(report: dict[str, Any]) -> str:
+    machine, hardware, model, settings = (report[key] for key in ("machine", "hardware", "model", "settings"))
+    device = "" if hardware["backend"] == "cpu" else f", {hardware['device']}"
+    peak = ", ".join(
+        f"{max(by.values()):,.0f} GFLOP/s in {dtype}" for dtype, by in machine["matmul_GFLOP_per_s"].items()
+    )
+    start = report["start"]
+    seconds = (
+        start["error"]
+        if "error" in start
+        else f"{start['median_seconds']:.2f} s, {start['first_start_seconds']:.2f} s when nothing is compiled yet"
+    )
+    lines = [
+        f"model: {model['name']}; {model['parameters']:,} parameters, width {model['d_model']}, {model['n_layers']} "
+        f"layers, {model['n_heads']} heads, vocabulary {model['vocab_size']:,}",
+        f"machine: {hardware['cpu']}{device}, {hardware['cores']} cores, {hardware['memory_GB']} GB, "
+        f"{hardware['system']}; load average {report['load_average'][0]} before, {report['load_average'][1]} after",
+        f"measured of it: memory is read at {max(machine['read_GB_per_s'].values()):.1f} GB/s, matrices multiplied at "
+        f"{peak}",
+        f"{settings['threads']} threads each; medians of {settings['rounds']} rounds, in each of which all take turns",
+        f"optional CPU kernel: {'used, but not in the rows (plain XLA)' if report['kernel'] else 'not used'}",
+        f"from the start of `mpt-eqx generate` to its first text, model {start.get('model', '')}: {seconds}",
+        f"{report['date']}, commit {report['git_commit']}; "
+        + ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
+    ]
+    return "\n".join(f"* {line}" for line in lines)
+
+
+def _speeds(report: dict[str, Any], what: str, sizes: Sequence[int], unit: str) -> str:
+    """Returns the table of tokens per second, with what mpt_eqx makes of each other."""
+    ratios = {(r["form"], r["over"], r["what"], r["size"]): r["ratio"] for r in report["ratios"]}
+    by_batch = what == "decode"
+    header = ["form", "", *(f"{unit} {size}" if by_batch else f"{size} {unit}" for size in sizes)]
+    last = ["of the memory's speed", "of one row"] if by_batch else ["of the peak"]
+    rows = []
+    for result in report["results"]:
+        cells = []
+        for size in map(str, sizes):
+            run = result[what].get(size)
+            ratio = ratios.get((result["form"], result["implementation"], what, size))
+            cells.append("–" if run is None else _number(run["tokens_per_s"]) + (f" ({ratio:.2f}×)" if ratio else ""))
+        runs = result[what]
+        if by_batch:
+            cells.append(_percent(runs.get("1", {}).get("share_of_bandwidth")))
+            times = runs.get(str(max(sizes)), {}).get("over_one_row")
+            cells.append("–" if times is None else f"{times:.1f}×")
+        else:
+            cells.append(_percent(runs.get(str(max(sizes, default=0)), {}).get("share_of_peak")))
+        rows.append([result["form"], _label(result), *cells])
+    return table([*header, *last], rows)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _label(result: dict[str, Any]) -> str:
+    name, theirs = result["implementation"], result["their_form"]
+    return name if theirs == result["form"] else f"{name}, {theirs}"
+
+
+def _failure(result: dict[str, Any]) -> str:
+    return f"{result['implementation']}, {result['form']}: failed, {result['error']}"
+
+
+def _number(value: float | None, scale: float = 1) -> str:
+    if value is None:
+        return "–"
+    value /= scale
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.0f} %"
+
+
+def plot(report: dict[str, Any], file: Path) -> None:
+    """Writes bars: for each form and size, tokens per second of each implementation."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    settings, results = report["settings"], report["results"]
+    sides: list[tuple[str, str, Sequence[int], Callable[[int], str]]] = [
+        ("decode", "writing, tokens/s", settings["batch_sizes"], lambda n: f"{n} row{'s' * (n != 1)}"),
+        ("prefill", "reading, tokens/s", settings["prefill_lengths"], lambda n: f"{n:,} tokens"),
+    ]
+    forms = list(dict.fromkeys(result["form"] for result in results))
+    names = [name for name in COLORS if any(result["implementation"] == name for result in results)]
+    most = max(1, *(len(sizes) for _, _, sizes, _ in sides))
+    # Half an inch and a fifth of an inch a bar for each group, so that no number touches the next.
+    figure = Figure(figsize=(13, 1.6 + len(forms) * most * (0.12 + 0.2 * max(1, len(names)))), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(max(1, len(forms)), 2, squeeze=False)
+    for row, form in zip(axes, forms, strict=False):
+        own = [result for result in results if result["form"] == form]
+        for axis, (what, title, sizes, label) in zip(row, sides, strict=True):
+            _bars(axis, own, what, sizes, label)
+            axis.set_title(f"{form}: {title}", loc="left", fontsize=10)
+    handles = [_patch(COLORS[name], name) for name in names]
+    figure.legend(handles=handles, loc="outside upper center", ncols=max(1, len(handles)), frameon=False)
+    model, hardware = report["model"], report["hardware"]
+    device = hardware["cpu"] if hardware["backend"] == "cpu" else hardware["device"]
+    figure.supxlabel(
+        f"{model['parameters'] / 1e6:,.0f} million parameters ({model['name']}), {device}, "
+        f"{settings['threads']} threads",
+        fontsize=9,
+    )
+    figure.savefig(file, dpi=110)
+
+
+def _bars(
+    axis: Any, results: list[dict[str, Any]], what: str, sizes: Sequence[int], label: Callable[[int], str]
+) -> None:
+    """Draws the groups of one axis, the first size on top, each bar with its figure."""
+    height = 0.8 / max(1, len(results))
+    for place, size in enumerate(sizes):
+        for number, result in enumerate(results):
+            if run := result[what].get(str(size)):
+                y = place + (number - (len(results) - 1) / 2) * height
+                bar = axis.barh(y, run["tokens_per_s"], height * 0.92, color=COLORS[result["implementation"]])
+                axis.bar_label(bar, [_number(run["tokens_per_s"])], padding=3, fontsize=8)
+    axis.set_yticks(range(len(sizes)), [label(size) for size in sizes])
+    axis.invert_yaxis()
+    axis.margins(x=0.12)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8)
+
+
+def _patch(color: str, label: str) -> Any:
+    from matplotlib.patches import Patch
+
+    return Patch(color=color, label=label)
