@@ -59,7 +59,7 @@ def quantize(model: MPT, scheme: str, *, embeddings: bool = False) -> MPT:
     total = sum(weight.size for weight in _weights(model, quantization))
     with tqdm(total=total, desc="quantising", unit="", unit_scale=True, delay=2, disable=None, leave=False) as bar:
 
-        def make(name: str, weight: Float[Array, "out in"]) -> QuantizedWeight:
+        def make(name: str, weight: Float[Array | np.ndarray, "out in"]) -> QuantizedWeight:
             made = quantized(name, weight, scheme)
             bar.update(weight.size)
             return made
@@ -164,10 +164,13 @@ def quantized(name: str, weight: Float[Array | np.ndarray, "out in"], scheme: st
     """
     quantize_rows = to_int8 if scheme == "int8" else to_int4
     rows = max(NUMBERS // weight.shape[1], 1)
-    parts = [quantize_rows(jnp.asarray(weight[at : at + rows])) for at in range(0, len(weight), rows)]
-    values, scale = (jnp.concatenate(part) for part in zip(*parts, strict=True))
-    if not isinstance(scale, jax.core.Tracer) and not np.isfinite(np.asarray(scale)).all():
-        raise MPTError(f"{name}: expected finite numbers, found NaN or infinity; the weights are damaged")
+    parts = []
+    for at in range(0, len(weight), rows):
+        part = jnp.asarray(weight[at : at + rows])
+        if not isinstance(part, jax.core.Tracer) and not jnp.isfinite(part).all():
+            raise MPTError(f"{name}: expected finite numbers, found NaN or infinity; the weights are damaged")
+        parts.append(quantize_rows(part))
+    values, scale = (jnp.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return QuantizedWeight(values, scale, np.dtype(weight.dtype))
 
 
@@ -176,7 +179,7 @@ def to_int8(weight: Float[Array, "out in"]) -> tuple[Int8[Array, "out in"], Floa
     """Returns values and scale of `QuantizedWeight` in 8 bits; a row of zeros has the scale 0."""
     w = weight.astype(jnp.float32)
     scale = jnp.max(jnp.abs(w), axis=1, keepdims=True) / 127
-    return _rounded(w, scale, -127, 127).astype(jnp.int8), scale
+    return _rounded(w, scale, low=-127, high=127).astype(jnp.int8), scale
 
 
 @jax.jit
@@ -190,13 +193,13 @@ def to_int4(weight: Float[Array, "out in"]) -> tuple[UInt8[Array, "out half"], B
 
     def better(best: tuple[Array, Array], scale: Array) -> tuple[tuple[Array, Array], None]:
         # By the largest number, because a square of it might be too large or too small for float32.
-        errors = (w - scale * _rounded(w, scale, -8, 7)) / jnp.where(largest == 0, 1, largest)
+        errors = (w - scale * _rounded(w, scale, low=-8, high=7)) / jnp.where(largest == 0, 1, largest)
         error = jnp.sum(errors**2, axis=-1, keepdims=True)
         return (jnp.minimum(error, best[0]), jnp.where(error < best[0], scale, best[1])), None
 
     start = (jnp.full_like(largest, jnp.inf), jnp.full_like(largest, jnp.nan))
     (_, scale), _ = jax.lax.scan(better, start, scales)
-    numbers = (_rounded(w, scale, -8, 7) + 8).astype(jnp.uint8).reshape(len(weight), -1, 2, GROUP // 2)
+    numbers = (_rounded(w, scale, low=-8, high=7) + 8).astype(jnp.uint8).reshape(len(weight), -1, 2, GROUP // 2)
     packed = numbers[:, :, 0] | (numbers[:, :, 1] << 4)
     return packed.reshape(len(weight), -1), scale[..., 0].astype(jnp.bfloat16)
 

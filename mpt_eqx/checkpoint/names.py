@@ -72,4 +72,4 @@ def with_leaves(model: Any, arrays: Mapping[str, Any]) -> Any:
 def _name(path: tuple[Any, ...]) -> str:
     """Returns the canonical name of a leaf: its path, because fields are called as tensors are."""
     name = jax.tree_util.keystr(path, simple=True, separator=".")
-    return name if name == HEAD else f"transformer.{name}"
+    return name if name == HEAD or name.startswith(f"{HEAD}.") else f"transformer.{name}"
