@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 import mpt_eqx
-import mpt_eqx.kernel
+from mpt_eqx import kernel
 from mpt_eqx.bench.measure import ONE_BY_ONE, Implementation, step_bytes
 from mpt_eqx.checkpoint import from_pretrained
 from mpt_eqx.checkpoint.names import named_leaves
@@ -24,7 +24,7 @@ from mpt_eqx.model import MPT
 
 def kernel_is_used() -> bool:
     """Tells whether the optional CPU kernel is there and not switched off."""
-    return bool(mpt_eqx.kernel.available())
+    return bool(kernel.available())
 
 
 def open_mpt_eqx(place: str, form: str, config: MPTConfig) -> Implementation:
@@ -84,7 +84,8 @@ def temporary_bytes(model: MPT) -> int:
     """Returns the memory besides weights and cache that the compiled decode step of one row needs."""
     fixed = (model, check_options(model.config, max_new_tokens=CHUNK), jax.random.key(0))
     state = empty_state(model, 1, capacity_for(model.config, 1))
-    memory = decode.lower(fixed, state, CHUNK, False).compile().compiled.memory_analysis()
+    step: Any = decode
+    memory = step.lower(fixed, state, CHUNK, False).compile().compiled.memory_analysis()
     return int(memory.temp_size_in_bytes)
 
 

@@ -207,7 +207,7 @@ def open_llama_cpp(place: str, form: str, config: MPTConfig) -> Implementation:
             # The rows that were asked for lie one after the other.
             address = ctypes.addressof(first.contents)
             array = (ctypes.c_float * (vocab_size * wanted)).from_address(address)
-            return np.frombuffer(array, np.float32).reshape(wanted, vocab_size)
+            return np.ctypeslib.as_array(array).reshape(wanted, vocab_size)
 
     def prefill(prompt: list[int]) -> Any:
         context = Context(1, len(prompt))

@@ -140,7 +140,10 @@ def run_benchmark(settings: Settings, say: Say, warn: Say) -> dict[str, Any]:
         skipped.append(line)
         warn(line)
 
-    chosen = [peer for peer in settings.peers if not (line := peers.missing(peer)) or skip(line)]
+    lines = {peer: peers.missing(peer) for peer in settings.peers}
+    for line in filter(None, lines.values()):
+        skip(line)
+    chosen = [peer for peer, line in lines.items() if line is None]
     before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="mpt_eqx-bench-") as temporary:
         directory = Path(temporary)
@@ -298,7 +301,7 @@ def _measure_together(job: _Job, form: str, names: Sequence[str], stack: ExitSta
             return None
         return answer
 
-    file = job.directory / "logits.npy"
+    same_tokens = dict.fromkeys(names, GREEDY)
     for name, result in results.items():
         place = str(_place(job, name, form))
         environment = PLAIN_XLA if name == PLAIN else {}
@@ -309,10 +312,6 @@ def _measure_together(job: _Job, form: str, names: Sequence[str], stack: ExitSta
         if answer is not None:
             seconds = time.perf_counter() - workers[name].started
             result |= {**answer, "start_seconds": seconds - answer["load_seconds"]}
-        if ask(name, "comparing", "logits", length=job.settings.prompt, file=str(file)) is not None:
-            result["agreement"] = agreement(np.load(job.directory / REFERENCE_LOGITS), np.load(file), form)
-            if not result["agreement"]["agrees"]:
-                job.warn(disagreement(result))
     steps = job.settings.new_tokens
     for length in job.lengths:
         runs = _in_turn(names, ask, "prefill", length, job.settings.rounds, {"length": length})
@@ -323,9 +322,16 @@ def _measure_together(job: _Job, form: str, names: Sequence[str], stack: ExitSta
         runs = _in_turn(names, ask, "decode", rows, job.settings.rounds, question)
         for name, run in runs.items():
             same = [a == b for a, b in zip(job.greedy, run.pop("tokens"), strict=False)]
-            results[name]["agreement"]["greedy_tokens"] = [*same, False].index(False)
+            same_tokens[name] = min(same_tokens[name], [*same, False].index(False))
             results[name]["decode"][str(rows)] = {**run, "tokens_per_s": rows * steps / run["median_seconds"]}
+    file = job.directory / "logits.npy"
     for name, result in results.items():
+        # After the measuring, because it would compile what the first prompt is to be compiled for.
+        if ask(name, "comparing", "logits", length=job.settings.prompt, file=str(file)) is not None:
+            found = agreement(np.load(job.directory / REFERENCE_LOGITS), np.load(file), form)
+            result["agreement"] = {**found, "greedy_tokens": same_tokens[name]}
+            if not found["agrees"]:
+                job.warn(disagreement(result))
         result |= ask(name, "looking at its memory", "facts") or {}
         if name in (US, PLAIN):
             result["compile_seconds"] = compile_seconds(result)

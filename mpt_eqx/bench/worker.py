@@ -83,7 +83,8 @@ def probe(kept: dict[str, Any], peer: str) -> dict[str, Any]:
 def load(kept: dict[str, Any], implementation: str, place: str, form: str, config: dict[str, Any]) -> dict[str, Any]:
     """Imports an implementation and loads the weights."""
     if implementation == "transformers":
-        import transformers  # noqa: F401
+        import torch  # noqa: F401
+        from transformers import MptForCausalLM  # noqa: F401
 
         from mpt_eqx.bench.peers import open_transformers as opened
     elif implementation == "llama.cpp":
