@@ -439,6 +439,27 @@ def test_what_is_too_long(changes, message, tiny_config):
     assert check_lengths(Settings(prefill_lengths=(3,)), tiny_config()) == (3,)
 
 
+def test_what_is_quantised_already(tiny_model, tmp_path):
+    from mpt_eqx import MPTError, quantize, save_pretrained
+    from mpt_eqx.bench.ours import prepare
+
+    save_pretrained(quantize(tiny_model, "int8"), tmp_path / "m")
+    with pytest.raises(MPTError, match="expected weights that are not quantised, found int8; give the checkpoint that"):
+        prepare(str(tmp_path / "m"), tmp_path, ["int8"])
+
+
+def test_a_form_that_cannot_be_made_is_said(tmp_path):
+    """And weights of dropout, which has switches beside its weights, are cast."""
+    from mpt_eqx import MPT, MPTConfig, save_pretrained
+    from mpt_eqx.bench.ours import prepare
+
+    config = MPTConfig(d_model=16, n_heads=2, n_layers=1, vocab_size=32, resid_pdrop=0.1)
+    save_pretrained(MPT(config, key=jax.random.key(0)), tmp_path / "m")
+    made = prepare(str(tmp_path / "m"), tmp_path, ["float32", "int8", "int4"])
+    assert list(made["failed"]) == ["int4"] and "32" in made["failed"]["int4"]
+    assert {path.name for path in tmp_path.iterdir()} == {"m", "float32", "bfloat16", "int8"}
+
+
 @pytest.mark.parametrize(("agrees", "code"), [(True, 0), (False, 1)])
 def test_the_command_writes_tables(canned, agrees, code, monkeypatch, tmp_path, capsys):
     from mpt_eqx.bench import run

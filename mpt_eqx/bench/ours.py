@@ -20,6 +20,7 @@ from mpt_eqx.generation.arguments import check_options
 from mpt_eqx.generation.decode import DecodeState, append, decode, empty_state, next_logits, spread
 from mpt_eqx.generation.loop import CHUNK, bar, capacity_for, chunk_for, make_tokens, read_prompts
 from mpt_eqx.model import MPT
+from mpt_eqx.quantization import quantization_of
 
 
 def kernel_is_used() -> bool:
@@ -98,12 +99,20 @@ def reference(place: str, prompt: list[int], steps: int) -> tuple[np.ndarray, li
     return logits, tokens
 
 
+def cast(model: MPT, dtype: str) -> MPT:
+    """Returns the model with its weights in another type; what is no weight, such as a switch of dropout, stays."""
+    return jax.tree.map(lambda x: x.astype(dtype) if eqx.is_array(x) else x, model)
+
+
 def prepare(source: str | None, directory: Path, forms: Sequence[str]) -> dict[str, Any]:
     """Writes the weights, a directory for each form; without a source, random ones of the reference size.
 
     Returns:
         The model's config.json, and why a form could not be made. Quantised weights are made of those in bfloat16,
         which stays the type that is computed in; bfloat16 is there in any case.
+
+    Raises:
+        MPTError: the source is quantised already.
     """
     from mpt_eqx.bench.run import REFERENCE
 
@@ -112,9 +121,14 @@ def prepare(source: str | None, directory: Path, forms: Sequence[str]) -> dict[s
         model = MPT(REFERENCE, key=jax.random.key(0))
     else:
         model = from_pretrained(source, dtype=base, progress=False)
-    model = jax.tree.map(lambda x: x.astype(base), model)
+    if (found := quantization_of(model)) is not None:
+        raise MPTError(
+            f"{source}: expected weights that are not quantised, found {found.scheme}; give the checkpoint that they "
+            f"were made from, and --forms {found.scheme}"
+        )
+    model = cast(model, base)
     mpt_eqx.save_pretrained(model, directory / base)
-    half = jax.tree.map(lambda x: x.astype("bfloat16"), model)
+    half = cast(model, "bfloat16")
     if base != "bfloat16":
         mpt_eqx.save_pretrained(half, directory / "bfloat16")
     del model
