@@ -302,7 +302,7 @@ print(len(jax.devices()))
 """
 
 
-def test_the_sharding_does_not_show():
+def test_quantised_weights_on_several_devices():
     """Rows or columns on four devices, quantised before or after that."""
     done = subprocess.run(
         [sys.executable, "-c", SHARDED], capture_output=True, text=True, timeout=300,
@@ -577,6 +577,10 @@ OURS = {"method": "mpt_eqx", "scheme": "int8", "embeddings": False}
         (OURS | {"group": 7}, "expected null or an object of method, scheme and embeddings, found "),
         ("int8", "expected null or an object of method, scheme and embeddings, found 'int8'"),
     ],
+    ids=[
+        *("gptq", "awq", "bitsandbytes", "quant_method of ours", "empty", "no method", "scheme", "list", "embeddings"),
+        *("keys missing", "key unknown", "text"),
+    ],
 )  # fmt: skip
 def test_other_ways_to_quantise_are_refused_by_name(content, message, tmp_path):
     from mpt_eqx import ConfigError, MPTConfig, from_pretrained
@@ -644,3 +648,14 @@ def test_on_the_command_line(tmp_path, capsys):
     assert re.search(r"^quantised   matrices in int8, but the embedding$", capsys.readouterr().out, re.MULTILINE)
     assert main(["generate", "The", "--model", str(tmp_path / "m"), "--max-new-tokens", "3"]) == 0
     assert main(["convert", str(SHIPPED_MODEL), str(tmp_path / "x"), "--quantize", "int7"]) == 1
+
+
+def test_the_readmes_figures_of_quality_are_the_committed_ones():
+    root = Path(__file__).parent.parent
+    found = json.loads((root / "benchmarks" / "results" / "quality.json").read_text())
+    for text in ((root / "README.md").read_text(), (root / "benchmarks" / "results" / "quality.md").read_text()):
+        assert f"on {found['tokens']:,} tokens" in text
+        for row in found["weights"]:
+            assert f"| {' | '.join(map(str, row.values()))} |" in text
+    kl = {row["weights"]: row["KL"] for row in found["weights"]}
+    assert kl["int8"] < 0.001 and kl["int4"] < 0.05
