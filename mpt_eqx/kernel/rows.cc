@@ -16,6 +16,8 @@ namespace {
 
 constexpr int kLanes = 16;
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef float Half __attribute__((vector_size(2 * kLanes)));
+typedef float Quarter __attribute__((vector_size(kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
@@ -37,22 +39,33 @@ inline To bits(From from) {
   return to;
 }
 
+// GCC makes two halves of these conversions, or takes single numbers out of the vector, if it is not told.
 inline Ints widened(Bytes numbers) {
 #ifdef __AVX512F__
   return bits<Ints>(_mm512_cvtepi8_epi32(bits<__m128i>(numbers)));
 #else
-  // Two steps, because GCC takes single numbers out of the vector for one.
   return __builtin_convertvector(__builtin_convertvector(numbers, Shorts), Ints);
 #endif
 }
 
+inline Words widened(Halves numbers) {
+#ifdef __AVX512F__
+  return bits<Words>(_mm512_cvtepu16_epi32(bits<__m256i>(numbers)));
+#else
+  return __builtin_convertvector(numbers, Words);
+#endif
+}
+
+template <typename Part, typename Vector>
+inline Part folded(Vector v) {
+  Part halves[2];
+  std::memcpy(halves, &v, sizeof(v));
+  return halves[0] + halves[1];
+}
+
 inline float total(Floats v) {
-  float sum[kLanes];
-  std::memcpy(sum, &v, sizeof(v));
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; i++) sum[i] += sum[i + width];
-  }
-  return sum[0];
+  const Quarter quarter = folded<Quarter>(folded<Half>(v));
+  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
 
 // How sixteen numbers from column `at` on of a row that begins at `row` become float32.
@@ -64,14 +77,14 @@ struct Float32 {
 struct BFloat16 {
   static constexpr int kBytes = 2;
   static Floats read(const uint8_t* row, int64_t at) {
-    return bits<Floats>(__builtin_convertvector(load<Halves>(row + 2 * at), Words) << 16);
+    return bits<Floats>(widened(load<Halves>(row + 2 * at)) << 16);
   }
 };
 
 struct Float16 {
   static constexpr int kBytes = 2;
   static Floats read(const uint8_t* row, int64_t at) {
-    Words half = __builtin_convertvector(load<Halves>(row + 2 * at), Words);
+    Words half = widened(load<Halves>(row + 2 * at));
     // The exponent moves from bias 15 to bias 127 by a product, which also makes subnormal numbers right.
     Floats magnitude = bits<Floats>((half & 0x7fff) << 13) * 0x1p112f;
     Words infinite = (Words)((half & 0x7c00) == 0x7c00) & 0x7f800000u;

@@ -36,7 +36,10 @@ def row_sum(x: Float[Array, "*T D"]) -> Float[Array, "*T"]:
     """Returns the sum over the last axis, in an order that does not depend on how many rows there are.
 
     XLA's CPU backend splits sums over few rows otherwise than those over many, so that a token would be rounded
-    otherwise in a batch than alone. A product with ones is summed in the same order for any number of rows above one.
+    otherwise in a batch than alone. A product with ones is summed in the same order for any number of rows above one;
+    a single one is therefore summed twice.
     """
     ones = jnp.ones((x.shape[-1], 2), x.dtype)
-    return jnp.matmul(x, ones, precision="highest")[..., 0]
+    rows = x if x.size > x.shape[-1] else jnp.stack([x, x])
+    sums = jnp.matmul(rows, ones, precision="highest")[..., 0]
+    return sums if rows is x else sums[0]
