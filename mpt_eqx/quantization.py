@@ -17,7 +17,7 @@ from mpt_eqx.model.linear import Embedding, Linear
 from mpt_eqx.model.moe import Router
 from mpt_eqx.model.quantized import GROUP, QuantizedWeight
 
-NUMBERS = 2**22
+NUMBERS = 2**20
 """How many numbers are quantised at once, as whole rows, so that a large weight needs little memory on the way."""
 
 DIVISORS = (-8.0, -7.0, -7.25, -7.5, -7.75, -8.25, -8.5, -8.75, -9.0)

@@ -234,6 +234,14 @@ def test_writing_needs_a_tensor_or_two(measure, action, name, dtype, tensors):
     assert "error" not in found and found["peak"] < most, found
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_quantising_a_checkpoint_needs_a_tensor(measure, scheme):
+    """Not the weights: what one tensor becomes, and a few rows of it on the way."""
+    most = 0.05 * SIZE + 2 * TENSOR
+    found = measure("zip", action="convert", limit=most, quantize=scheme)
+    assert "error" not in found and found["peak"] < most, found
+
+
 def test_the_numbers_are_the_same_in_every_format(checkpoints):
     from mpt_eqx import checkpoint_info
 

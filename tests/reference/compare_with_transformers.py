@@ -9,7 +9,7 @@ import torch
 import transformers
 from conftest import GOLDEN
 
-from mpt_eqx import SHIPPED_MODEL, from_pretrained, generate, save_pretrained
+from mpt_eqx import SHIPPED_MODEL, from_pretrained, generate, quantize, save_pretrained
 
 PROMPTS = ("The zip() function", "Return True if", "json.dumps(obj", "class collections.")
 CASES = ("hf_default", "hf_heads6", "hf_clip_qkv", "hf_eps", "hf_softmax_scale", "hf_untied", "hf_maxlen", "hf_sharded")
@@ -38,6 +38,14 @@ def test_transformers_loads_what_we_save(name, tmp_path):
     with torch.no_grad():
         logits = theirs(torch.from_numpy(tokens)[None]).logits[0].numpy()
     np.testing.assert_allclose(model(jnp.asarray(tokens)), logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_transformers_refuses_what_is_quantised(scheme, tmp_path):
+    """Otherwise it would draw the weights that it does not find at random."""
+    save_pretrained(quantize(from_pretrained(GOLDEN / "hf_default"), scheme), tmp_path)
+    with pytest.raises(ValueError, match="quantization config from the arguments has no `quant_method`"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", CASES)
