@@ -92,14 +92,16 @@ def markdown(report: dict[str, Any]) -> str:
         ),
         "## Whether they compute the same",
         f"Logits after the prompt, the last four tokens read one by one, against the full forward pass of mpt_eqx "
-        f"in the widest form that was measured: the largest difference over the standard deviation of all logits; and "
-        f"how many of the first {report['greedy_tokens']} likeliest tokens are the same.",
+        f"in the widest form that was measured: the root mean square of their difference over the standard deviation "
+        f"of all logits, the largest difference, and how many of the first {report['greedy_tokens']} likeliest tokens "
+        f"are the same. Of random weights two tokens are often as likely as each other.",
         table(
-            ["form", "", "difference", "at most", "same tokens", ""],
+            ["form", "", "difference", "at most", "largest", "same tokens", ""],
             [
                 [
                     result["form"], f"{result['implementation']} {result['their_form']}",
                     _number(found.get("difference")), _number(found.get("tolerance")),
+                    _number(found.get("largest_difference")),
                     str(found.get("greedy_tokens", "–")), "" if found.get("agrees") else "**disagrees**",
                 ]
                 for result in results

@@ -32,7 +32,8 @@ what the numbers mean:
   peak         the most memory of the process, with mapped files; measured in a process for each form
   compiling    what first calls took longer than later ones; mpt-eqx generate --compile-cache keeps it
   temporary    memory of one step besides weights and cache, over the weights
-  difference   of the logits from those of float32; where it is too large, the figures are of another computation
+  difference   of the logits from those of the widest form measured; too large a one means that something else was
+               computed, and its speed is worth nothing
 
 llama.cpp's forms are F32, BF16, Q8_0 and Q4_0, its embedding quantised, too, as in our int8 and int4. Everybody gets
 the same threads. Nothing else should run meanwhile; medians of alternating rounds help against what does.
