@@ -84,11 +84,18 @@ struct BFloat16 {
 struct Float16 {
   static constexpr int kBytes = 2;
   static Floats read(const uint8_t* row, int64_t at) {
-    Words half = widened(load<Halves>(row + 2 * at));
-    // The exponent moves from bias 15 to bias 127 by a product, which also makes subnormal numbers right.
-    Floats magnitude = bits<Floats>((half & 0x7fff) << 13) * 0x1p112f;
-    Words infinite = (Words)((half & 0x7c00) == 0x7c00) & 0x7f800000u;
-    return bits<Floats>(bits<Words>(magnitude) | infinite | ((half & 0x8000) << 16));
+    const Halves half = load<Halves>(row + 2 * at);
+#if defined(__AVX512F__)
+    return bits<Floats>(_mm512_cvtph_ps(bits<__m256i>(half)));
+#else
+    const Words word = widened(half), magnitude = word & 0x7fff;
+    // The exponent moves from bias 15 to bias 127, that of infinity and NaN to the largest. What is subnormal is a
+    // whole number of 2^-24; bits of subnormal float32 would not do, since XLA's threads take those for zero.
+    const Words normal = (magnitude << 13) + 0x38000000u + ((Words)(magnitude >= 0x7c00) & 0x38000000u);
+    const Words subnormal = bits<Words>(__builtin_convertvector(bits<Ints>(magnitude), Floats) * 0x1p-24f);
+    const Words small = (Words)(magnitude < 0x400);
+    return bits<Floats>((small & subnormal) | (~small & normal) | ((word & 0x8000) << 16));
+#endif
   }
 };
 
@@ -198,7 +205,7 @@ void run(const Rows& p, int64_t first, int64_t last) {
 
 }  // namespace
 
-void MPT_EQX_ISA(const Rows& p, int64_t first, int64_t last) {
+extern "C" void MPT_EQX_ISA(const Rows& p, int64_t first, int64_t last) {
   switch (p.kind) {
     case Kind::kFloat32: return run<Float32>(p, first, last);
     case Kind::kBFloat16: return run<BFloat16>(p, first, last);

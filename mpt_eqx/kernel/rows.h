@@ -17,4 +17,4 @@ struct Rows {
 
 // Computes the rows from `first` up to `last` of y; one for each instruction set.
 using RowsFunction = void(const Rows&, int64_t first, int64_t last);
-RowsFunction rows_default, rows_v3, rows_v4;
+extern "C" RowsFunction rows_default, rows_v3, rows_v4;

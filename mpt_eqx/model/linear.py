@@ -1,5 +1,7 @@
 """Linear map and embedding, with the weights as checkpoints store them or quantised."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -92,7 +94,7 @@ def _few_rows(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
 
 
 @_few_rows.def_vmap
-def _(size: int, batched: list, weight: Weight, x: Array) -> tuple[Float[Array, "B T out"], bool]:
+def _(size: int, batched: list, weight: Any, x: Array) -> tuple[Float[Array, "B T out"], bool]:
     """The rows of a batch become more positions; with a weight for each row, XLA has the product."""
     weight_batched, x_batched = batched
     if any(jax.tree.leaves(weight_batched)):
@@ -124,7 +126,8 @@ def _in_parts(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
 
     def part(number: Int[Array, ""], y: Float[Array, "out T"]) -> Float[Array, "out T"]:
         first = jnp.minimum(number * count, rows - count)
-        taken = jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, first, count), weight)
+        here, first = jax.lax.optimization_barrier((weight, first))  # as in Embedding
+        taken = jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, first, count), here)
         widened = dequantized(taken.values, taken.scale) if isinstance(taken, QuantizedWeight) else taken
         # Behind a barrier, because a product that is fused with what makes its operand is summed in another order.
         widened = jax.lax.optimization_barrier(widened.astype(x.dtype))

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Float32, Int8, UInt8
 LIBRARY = Path(__file__).parent / "libmatvec.so"
 TARGET = "mpt_eqx_matvec"
 SWITCH = "MPT_EQX_KERNEL"
+BUILD = "python -m mpt_eqx.kernel.build"
 
 
 def available() -> bool:
@@ -25,12 +26,12 @@ def missing() -> str | None:
     if os.environ.get(SWITCH) == "0":
         return f"it is switched off by {SWITCH}=0"
     if not LIBRARY.exists():
-        return "no C++ compiler was found when mpt_eqx was installed"
+        return f"it was not compiled when mpt_eqx was installed; do so with {BUILD}"
     try:
         function = getattr(ctypes.cdll.LoadLibrary(str(LIBRARY)), TARGET)
         jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(function), platform="cpu")
     except Exception as error:  # another machine's file, or another JAX's interface: all works without it
-        return f"{LIBRARY} cannot be used ({error}); install mpt_eqx again"
+        return f"{LIBRARY} cannot be used ({error}); make it anew with {BUILD}"
     return None
 
 

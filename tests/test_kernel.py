@@ -1,0 +1,287 @@
+"""Products of few rows: by the compiled kernel where there is one, by XLA where not; both are tested."""
+
+import ctypes
+import functools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+KINDS = ("float32", "bfloat16", "float16", "int8", "int4")
+
+
+@pytest.fixture(params=["kernel", "XLA"])
+def way(request, monkeypatch):
+    """Each test runs with the kernel and without."""
+    from mpt_eqx import kernel
+
+    if request.param == "XLA":
+        monkeypatch.setattr(kernel, "available", lambda: False)
+    elif not kernel.available():
+        pytest.skip(f"no kernel: {kernel.missing()}")
+    jax.clear_caches()
+    yield request.param
+    jax.clear_caches()
+
+
+def made(kind: str, out: int, columns: int, seed: int = 0):
+    """A weight of this kind, and the numbers that it stands for."""
+    from mpt_eqx.model.quantized import QuantizedWeight, dequantized
+
+    rng = np.random.default_rng(seed)
+    if not kind.startswith("int"):
+        weight = jnp.asarray(rng.normal(size=(out, columns)), kind)
+        return weight, np.asarray(weight, np.float64)
+    if kind == "int8":
+        values = jnp.asarray(rng.integers(-127, 128, size=(out, columns)), jnp.int8)
+        scale = jnp.asarray(rng.random((out, 1)), jnp.float32)
+    else:
+        values = jnp.asarray(rng.integers(0, 256, size=(out, columns // 2)), jnp.uint8)
+        scale = jnp.asarray(rng.random((out, columns // 32)), jnp.bfloat16)
+    return QuantizedWeight(values, scale, np.dtype("float32")), np.asarray(dequantized(values, scale), np.float64)
+
+
+def rows_of(weight, x):
+    """W x for every row of a batch, as the model asks for it: one position under vmap."""
+    from mpt_eqx.model.linear import product
+
+    return jax.jit(jax.vmap(lambda weight, row: product(weight, row[None])[0], (None, 0)))(weight, x)
+
+
+def program(function, *arguments) -> str:
+    return jax.jit(function).lower(*arguments).compile().as_text()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from(KINDS), st.integers(1, 80), st.sampled_from([1, 15, 16, 33, 64, 100]), st.integers(1, 20),
+    st.integers(0, 2**31),
+)  # fmt: skip
+def test_the_kernel_is_the_product(kind, out, columns, rows, seed):
+    """For any size: rows that fill no register, columns that fill no share."""
+    from mpt_eqx import kernel
+
+    if not kernel.available():
+        pytest.skip(f"no kernel: {kernel.missing()}")
+    weight, numbers = made(kind, out, 64 if kind == "int4" else columns, seed)
+    x = np.random.default_rng(seed + 1).normal(size=(rows, numbers.shape[1])).astype(np.float32)
+    exact = x.astype(np.float64) @ numbers.T
+    size = np.abs(x).astype(np.float64) @ np.abs(numbers).T
+    assert (np.abs(rows_of(weight, jnp.asarray(x)) - exact) <= 1e-6 * size).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_row_is_the_same_to_the_bit_in_any_batch(kind, dtype, way, monkeypatch):
+    from mpt_eqx.model import linear
+
+    monkeypatch.setattr(linear, "PART", 64 * 50)  # several parts, the last of them not whole
+    weight, numbers = made(kind, 370, 64)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(20, 64)), dtype)
+    everything = rows_of(weight, x)
+    np.testing.assert_allclose(everything, np.asarray(x, np.float64) @ numbers.T, atol=2e-3, rtol=1e-5)
+    for rows in (1, 2, 3, 7, 8, 9, 16):
+        np.testing.assert_array_equal(rows_of(weight, x[:rows]), everything[:rows])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_few_rows_and_many_agree(kind, way):
+    """Steps of decoding and prompts are multiplied in different ways; in float32 they agree closely."""
+    from mpt_eqx.model.linear import FEW, product
+
+    weight, numbers = made(kind, 96, 128)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(FEW + 1, 128)), jnp.float32)
+    size = np.abs(np.asarray(x, np.float64)) @ np.abs(numbers).T
+    assert (np.abs(product(weight, x)[:FEW] - product(weight, x[:FEW])) <= 1e-6 * size[:FEW]).all()
+
+
+def copies():
+    """The products for each instruction set that this processor has, as functions of a kind, arrays and vectors."""
+    from mpt_eqx import kernel
+    from mpt_eqx.kernel.call import LIBRARY
+
+    if not kernel.available():
+        pytest.skip(f"no kernel: {kernel.missing()}")
+
+    class Rows(ctypes.Structure):
+        _fields_ = [
+            ("kind", ctypes.c_int),
+            *[(name, ctypes.c_void_p) for name in ("weight", "scale", "x", "y")],
+            *[(name, ctypes.c_int64) for name in ("out", "in", "vectors")],
+        ]
+
+    def called(function, kind, values, scale, x):
+        y = np.zeros((len(x), len(values)), np.float32)
+        where = (values.ctypes.data, None if scale is None else scale.ctypes.data, x.ctypes.data, y.ctypes.data)
+        rows = Rows(KINDS.index(kind), *where, len(values), x.shape[1], len(x))
+        function(ctypes.byref(rows), ctypes.c_int64(0), ctypes.c_int64(len(values)))
+        return y
+
+    flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text())) if Path("/proc/cpuinfo").exists() else set()
+    needs = {"rows_default": set(), "rows_v3": {"avx2", "fma"}, "rows_v4": {"avx512f", "avx512bw", "avx512vl"}}
+    library = ctypes.cdll.LoadLibrary(str(LIBRARY))
+    names = [name for name, need in needs.items() if need <= flags and hasattr(library, name)]
+    assert names
+    return [functools.partial(called, getattr(library, name)) for name in names]
+
+
+def test_every_number_of_16_bits_is_read_right():
+    """Subnormal numbers, infinities and NaN too: sixteen times each, and once where a row is shorter than a register."""
+    bits = np.arange(2**16, dtype=np.uint16)
+    for kind, dtype in (("float16", np.float16), ("bfloat16", jnp.bfloat16)):
+        numbers = bits.view(dtype)
+        expected = numbers.astype(np.float32)
+        for columns in (1, 16):
+            weight = np.repeat(numbers[:, None], columns, axis=1)
+            for copy in copies():
+                found = copy(kind, weight, None, np.ones((1, columns), np.float32))[0]
+                with np.errstate(over="ignore", invalid="ignore"):
+                    np.testing.assert_array_equal(found, expected * columns)
+
+
+def test_every_instruction_set_gives_the_product():
+    for kind in KINDS:
+        weight, numbers = made(kind, 21, 96)
+        values, scale = (weight.values, weight.scale) if kind.startswith("int") else (weight, None)
+        values, scale = np.asarray(values), None if scale is None else np.asarray(scale)
+        x = np.random.default_rng(1).normal(size=(11, 96)).astype(np.float32)
+        for copy in copies():
+            np.testing.assert_allclose(copy(kind, values, scale, x), x @ numbers.T, atol=2e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_goes_through_xla(kind):
+    """With respect to x, for one row and for a batch; the program of the gradient does not call the kernel."""
+    weight, numbers = made(kind, 40, 64)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 64)), jnp.float32)
+
+    def loss(x):
+        return jnp.sum(rows_of(weight, x) ** 2)
+
+    exact = 2 * (np.asarray(x, np.float64) @ numbers.T) @ numbers
+    np.testing.assert_allclose(jax.grad(loss)(x), exact, rtol=1e-4, atol=1e-2)
+    assert "mpt_eqx_matvec" not in program(jax.grad(loss), x)
+
+
+def test_weights_on_a_mesh_go_through_xla():
+    """XLA can split its own products among devices, and would gather the weight for the kernel's."""
+    from mpt_eqx import kernel
+
+    weight, _ = made("bfloat16", 64, 64)
+    x = jnp.ones((2, 64), jnp.bfloat16)
+    if kernel.available():
+        assert "mpt_eqx_matvec" in program(rows_of, weight, x)
+    for kind in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
+        mesh = jax.make_mesh((1,), ("model",), axis_types=(kind,))
+        for spec in (jax.sharding.PartitionSpec("model", None), jax.sharding.PartitionSpec()):
+            placed = jax.device_put(weight, jax.sharding.NamedSharding(mesh, spec))
+            assert "mpt_eqx_matvec" not in program(rows_of, placed, x)
+
+
+def test_a_weight_for_each_row_goes_through_xla(way):
+    from mpt_eqx.model.linear import product
+
+    weights = jnp.stack([made("float32", 20, 32, seed)[0] for seed in range(3)])
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 1, 32)), jnp.float32)
+    np.testing.assert_allclose(
+        jax.vmap(product)(weights, x)[:, 0], jnp.einsum("boi,bi->bo", weights, x[:, 0]), atol=1e-5
+    )
+
+
+def test_several_calls_at_once_end(way):
+    """Each call works with what threads of the pool come in time; none waits for one that waits itself."""
+    weights = [made("bfloat16", 3000, 256, seed)[0] for seed in range(16)]
+    x = jnp.ones((2, 256), jnp.bfloat16)
+
+    def all_of_them(weights, x):
+        return sum(jnp.sum(rows_of(weight, x)) for weight in weights)
+
+    expected = sum(np.asarray(weight, np.float64).sum() * 2 for weight in weights)
+    for _ in range(20):
+        np.testing.assert_allclose(jax.jit(all_of_them)(weights, x), expected, rtol=1e-3, atol=1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_makes_no_copy_of_the_weights(kind, way):
+    """In no type, neither widened nor turned: what a step needs for itself is small beside the weights."""
+    from mpt_eqx import MPT, AttnConfig, MPTConfig, quantize
+    from mpt_eqx.generation.arguments import check_key, check_options
+    from mpt_eqx.generation.decode import decode, empty_state
+
+    config = MPTConfig(
+        d_model=1024, n_heads=16, n_layers=6, vocab_size=4096, max_seq_len=512, no_bias=True,
+        attn_config=AttnConfig(alibi=True),
+    )  # fmt: skip
+    dtype = "bfloat16" if kind.startswith("int") else kind
+    shapes = eqx.filter_eval_shape(MPT, config, key=jax.random.key(0))
+    model = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), shapes)
+    if kind.startswith("int"):
+        model = quantize(model, kind, embeddings=True)
+    size = sum(x.nbytes for x in jax.tree.leaves(model))
+    for rows in (1, 4) if kind == "bfloat16" else (1,):
+        state = empty_state(model, rows, 512)
+        fixed = (model, check_options(config, max_new_tokens=64), check_key(None, 0.0))
+        compiled = decode.lower(fixed, state, 8, False).compile()
+        compiled = getattr(compiled, "compiled", compiled)
+        assert compiled.memory_analysis().temp_size_in_bytes <= 0.05 * size
+        # Fusions aside, which read what they widen number by number, no array of a weight's shape is made.
+        entry = re.sub(r"(?ms)^%?\S*(fused|wrapped)_computation.*?^}", "", compiled.as_text())
+        assert not re.findall(r"= f32\[(?:4096,1024|1024,4096|3072,1024|1024,3072)\]\S* (?:copy|convert|fusion)", entry)
+
+
+def test_the_program_says_why_there_is_no_kernel(monkeypatch, tmp_path):
+    from mpt_eqx.kernel import call
+
+    why = call.missing.__wrapped__
+    monkeypatch.setenv("MPT_EQX_KERNEL", "0")
+    assert why() == "it is switched off by MPT_EQX_KERNEL=0"
+    monkeypatch.delenv("MPT_EQX_KERNEL")
+    monkeypatch.setattr(call, "LIBRARY", tmp_path / "libmatvec.so")
+    assert why() == "it was not compiled when mpt_eqx was installed; do so with python -m mpt_eqx.kernel.build"
+    (tmp_path / "libmatvec.so").write_bytes(b"no library")
+    assert re.fullmatch(
+        r".*libmatvec.so cannot be used \(.*\); make it anew with python -m mpt_eqx.kernel.build", why()
+    )
+
+
+def test_generation_is_the_same_without_the_kernel(tiny_model, prompts):
+    """In a process of its own, by the switch that users have."""
+    script = (
+        "import jax, mpt_eqx; from mpt_eqx import MPT, MPTConfig, AttnConfig, generate\n"
+        "c = MPTConfig(d_model=32, n_heads=2, n_layers=2, vocab_size=61, max_seq_len=64, attn_config=AttnConfig(alibi=True))\n"
+        "from mpt_eqx import kernel\n"
+        "print(kernel.available(), generate(MPT(c, key=jax.random.key(0)), [1, 2, 3], max_new_tokens=20).tokens.tolist())\n"
+    )
+
+    def run(**environment: str) -> list[str]:
+        command = [sys.executable, "-c", script]
+        return subprocess.run(
+            command, env={**os.environ, **environment}, capture_output=True, text=True, check=True
+        ).stdout.split(maxsplit=1)
+
+    without, with_it = run(MPT_EQX_KERNEL="0"), run()
+    assert without[0] == "False" and without[1] == with_it[1]
+
+
+def test_without_a_compiler_the_build_says_so(monkeypatch, tmp_path):
+    from mpt_eqx.kernel.build import compile_kernel
+
+    library = tmp_path / "libmatvec.so"
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert compile_kernel(library) == (
+        "no C++ compiler was found (looked for no-such-compiler); install one, or set CXX"
+    )
+    monkeypatch.setenv("CXX", "false")
+    assert re.match(r"false .* -c .*matvec.cc .* failed: ", compile_kernel(library))
+    monkeypatch.setitem(sys.modules, "jaxlib", None)
+    assert compile_kernel(library) == "jaxlib, whose headers are needed, is not installed"
+    assert not library.exists()
