@@ -15,6 +15,7 @@ from jaxtyping import install_import_hook
 # Shapes are checked wherever they are annotated, but for the public border (config, generate, command line), which
 # checks its arguments itself and has its own messages for them tested.
 CHECKED = (
+    "kernel",
     "model",
     "checkpoint",
     "quantization",

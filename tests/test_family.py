@@ -599,8 +599,11 @@ def test_the_gradient_of_sea_lions_embedding():
     assert abs(0.9 * from_input) > 0.1 * abs(found)
 
 
-def traced(config, how, *, length=8):
-    """The operations of a full forward pass ("forward"), or of `extend` with a small cache, and the arrays given."""
+def traced(config, how, *, length=12):
+    """The operations of a full forward pass ("forward"), or of `extend` with a small cache, and the arrays given.
+
+    Of more positions than `linear.FEW`, so that one product stands for each, whether or not there is a kernel.
+    """
     from mpt_eqx import MPT, KVCache
 
     skeleton = eqx.filter_eval_shape(MPT, config, key=jax.random.key(0))
@@ -636,6 +639,7 @@ PLUMBING = {
     "lt",
     *("jit", "pjit", "custom_jvp_call", "custom_vmap_call", "closed_call", "while", "scan", "stop_gradient", "copy"),
     *("convert_element_type", "bitcast_convert_type", "broadcast_in_dim", "reshape", "squeeze", "slice", "transpose"),
+    "optimization_barrier",
 }
 
 

@@ -82,7 +82,10 @@ def test_arguments_of_another_length_are_refused():
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_house_rules(path):
     """No stringified annotations (they hide shapes), no torch, imports that point one way, docstrings."""
-    order = ("errors", "config", "model", "quantization", "checkpoint", "generation", "train", "text", "bench", "cli")
+    order = (
+        "kernel", "errors", "config", "model", "quantization", "checkpoint", "generation", "train", "text", "bench",
+        "cli",
+    )  # fmt: skip
     beside = {("text", "generation"), ("train", "checkpoint"), ("train", "generation"), ("text", "train")}
     beside |= {("bench", "text"), ("bench", "train")}
     tree = ast.parse(path.read_text())
