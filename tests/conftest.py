@@ -56,6 +56,20 @@ def fresh_caches():
     jax.clear_caches()
 
 
+@pytest.fixture(params=["kernel", "XLA"])
+def way(request, monkeypatch):
+    """Each test runs with the kernel and without."""
+    from mpt_eqx import kernel
+
+    if request.param == "XLA":
+        monkeypatch.setattr(kernel, "available", lambda: False)
+    elif not kernel.available():
+        pytest.skip(f"no kernel: {kernel.missing()}")
+    jax.clear_caches()
+    yield request.param
+    jax.clear_caches()
+
+
 @pytest.fixture
 def golden():
     """Loads a case of reference data: its model, what is expected of it, and its case.json."""

@@ -403,10 +403,13 @@ def test_generation_ends_within_one_chunk_of_the_last_end(tiny_model, prompts, m
     assert len(calls) == -(-lengths.max() // loop.CHUNK)
 
 
+DTYPES = ("float32", "bfloat16", "float16")
+
+
 @pytest.fixture(scope="module")
-def low(tiny_model):
-    """The small model in 16 bits, where a sum in another order shows at once."""
-    return {name: cast(tiny_model, name) for name in ("bfloat16", "float16")}
+def typed(tiny_model):
+    """The small model in each type."""
+    return {name: cast(tiny_model, name) for name in DTYPES}
 
 
 def cast(model, dtype):
@@ -416,56 +419,63 @@ def cast(model, dtype):
 @settings(max_examples=8, deadline=None)
 @given(
     st.lists(st.integers(1, 60), min_size=4, max_size=4), st.sampled_from([0, 1, 3]),
-    st.sampled_from(["bfloat16", "float16"]),
+    st.sampled_from(DTYPES),
     st.sampled_from([{}, {**SAMPLED, "min_p": 0.01, "repetition_penalty": 1.1, "key": jax.random.key(5)}]),
 )  # fmt: skip
-def test_a_row_is_the_same_in_every_bit(low, lengths, at, dtype, sampling):
-    """Alone or in a batch, first or padded, with long neighbours or short: in 16 bits logits are equal exactly."""
+def test_a_row_is_the_same_in_every_bit(typed, lengths, at, dtype, sampling):
+    """Alone or in a batch, first or padded, with long neighbours or short: logits are equal exactly."""
     from mpt_eqx import generate
 
     rng = np.random.default_rng(lengths)
     rows = [rng.integers(61, size=n).tolist() for n in (*lengths, 200)]
     options = {"max_new_tokens": 10, "return_logits": True, **sampling}
-    together = generate(low[dtype], rows, **options)
-    others = generate(low[dtype], [*[[1]] * at, rows[at]], **options)
+    together = generate(typed[dtype], rows, **options)
+    others = generate(typed[dtype], [*[[1]] * at, rows[at]], **options)
     np.testing.assert_array_equal(others.logits[at], together.logits[at])
     np.testing.assert_array_equal(others.tokens[at], together.tokens[at])
 
 
-def test_the_shipped_model_writes_the_same_whatever_stands_beside(shipped):
-    """A hundred tokens of eight prompts in bfloat16, each alone and all together."""
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_shipped_model_writes_the_same_whatever_stands_beside(shipped, dtype):
+    """A hundred tokens of eight prompts, each alone and all together."""
     from mpt_eqx import generate
 
     rng = np.random.default_rng(0)
     rows = [rng.integers(1, 4000, size=n).tolist() for n in (3, 17, 40, 100, 5, 60, 33, 1)]
-    together = generate(shipped, rows, max_new_tokens=100)
-    for row, tokens in zip(rows, together.tokens, strict=True):
-        np.testing.assert_array_equal(generate(shipped, row, max_new_tokens=100).tokens[0], tokens)
+    model = cast(shipped, dtype)
+    together = generate(model, rows, max_new_tokens=100)
+    for row, tokens, logprobs in zip(rows, together.tokens, together.logprobs, strict=True):
+        alone = generate(model, row, max_new_tokens=100)
+        np.testing.assert_array_equal(alone.tokens[0], tokens)
+        np.testing.assert_array_equal(alone.logprobs[0], logprobs)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["f_torch_dmoe", "f_gqa_kv2", "f_rope_dynamic", "f_reuse_kv", "f_qk_ln"])
-def test_a_row_of_another_kind_of_model_is_the_same_in_every_bit(name):
+def test_a_row_of_another_kind_of_model_is_the_same_in_every_bit(name, dtype, way):
     """Experts, shared keys, rotation, another block's keys, normed queries: alone and in a batch."""
     from conftest import GOLDEN
 
     from mpt_eqx import from_pretrained, generate
 
-    model, options = from_pretrained(GOLDEN / name, dtype="bfloat16"), {"max_new_tokens": 8, "return_logits": True}
+    model, options = from_pretrained(GOLDEN / name, dtype=dtype), {"max_new_tokens": 8, "return_logits": True}
     together = generate(model, [[5, 6, 7], [8] * 9, [3]], **options).logits[0]
     np.testing.assert_array_equal(generate(model, [5, 6, 7], **options).logits[0], together)
 
 
 def test_a_step_alone_would_differ_with_one_row(shipped, monkeypatch):
-    """Mutation: without the second row that a step reads in 16 bits, a row alone differs from one in a batch."""
-    from mpt_eqx import generate
-    from mpt_eqx.generation import decode
+    """Mutation: without the second row of a product by XLA, a row alone differs from one in a batch."""
+    from mpt_eqx import generate, kernel
+    from mpt_eqx.model import linear
 
-    rows, options = [[5, 6, 7], [8, 9]], {"max_new_tokens": 8, "return_logits": True}
-    together = generate(shipped, rows, **options).logits[0]
-    np.testing.assert_array_equal(generate(shipped, rows[:1], **options).logits[0], together)
-    monkeypatch.setattr(decode, "half_precision", lambda model: False)
+    monkeypatch.setattr(kernel, "available", lambda: False)
+    model, rows, options = cast(shipped, "float32"), [[5, 6, 7], [8, 9]], {"max_new_tokens": 8, "return_logits": True}
     jax.clear_caches()
-    assert (generate(shipped, rows[:1], **options).logits[0] != together).any()
+    together = generate(model, rows, **options).logits[0]
+    np.testing.assert_array_equal(generate(model, rows[:1], **options).logits[0], together)
+    monkeypatch.setattr(linear, "_by_xla_on_cpu", linear._many)
+    jax.clear_caches()
+    assert (generate(model, rows[:1], **options).logits[0] != together).any()
     jax.clear_caches()
 
 

@@ -113,6 +113,8 @@ def test_no_string_is_compared_in_a_forward_pass(path):
     for function in ast.walk(ast.parse(path.read_text())):
         if isinstance(function, ast.FunctionDef) and not function.name.startswith(("__init__", "make_")):
             for compare in (node for node in ast.walk(function) if isinstance(node, ast.Compare)):
+                if re.search(r"default_backend\(\)|platform_version", ast.unparse(compare)):
+                    continue  # what the machine is, and not what the configuration asks for
                 for side in ast.walk(compare):
                     assert not (isinstance(side, ast.Constant) and isinstance(side.value, str)), function.name
 

@@ -153,6 +153,7 @@ def decode(
 
 def append(model: MPT, state: DecodeState, tokens: Int[Array, " B"]) -> DecodeState:
     """Returns the state with one more token in each row."""
+
     def row(
         cache: KVCache, so_far: Int[Array, " S"], token: Int[Array, ""]
     ) -> tuple[KVCache, Int[Array, " S"], Float[Array, " D"]]:

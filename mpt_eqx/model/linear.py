@@ -60,6 +60,13 @@ def product(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
     return _many(weight, x)
 
 
+def product_by_xla(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
+    """Returns what `product` does, never by the kernel, which would have a part of a larger array copied first."""
+    # A single row would be summed in another order than several.
+    rows = x if x.shape[0] > 1 else jnp.concatenate([x, x])
+    return _many(weight, rows)[: x.shape[0]]
+
+
 def _many(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
     """Returns the product by XLA."""
     scale = None
@@ -109,10 +116,10 @@ def _by_kernel(weight: Weight, x: Float[Array, "T in"]) -> Float32[Array, "T out
 
 
 def _by_xla_on_cpu(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
-    # A single row would be summed in another order than several.
-    rows = x if x.shape[0] > 1 else jnp.concatenate([x, x])
-    product = _in_parts if isinstance(weight, QuantizedWeight) or weight.dtype == jnp.float16 else _many
-    return product(weight, rows)[: x.shape[0]]
+    if not isinstance(weight, QuantizedWeight) and weight.dtype != jnp.float16:
+        return product_by_xla(weight, x)
+    rows = x if x.shape[0] > 1 else jnp.concatenate([x, x])  # as there
+    return _in_parts(weight, rows)[: x.shape[0]]
 
 
 def _in_parts(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.model.activations import Activation, make_activation
 from mpt_eqx.model.init import init_experts, init_linear
-from mpt_eqx.model.linear import Linear
+from mpt_eqx.model.linear import Linear, product_by_xla
 from mpt_eqx.model.precision import wide
 
 
@@ -84,15 +84,24 @@ class ExpertMLP(eqx.Module):
             weights: how much each expert counts for each token; 0 where it does not.
         """
 
-        def matmul(x: Float[Array, "T I"], w: Float[Array, "O I"]) -> Float[Array, "T O"]:
-            return jnp.einsum("oi,ti->to", w, x, preferred_element_type=wide(x.dtype)).astype(x.dtype)
+        def up(x: Float[Array, "T D"], w: Float[Array, "F D"]) -> Float[Array, "T F"]:
+            return product_by_xla(w, x).astype(x.dtype)
+
+        def down(h: Float[Array, "T F"], w: Float[Array, "F D"]) -> Float[Array, "T D"]:
+            if h.dtype != jnp.bfloat16:
+                return product_by_xla(w.T, h).astype(h.dtype)
+            # XLA's CPU backend cannot run that under vmap, but here it sums in the same order for any number of rows
+            # above one.
+            rows = h if h.shape[0] > 1 else jnp.concatenate([h, h])
+            y = jnp.einsum("TF,FD->TD", rows, w, preferred_element_type=wide(h.dtype))
+            return y[: h.shape[0]].astype(h.dtype)
 
         def expert(total: Float[Array, "T D"], this: tuple) -> tuple[Float[Array, "T D"], None]:
             w1, v1, w2, weight = this
-            h = self.act(matmul(x, w1))
+            h = self.act(up(x, w1))
             if v1 is not None:
-                h = h * matmul(x, v1)
-            return total + matmul(h, w2.T) * weight[:, None], None
+                h = h * up(x, v1)
+            return total + down(h, w2) * weight[:, None], None
 
         def per_expert(w: Float[Array, "EF D"] | None) -> Float[Array, "E F D"] | None:
             return None if w is None else w.reshape(self.n_experts, -1, w.shape[-1])
