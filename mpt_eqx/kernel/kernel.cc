@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <thread>
 
 #include "kernel.h"
 #include "xla/ffi/api/ffi.h"
@@ -58,7 +59,9 @@ ffi::Error shared(ffi::ThreadPool& pool, const Problem& problem, void (*function
   const int64_t helpers = std::min(pool.num_threads(), work->shares) - 1;
   for (int64_t i = 0; i < helpers; i++) pool.Schedule([work] { work->help(); });
   work->help();
-  while (work->finished.load(std::memory_order_acquire) < work->shares) {
+  // A share takes microseconds, so that waiting costs less than sleeping; unless its thread has lost its core.
+  for (int tries = 0; work->finished.load(std::memory_order_acquire) < work->shares; tries++) {
+    if (tries > 10000) std::this_thread::yield();
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #endif
