@@ -4,6 +4,7 @@ import ctypes
 import functools
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -228,21 +229,71 @@ def test_the_attention_of_a_step_is_the_formula(dtype, groups, size, positions, 
         np.testing.assert_array_equal(alone, found[number])
 
 
+def heads_by(copy, dtype):
+    """What one copy of the attention makes of arrays, and what the formula makes of them."""
+    q, k, v, slopes, positions = step(dtype, 2, 40, 96, [70, 3], 33, 0)
+    arrays = [np.asarray(x) for x in (np.asarray(q, np.float32), k, v, slopes, positions)]
+    y = np.zeros(q.shape, np.float32)
+    pointers, sizes = [array.ctypes.data for array in (*arrays, y)], (2, 2, 96, 40, 33)
+    kind = ("float32", "bfloat16", "float16").index(dtype)
+    copy(
+        ctypes.byref(structure(pointers, sizes, [ctypes.c_float])(kind, *pointers, *sizes, 0.2)),
+        *map(ctypes.c_int64, (0, 4)),
+    )
+    return y, exact(q, k, v, slopes, positions, 0.2, 33)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_every_instruction_set_gives_the_attention(dtype):
-    q, k, v, slopes, positions = step(dtype, 2, 40, 96, [70, 3], 33, 0)
-    kind = ("float32", "bfloat16", "float16").index(dtype)
-    arrays = [np.asarray(x) for x in (np.asarray(q, np.float32), k, v, slopes, positions)]
-    expected = exact(q, k, v, slopes, positions, 0.2, 33)
     for copy in copies("heads"):
-        y = np.zeros(q.shape, np.float32)
-        pointers = [array.ctypes.data for array in (*arrays, y)]
-        sizes = (2, 2, 96, 40, 33)
-        made = structure(pointers, sizes, [ctypes.c_float])(kind, *pointers, *sizes, 0.2)
-        copy(ctypes.byref(made), ctypes.c_int64(0), ctypes.c_int64(4))
+        found, expected = heads_by(copy, dtype)
         np.testing.assert_allclose(
-            y, expected, atol={"float32": 1e-5, "bfloat16": 0.06, "float16": 0.008}[dtype], rtol=0
+            found, expected, atol={"float32": 1e-5, "bfloat16": 0.06, "float16": 0.008}[dtype], rtol=0
         )
+
+
+@pytest.mark.parametrize(
+    ("file", "part", "other"),
+    [
+        ("heads", "p.window < 0 ? 0 : std::max<int64_t>(position - p.window, 0)", "0"),
+        ("heads", "* p.scale) + slope * distance", "* p.scale)"),
+        ("heads", "* p.scale) + slope", ") + slope"),
+        ("heads", "load<Floats>(&scores[at]) / sum", "load<Floats>(&scores[at])"),
+        ("heads", "number % p.heads * p.groups + group", "group"),
+        ("heads", "number / p.heads", "0"),
+        ("heads", "distance <= 0 ? score", "distance < 0 ? score"),
+        ("heads", "n * 0.693359375f", "n * 0.7f"),
+        ("heads", "sum * r + factor", "sum * r"),
+        ("rows", "total(sums[r][v]) * scale", "total(sums[r][v])"),
+        ("rows", "(0x1p23f + 8)", "0x1p23f"),
+        ("rows", "high[r] * second", "high[r] * first"),
+        ("rows", "if (whole < p.in)", "if (false)"),
+    ],
+)
+def test_a_mutation_of_the_kernel_is_noticed(file, part, other, tmp_path):
+    from mpt_eqx.kernel import build
+
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    source = (build.SOURCES / f"{file}.cc").read_text()
+    assert part in source
+    (tmp_path / "mutated.cc").write_text(source.replace(part, other))
+    flags = ["-O1", "-std=c++17", "-fPIC", "-w", "-shared", "-DMPT_EQX_ISA=default", f"-I{build.SOURCES}"]
+    subprocess.run([compiler, *flags, str(tmp_path / "mutated.cc"), "-o", str(tmp_path / "mutated.so")], check=True)
+    copy = getattr(ctypes.cdll.LoadLibrary(str(tmp_path / "mutated.so")), f"{file}_default")
+    if file == "heads":
+        found, expected = heads_by(copy, "float32")
+        assert not np.allclose(found, expected, atol=1e-4)
+        return
+    wrong = []
+    for kind, columns in (("float32", 37), ("int8", 48), ("int4", 64)):
+        weight, numbers = made(kind, 5, columns)
+        values, scale = (weight.values, weight.scale) if kind.startswith("int") else (weight, None)
+        x = np.random.default_rng(1).normal(size=(2, columns)).astype(np.float32)
+        y = rows_by(copy, kind, np.asarray(values), None if scale is None else np.asarray(scale), x)
+        wrong.append(not np.allclose(y, x @ numbers.T, atol=1e-2))
+    assert sum(wrong) == 1
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
