@@ -4,6 +4,7 @@ import ctypes
 import functools
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -104,46 +105,51 @@ def test_few_rows_and_many_agree(kind, way):
     assert (np.abs(product(weight, x)[:FEW] - product(weight, x[:FEW])) <= 1e-6 * size[:FEW]).all()
 
 
-def copies():
-    """The products for each instruction set that this processor has, as functions of a kind, arrays and vectors."""
+def copies(name: str):
+    """A function of the kernel for each instruction set that this processor has."""
     from mpt_eqx import kernel
-    from mpt_eqx.kernel.call import LIBRARY
+    from mpt_eqx.kernel.build import LIBRARY
 
     if not kernel.available():
         pytest.skip(f"no kernel: {kernel.missing()}")
-
-    class Rows(ctypes.Structure):
-        _fields_ = [
-            ("kind", ctypes.c_int),
-            *[(name, ctypes.c_void_p) for name in ("weight", "scale", "x", "y")],
-            *[(name, ctypes.c_int64) for name in ("out", "in", "vectors")],
-        ]
-
-    def called(function, kind, values, scale, x):
-        y = np.zeros((len(x), len(values)), np.float32)
-        where = (values.ctypes.data, None if scale is None else scale.ctypes.data, x.ctypes.data, y.ctypes.data)
-        rows = Rows(KINDS.index(kind), *where, len(values), x.shape[1], len(x))
-        function(ctypes.byref(rows), ctypes.c_int64(0), ctypes.c_int64(len(values)))
-        return y
-
     flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text())) if Path("/proc/cpuinfo").exists() else set()
-    needs = {"rows_default": set(), "rows_v3": {"avx2", "fma"}, "rows_v4": {"avx512f", "avx512bw", "avx512vl"}}
+    needs = {"default": set(), "v3": {"avx2", "fma"}, "v4": {"avx512f", "avx512bw", "avx512vl"}}
     library = ctypes.cdll.LoadLibrary(str(LIBRARY))
-    names = [name for name, need in needs.items() if need <= flags and hasattr(library, name)]
-    assert names
-    return [functools.partial(called, getattr(library, name)) for name in names]
+    found = [isa for isa, need in needs.items() if need <= flags and hasattr(library, f"{name}_{isa}")]
+    assert found
+    return [getattr(library, f"{name}_{isa}") for isa in found]
+
+
+def structure(pointers, numbers, last=()):
+    """A structure of the kernel's header: its kind, pointers to arrays, whole numbers of 64 bits, and the rest."""
+    names = [chr(ord("a") + i) for i in range(1 + len(pointers) + len(numbers) + len(last))]
+    types = [ctypes.c_int32, *[ctypes.c_void_p] * len(pointers), *[ctypes.c_int64] * len(numbers), *last]
+    made = type("Structure", (ctypes.Structure,), {"_fields_": list(zip(names, types, strict=True))})
+    return functools.partial(made)
+
+
+def rows_by(copy, kind, values, scale, x):
+    """What one copy of the products makes of arrays."""
+    y = np.zeros((len(x), len(values)), np.float32)
+    arrays = [None if array is None else array.ctypes.data for array in (values, scale, x, y)]
+    sizes = (len(values), x.shape[1], len(x))
+    copy(
+        ctypes.byref(structure(arrays, sizes)(KINDS.index(kind), *arrays, *sizes)),
+        *map(ctypes.c_int64, (0, len(values))),
+    )
+    return y
 
 
 def test_every_number_of_16_bits_is_read_right():
-    """Subnormal numbers, infinities and NaN too: sixteen times each, and once where a row is shorter than a register."""
+    """Subnormal numbers, infinities and NaN too: sixteen times each, and once where a row is shorter than that."""
     bits = np.arange(2**16, dtype=np.uint16)
     for kind, dtype in (("float16", np.float16), ("bfloat16", jnp.bfloat16)):
         numbers = bits.view(dtype)
         expected = numbers.astype(np.float32)
         for columns in (1, 16):
             weight = np.repeat(numbers[:, None], columns, axis=1)
-            for copy in copies():
-                found = copy(kind, weight, None, np.ones((1, columns), np.float32))[0]
+            for copy in copies("rows"):
+                found = rows_by(copy, kind, weight, None, np.ones((1, columns), np.float32))[0]
                 with np.errstate(over="ignore", invalid="ignore"):
                     np.testing.assert_array_equal(found, expected * columns)
 
@@ -154,8 +160,178 @@ def test_every_instruction_set_gives_the_product():
         values, scale = (weight.values, weight.scale) if kind.startswith("int") else (weight, None)
         values, scale = np.asarray(values), None if scale is None else np.asarray(scale)
         x = np.random.default_rng(1).normal(size=(11, 96)).astype(np.float32)
-        for copy in copies():
-            np.testing.assert_allclose(copy(kind, values, scale, x), x @ numbers.T, atol=2e-3, rtol=1e-5)
+        for copy in copies("rows"):
+            np.testing.assert_allclose(rows_by(copy, kind, values, scale, x), x @ numbers.T, atol=2e-3, rtol=1e-5)
+
+
+def step(dtype, groups, size, capacity, positions, window, seed, slopes=True):
+    """Arguments of the attention of a step, for two heads of keys; keys that no query sees hold NaN."""
+    from mpt_eqx.model.positions import alibi_slopes
+
+    rng = np.random.default_rng(seed)
+    q = jnp.asarray(rng.normal(size=(len(positions), 2, groups, size)) * 2, dtype)
+    k, v = (jnp.asarray(rng.normal(size=(len(positions), 2, capacity, size)), dtype) for _ in range(2))
+    keys, at = np.arange(capacity), np.asarray(positions)[:, None]
+    seen = (keys <= at) & (keys >= (0 if window is None else at - window))
+    k, v = (jnp.where(seen[:, None, :, None], x, jnp.nan) for x in (k, v))
+    return (
+        q,
+        k,
+        v,
+        alibi_slopes(2 * groups, 8).reshape(2, groups) if slopes else None,
+        jnp.asarray(positions, jnp.int32),
+    )
+
+
+def exact(q, k, v, slopes, positions, scale, window):
+    """The formula in float64, row by row, without any rounding."""
+    found = np.zeros(q.shape)
+    for row, position in enumerate(positions.tolist()):
+        first = 0 if window is None else max(position - window, 0)
+        for head, group in np.ndindex(q.shape[1:3]):
+            keys = np.asarray(k[row, head, first : position + 1], np.float64)
+            scores = keys @ np.asarray(q[row, head, group], np.float64) * scale
+            if slopes is not None:
+                scores += float(slopes[head, group]) * np.arange(first - position, 1)
+            weights = np.exp(scores - scores.max())
+            found[row, head, group] = (
+                weights / weights.sum() @ np.asarray(v[row, head, first : position + 1], np.float64)
+            )
+    return found
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from(["float32", "bfloat16", "float16"]), st.integers(1, 3), st.sampled_from([1, 8, 16, 24, 80, 128]),
+    st.lists(st.integers(0, 511), min_size=1, max_size=3), st.sampled_from([None, 0, 1, 7, 300]), st.booleans(),
+    st.integers(0, 2**31),
+)  # fmt: skip
+def test_the_attention_of_a_step_is_the_formula(dtype, groups, size, positions, window, slopes, seed):
+    """By the kernel, of rows of other lengths under vmap; in 16 bits as near as its roundings leave it."""
+    from mpt_eqx import kernel
+    from mpt_eqx.model.cache import LayerCache
+    from mpt_eqx.model.step import step_attention
+
+    if not kernel.available():
+        pytest.skip(f"no kernel: {kernel.missing()}")
+    q, k, v, slopes, positions = step(dtype, groups, size, 512, positions, window, seed, slopes)
+
+    def row(q, k, v, position):
+        return step_attention(q, LayerCache(k, v, np.dtype(dtype)), slopes, position, size**-0.5, window)
+
+    stored = [x if dtype == "float32" else jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (k, v)]
+    found = jax.jit(jax.vmap(row))(q, *stored, positions)
+    assert found.dtype == q.dtype
+    atol = {"float32": 1e-5, "bfloat16": 0.06, "float16": 0.008}[dtype]
+    np.testing.assert_allclose(found, exact(q, k, v, slopes, positions, size**-0.5, window), atol=atol, rtol=0)
+    for number in range(len(q)):
+        alone = jax.jit(row)(q[number], *(x[number] for x in stored), positions[number])
+        np.testing.assert_array_equal(alone, found[number])
+
+
+def heads_by(copy, dtype):
+    """What one copy of the attention makes of arrays, and what the formula makes of them."""
+    q, k, v, slopes, positions = step(dtype, 2, 40, 96, [70, 3], 33, 0)
+    arrays = [np.asarray(x) for x in (np.asarray(q, np.float32), k, v, slopes, positions)]
+    y = np.zeros(q.shape, np.float32)
+    pointers, sizes = [array.ctypes.data for array in (*arrays, y)], (2, 2, 96, 40, 33)
+    kind = ("float32", "bfloat16", "float16").index(dtype)
+    copy(
+        ctypes.byref(structure(pointers, sizes, [ctypes.c_float])(kind, *pointers, *sizes, 0.2)),
+        *map(ctypes.c_int64, (0, 4)),
+    )
+    return y, exact(q, k, v, slopes, positions, 0.2, 33)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_instruction_set_gives_the_attention(dtype):
+    for copy in copies("heads"):
+        found, expected = heads_by(copy, dtype)
+        np.testing.assert_allclose(
+            found, expected, atol={"float32": 1e-5, "bfloat16": 0.06, "float16": 0.008}[dtype], rtol=0
+        )
+
+
+@pytest.mark.parametrize(
+    ("file", "part", "other"),
+    [
+        ("heads", "p.window < 0 ? 0 : std::max<int64_t>(position - p.window, 0)", "0"),
+        ("heads", "* p.scale) + slope * distance", "* p.scale)"),
+        ("heads", "* p.scale) + slope", ") + slope"),
+        ("heads", "load<Floats>(&scores[at]) / sum", "load<Floats>(&scores[at])"),
+        ("heads", "number % p.heads * p.groups + group", "group"),
+        ("heads", "number / p.heads", "0"),
+        ("heads", "distance <= 0 ? score", "distance < 0 ? score"),
+        ("heads", "n * 0.693359375f", "n * 0.7f"),
+        ("heads", "sum * r + factor", "sum * r"),
+        ("rows", "total(sums[r][v]) * scale", "total(sums[r][v])"),
+        ("rows", "(0x1p23f + 8)", "0x1p23f"),
+        ("rows", "high[r] * second", "high[r] * first"),
+        ("rows", "if (whole < p.in)", "if (false)"),
+    ],
+)
+def test_a_mutation_of_the_kernel_is_noticed(file, part, other, tmp_path):
+    from mpt_eqx.kernel import build
+
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    source = (build.SOURCES / f"{file}.cc").read_text()
+    assert part in source
+    (tmp_path / "mutated.cc").write_text(source.replace(part, other))
+    flags = ["-O1", "-std=c++17", "-fPIC", "-w", "-shared", "-DMPT_EQX_ISA=default", f"-I{build.SOURCES}"]
+    subprocess.run([compiler, *flags, str(tmp_path / "mutated.cc"), "-o", str(tmp_path / "mutated.so")], check=True)
+    copy = getattr(ctypes.cdll.LoadLibrary(str(tmp_path / "mutated.so")), f"{file}_default")
+    if file == "heads":
+        found, expected = heads_by(copy, "float32")
+        assert not np.allclose(found, expected, atol=1e-4)
+        return
+    wrong = []
+    for kind, columns in (("float32", 37), ("int8", 48), ("int4", 64)):
+        weight, numbers = made(kind, 5, columns)
+        values, scale = (weight.values, weight.scale) if kind.startswith("int") else (weight, None)
+        x = np.random.default_rng(1).normal(size=(2, columns)).astype(np.float32)
+        y = rows_by(copy, kind, np.asarray(values), None if scale is None else np.asarray(scale), x)
+        wrong.append(not np.allclose(y, x @ numbers.T, atol=1e-2))
+    assert sum(wrong) == 1
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_no_number_stays_visible_in_a_step(bad, way):
+    """In a key or in a value that is seen: never a token out of nothing."""
+    from mpt_eqx.model.cache import LayerCache
+    from mpt_eqx.model.step import step_attention
+
+    for place in ("k", "v"):
+        q, k, v, slopes, positions = step("float32", 1, 16, 256, [30], None, 0)
+        k, v = (x[0].at[:, 11].set(bad) if name == place else x[0] for name, x in (("k", k), ("v", v)))
+        cache = LayerCache(
+            jnp.nan_to_num(k, nan=bad, posinf=bad), jnp.nan_to_num(v, nan=bad, posinf=bad), np.dtype("float32")
+        )
+        assert not np.isfinite(step_attention(q[0], cache, slopes, positions[0], 0.25, None)).all()
+
+
+def test_a_model_writes_the_same_with_the_kernel_and_without(tiny_config, prompts):
+    """Logits of each step, with what the kernel has (groups, windows, ALiBi or none) and has not."""
+    from mpt_eqx import MPT, AttnConfig, InitConfig, generate, kernel
+
+    if not kernel.available():
+        pytest.skip(f"no kernel: {kernel.missing()}")
+    kinds = (
+        {"alibi": True}, {"alibi": True, "attn_type": "grouped_query_attention", "kv_n_heads": 2},
+        {"alibi": False, "sliding_window_size": 5}, {"alibi": True, "attn_logit_softcapping": 2.0}, {"rope": True},
+    )  # fmt: skip
+    for kind in kinds:
+        config = tiny_config(attn_config=AttnConfig(**kind), init_config=InitConfig(emb_init_std=0.5))
+        model = MPT(config, key=jax.random.key(1))
+        found = generate(model, prompts(3, 20), max_new_tokens=12, return_logits=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernel, "available", lambda: False)
+            jax.clear_caches()
+            expected = generate(model, prompts(3, 20), max_new_tokens=12, return_logits=True)
+        jax.clear_caches()
+        np.testing.assert_array_equal(found.tokens, expected.tokens)
+        np.testing.assert_allclose(found.logits, expected.logits, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -245,22 +421,24 @@ def test_the_program_says_why_there_is_no_kernel(monkeypatch, tmp_path):
     monkeypatch.setenv("MPT_EQX_KERNEL", "0")
     assert why() == "it is switched off by MPT_EQX_KERNEL=0"
     monkeypatch.delenv("MPT_EQX_KERNEL")
-    monkeypatch.setattr(call, "LIBRARY", tmp_path / "libmatvec.so")
+    monkeypatch.setattr(call, "LIBRARY", tmp_path / "libkernel.so")
     assert why() == "it was not compiled when mpt_eqx was installed; do so with python -m mpt_eqx.kernel.build"
-    (tmp_path / "libmatvec.so").write_bytes(b"no library")
+    (tmp_path / "libkernel.so").write_bytes(b"no library")
     assert re.fullmatch(
-        r".*libmatvec.so cannot be used \(.*\); make it anew with python -m mpt_eqx.kernel.build", why()
+        r".*libkernel.so cannot be used \(.*\); make it anew with python -m mpt_eqx.kernel.build", why()
     )
 
 
 def test_generation_is_the_same_without_the_kernel(tiny_model, prompts):
     """In a process of its own, by the switch that users have."""
-    script = (
-        "import jax, mpt_eqx; from mpt_eqx import MPT, MPTConfig, AttnConfig, generate\n"
-        "c = MPTConfig(d_model=32, n_heads=2, n_layers=2, vocab_size=61, max_seq_len=64, attn_config=AttnConfig(alibi=True))\n"
-        "from mpt_eqx import kernel\n"
-        "print(kernel.available(), generate(MPT(c, key=jax.random.key(0)), [1, 2, 3], max_new_tokens=20).tokens.tolist())\n"
-    )
+    script = """
+import jax
+from mpt_eqx import MPT, AttnConfig, MPTConfig, generate, kernel
+attn = AttnConfig(alibi=True)
+config = MPTConfig(d_model=32, n_heads=2, n_layers=2, vocab_size=61, max_seq_len=64, attn_config=attn)
+model = MPT(config, key=jax.random.key(0))
+print(kernel.available(), generate(model, [1, 2, 3], max_new_tokens=20).tokens.tolist())
+"""
 
     def run(**environment: str) -> list[str]:
         command = [sys.executable, "-c", script]
@@ -275,13 +453,13 @@ def test_generation_is_the_same_without_the_kernel(tiny_model, prompts):
 def test_without_a_compiler_the_build_says_so(monkeypatch, tmp_path):
     from mpt_eqx.kernel.build import compile_kernel
 
-    library = tmp_path / "libmatvec.so"
+    library = tmp_path / "libkernel.so"
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert compile_kernel(library) == (
         "no C++ compiler was found (looked for no-such-compiler); install one, or set CXX"
     )
     monkeypatch.setenv("CXX", "false")
-    assert re.match(r"false .* -c .*matvec.cc .* failed: ", compile_kernel(library))
+    assert re.match(r"false .* -c .*kernel.cc .* failed: ", compile_kernel(library))
     monkeypatch.setitem(sys.modules, "jaxlib", None)
     assert compile_kernel(library) == "jaxlib, whose headers are needed, is not installed"
     assert not library.exists()

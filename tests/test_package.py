@@ -174,6 +174,19 @@ def test_the_readmes_figures_of_loading_are_the_committed_ones():
         assert f"| {row['format']} | {row['how']} | {row['peak_over_weights']} |" in readme
 
 
+def test_the_readmes_figures_of_speed_are_the_committed_ones():
+    """Each row of a table below "Speed" that begins with a type stands in speed.md, which the JSON was written with."""
+    section = (ROOT / "README.md").read_text().split("\n## Speed\n")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith(("| float", "| bfloat", "| int"))]
+    assert len(rows) >= 8
+    results = ROOT / "benchmarks" / "results"
+    from mpt_eqx.bench.report import markdown
+
+    written = markdown(json.loads((results / "speed.json").read_text()))
+    assert written.strip() == (results / "speed.md").read_text().strip()
+    assert set(rows) <= set(written.splitlines())
+
+
 def test_the_shipped_model(shipped):
     from mpt_eqx import SHIPPED_MODEL
 

@@ -1,5 +1,5 @@
-"""A product of a weight with a few vectors on the CPU, at the speed its memory is read; compiled where it can be."""
+"""Steps of decoding on the CPU at the speed its memory is read: a compiled kernel, where it could be compiled."""
 
-from mpt_eqx.kernel.call import available, matvec, missing
+from mpt_eqx.kernel.call import attention, available, matvec, missing
 
-__all__ = ["available", "matvec", "missing"]
+__all__ = ["attention", "available", "matvec", "missing"]

@@ -13,10 +13,10 @@ import tempfile
 from pathlib import Path
 
 SOURCES = Path(__file__).parent
-LIBRARY = SOURCES / "libmatvec.so"
+LIBRARY = SOURCES / "libkernel.so"
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-w")
-# The products are compiled once for each of these; which copy runs is decided on the machine it runs on.
-X86 = {"rows_v3": ("-march=x86-64-v3",), "rows_v4": ("-march=x86-64-v4", "-mprefer-vector-width=512")}
+# What computes is compiled once for each of these; which copy runs is decided on the machine it runs on.
+X86 = {"v3": ("-march=x86-64-v3",), "v4": ("-march=x86-64-v4", "-mprefer-vector-width=512")}
 
 
 def compile_kernel(library: Path = LIBRARY) -> str | None:
@@ -36,9 +36,10 @@ def compile_kernel(library: Path = LIBRARY) -> str | None:
             command = [*compiler, *FLAGS, *flags, "-c", str(SOURCES / source), "-o", f"{directory}/{name}.o"]
             return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
-        jobs = [start("matvec.cc", "matvec", "-isystem", str(headers), *["-DMPT_EQX_X86"] * x86)]
-        for name, flags in {"rows_default": (), **(X86 if x86 else {})}.items():
-            jobs.append(start("rows.cc", name, f"-DMPT_EQX_ISA={name}", *flags))
+        jobs = [start("kernel.cc", "kernel", "-isystem", str(headers), *["-DMPT_EQX_X86"] * x86)]
+        for isa, flags in {"default": (), **(X86 if x86 else {})}.items():
+            for name in ("rows", "heads"):
+                jobs.append(start(f"{name}.cc", f"{name}_{isa}", f"-DMPT_EQX_ISA={isa}", *flags))
         outputs = [job.communicate()[0] for job in jobs]
         for job, output in zip(jobs, outputs, strict=True):
             if job.returncode:

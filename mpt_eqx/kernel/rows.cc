@@ -1,110 +1,14 @@
-// Products of a weight's rows with a few vectors. Compiled once for each instruction set, which MPT_EQX_ISA names.
+// Products of a weight's rows with a few vectors. Compiled once for each instruction set.
 //
 // Every sum runs in the same order whatever the number of vectors: sixteen partial sums over the columns modulo sixteen,
 // then their total. A row of a batch is therefore the same to the last bit in any batch.
 
-#include "rows.h"
-
-#include <cstring>
 #include <type_traits>
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
+#include "kernel.h"
+#include "numbers.h"
 
 namespace {
-
-constexpr int kLanes = 16;
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef float Half __attribute__((vector_size(2 * kLanes)));
-typedef float Quarter __attribute__((vector_size(kLanes)));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
-typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
-typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
-typedef int16_t Shorts __attribute__((vector_size(2 * kLanes)));
-typedef int8_t Bytes __attribute__((vector_size(kLanes)));
-
-template <typename T>
-inline T load(const void* from) {
-  T vector;
-  std::memcpy(&vector, from, sizeof(T));
-  return vector;
-}
-
-template <typename To, typename From>
-inline To bits(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof(To));
-  return to;
-}
-
-// GCC makes two halves of these conversions, or takes single numbers out of the vector, if it is not told.
-inline Ints widened(Bytes numbers) {
-#ifdef __AVX512F__
-  return bits<Ints>(_mm512_cvtepi8_epi32(bits<__m128i>(numbers)));
-#else
-  return __builtin_convertvector(__builtin_convertvector(numbers, Shorts), Ints);
-#endif
-}
-
-inline Words widened(Halves numbers) {
-#ifdef __AVX512F__
-  return bits<Words>(_mm512_cvtepu16_epi32(bits<__m256i>(numbers)));
-#else
-  return __builtin_convertvector(numbers, Words);
-#endif
-}
-
-template <typename Part, typename Vector>
-inline Part folded(Vector v) {
-  Part halves[2];
-  std::memcpy(halves, &v, sizeof(v));
-  return halves[0] + halves[1];
-}
-
-inline float total(Floats v) {
-  const Quarter quarter = folded<Quarter>(folded<Half>(v));
-  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
-}
-
-// How sixteen numbers from column `at` on of a row that begins at `row` become float32.
-struct Float32 {
-  static constexpr int kBytes = 4;
-  static Floats read(const uint8_t* row, int64_t at) { return load<Floats>(row + 4 * at); }
-};
-
-struct BFloat16 {
-  static constexpr int kBytes = 2;
-  static Floats read(const uint8_t* row, int64_t at) {
-    return bits<Floats>(widened(load<Halves>(row + 2 * at)) << 16);
-  }
-};
-
-struct Float16 {
-  static constexpr int kBytes = 2;
-  static Floats read(const uint8_t* row, int64_t at) {
-    const Halves half = load<Halves>(row + 2 * at);
-#if defined(__AVX512F__)
-    return bits<Floats>(_mm512_cvtph_ps(bits<__m256i>(half)));
-#else
-    const Words word = widened(half), magnitude = word & 0x7fff;
-    // The exponent moves from bias 15 to bias 127, that of infinity and NaN to the largest. What is subnormal is a
-    // whole number of 2^-24; bits of subnormal float32 would not do, since XLA's threads take those for zero.
-    const Words normal = (magnitude << 13) + 0x38000000u + ((Words)(magnitude >= 0x7c00) & 0x38000000u);
-    const Words subnormal = bits<Words>(__builtin_convertvector(bits<Ints>(magnitude), Floats) * 0x1p-24f);
-    const Words small = (Words)(magnitude < 0x400);
-    return bits<Floats>((small & subnormal) | (~small & normal) | ((word & 0x8000) << 16));
-#endif
-  }
-};
-
-struct Int8 {
-  static constexpr int kBytes = 1;
-  static Floats read(const uint8_t* row, int64_t at) {
-    return __builtin_convertvector(widened(load<Bytes>(row + at)), Floats);
-  }
-};
 
 // kRows rows times kVectors vectors of x. What is left over after the last sixteen columns is added at the end.
 template <typename Weight, int kRows, int kVectors>
@@ -205,7 +109,7 @@ void run(const Rows& p, int64_t first, int64_t last) {
 
 }  // namespace
 
-extern "C" void MPT_EQX_ISA(const Rows& p, int64_t first, int64_t last) {
+extern "C" void MPT_EQX_NAME(rows)(const Rows& p, int64_t first, int64_t last) {
   switch (p.kind) {
     case Kind::kFloat32: return run<Float32>(p, first, last);
     case Kind::kBFloat16: return run<BFloat16>(p, first, last);

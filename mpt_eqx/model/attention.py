@@ -11,6 +11,9 @@ from mpt_eqx.model.dropout import Dropout, dropped
 from mpt_eqx.model.fused import cudnn_takes, fused_attention
 from mpt_eqx.model.precision import row_sum, scaled, softcapped, wide
 
+FEW = 8
+"""Queries of a head up to which the scores of a whole cache are kept: less than the keys take."""
+
 BiasAndMask = Callable[[Int[Array, " S"]], tuple[Float32[Array, "N T S"] | None, Bool[Array, "T S"]]]
 
 
@@ -111,9 +114,9 @@ def blockwise_attention(
     """Returns what `attention` does with the keys and values of a cache, but never holds more than a block of scores.
 
     The blocks are read twice: first for the largest score and the sum of the softmax, which is scaled down whenever a
-    larger score turns up; then for the values, with weights that are rounded where `attention` rounds them. Blocks
-    beyond `length` are not read. One that is masked as a whole changes no bit of the result, nor does it matter how
-    many queries are asked at once.
+    larger score turns up; then for the values, with weights that are rounded where `attention` rounds them. The scores
+    of few queries are kept in between, those of many are computed again. Blocks beyond `length` are not read. One that
+    is masked as a whole changes no bit of the result, nor does it matter how many queries are asked at once.
 
     Args:
         q: queries of T positions.
@@ -134,19 +137,26 @@ def blockwise_attention(
         bias, mask = bias_and_mask(number * BLOCK + jnp.arange(BLOCK))
         return attention_scores(queries, k, bias, mask, scale, softcap), mask
 
-    def measure(number: Int[Array, ""], so_far: tuple[Array, Array]) -> tuple[Array, Array]:
-        largest, total = so_far
+    def measure(number: Int[Array, ""], so_far: tuple[Array, Array, Array | None]) -> tuple[Array, Array, Array | None]:
+        largest, total, kept = so_far
         block, _ = scores(number, cache.rows(number * BLOCK, BLOCK).k)
+        if kept is not None:
+            kept = jax.lax.dynamic_update_index_in_dim(kept, block, number, 0)
         new_largest = jnp.maximum(largest, jnp.max(block, axis=-1))
         total = total * jnp.exp(largest - new_largest) + row_sum(jnp.exp(block - new_largest[..., None]))
-        return new_largest, total
+        return new_largest, total, kept
 
     none = jnp.full(queries.shape[:2], float(jnp.finfo(jnp.float32).min), sums)
-    largest, total = jax.lax.fori_loop(0, blocks, measure, (none, jnp.zeros_like(none)))
+    few = queries.shape[1] <= FEW
+    kept = jnp.zeros((cache.k.shape[-2] // BLOCK, *queries.shape[:2], BLOCK), sums) if few else None
+    largest, total, kept = jax.lax.fori_loop(0, blocks, measure, (none, jnp.zeros_like(none), kept))
 
     def gather(number: Int[Array, ""], mixed: Float[Array, "N T H"]) -> Float[Array, "N T H"]:
         rows = cache.rows(number * BLOCK, BLOCK)
-        block, mask = scores(number, rows.k)
+        if kept is None:
+            block, mask = scores(number, rows.k)
+        else:
+            block, (_, mask) = kept[number], bias_and_mask(number * BLOCK + jnp.arange(BLOCK))
         weights = jnp.exp(block - largest[..., None]) / total[..., None]
         # What no query sees may be anything, and 0 · NaN is NaN.
         v = jnp.where(jnp.any(mask, axis=0)[:, None], rows.v, 0)

@@ -15,6 +15,7 @@ from mpt_eqx.model.norms import LayerNorm
 from mpt_eqx.model.positions import ALiBi, Positions
 from mpt_eqx.model.precision import wide
 from mpt_eqx.model.rotary import DynamicRotary, Rotary, make_rotary
+from mpt_eqx.model.step import kernel_takes, step_attention
 
 
 class Temperature(eqx.Module):
@@ -134,7 +135,10 @@ class Attention(eqx.Module):
         def bias_and_mask(keys: Int[Array, " S"]) -> tuple[Float32[Array, "K GT S"] | None, Bool[Array, "GT S"]]:
             return self._bias_and_mask(positions, keys)
 
-        if isinstance(kv, LayerCache):
+        if isinstance(kv, LayerCache) and kernel_takes(q, kv, x.shape[0], self.softcap):
+            slopes = None if self.alibi is None else self.alibi.slopes().reshape(self.kv_heads, -1)
+            h = step_attention(q, kv, slopes, positions.query[0], self.scale, self.sliding_window)
+        elif isinstance(kv, LayerCache):
             h = cached_attention(q, kv, bias_and_mask, positions.query[-1] + 1, self.scale, softcap=self.softcap)
         else:
             bias, mask = bias_and_mask(positions.query)

@@ -73,4 +73,8 @@ class ALiBi(eqx.Module):
 
     def __call__(self, query_pos: Int[Array, " T"], key_pos: Int[Array, " S"]) -> Float32[Array, "N T S"]:
         """Returns the bias to add to the scores."""
-        return alibi_bias(alibi_slopes(self.n_heads, self.bias_max), query_pos, key_pos)
+        return alibi_bias(self.slopes(), query_pos, key_pos)
+
+    def slopes(self) -> Float32[Array, " N"]:
+        """Returns the slope of each head."""
+        return alibi_slopes(self.n_heads, self.bias_max)
