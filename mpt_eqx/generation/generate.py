@@ -73,7 +73,8 @@ def generate(
     num_return_sequences and with a prefix. How tokens are chosen never compiles again. It ends within eight tokens of
     the last row's end.
 
-    On one CPU a row is the same in every bit whatever stands beside it, in every type.
+    On CPU a row of bfloat16 or float16 is the same in every bit whatever stands beside it; in float32 a row alone
+    differs from one in a batch in the last digit, which shows only where two tokens are equally likely to that digit.
 
     Args:
         model: the model.
