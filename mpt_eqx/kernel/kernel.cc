@@ -2,8 +2,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
+#include <functional>
 #include <memory>
+#include <mutex>
 #include <thread>
+#include <utility>
 
 #include "kernel.h"
 #include "xla/ffi/api/ffi.h"
@@ -30,41 +34,78 @@ RowsFunction* const rows_function = rows_default;
 HeadsFunction* const heads_function = heads_default;
 #endif
 
+void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 // Shares are taken from a counter by the thread that was called and by those of the pool that come in time. It waits
 // for shares that others have taken, never for others to come: they may all be waiting in calls of their own.
-template <typename Problem>
 struct Work {
-  Problem problem;
-  void (*function)(const Problem&, int64_t, int64_t);
+  std::function<void(int64_t first, int64_t last)> function;
   int64_t count, share, shares;
   std::atomic<int64_t> taken{0}, finished{0};
 
   void help() {
     for (int64_t i; (i = taken.fetch_add(1, std::memory_order_relaxed)) < shares;) {
-      function(problem, i * share, std::min((i + 1) * share, count));
+      function(i * share, std::min((i + 1) * share, count));
       finished.fetch_add(1, std::memory_order_release);
     }
   }
 };
 
-template <typename Problem>
-ffi::Error shared(ffi::ThreadPool& pool, const Problem& problem, void (*function)(const Problem&, int64_t, int64_t),
-                  int64_t count, int64_t share) {
-  auto work = std::make_shared<Work<Problem>>();
-  work->problem = problem;
-  work->function = function;
+// A step makes a hundred calls, and to wake a thread takes longer than many of them. A thread that has helped therefore
+// looks out for the next call for a moment before it goes back to the pool.
+constexpr auto kPatience = std::chrono::microseconds(50);
+std::mutex newest_mutex;
+std::shared_ptr<Work> newest;
+std::atomic<uint64_t> calls{0};
+std::atomic<int64_t> waiting{0};
+
+void help_and_wait(std::shared_ptr<Work> work) {
+  while (work) {
+    const uint64_t seen = calls.load(std::memory_order_acquire);
+    work->help();
+    work.reset();
+    waiting.fetch_add(1, std::memory_order_relaxed);
+    const auto until = std::chrono::steady_clock::now() + kPatience;
+    for (int tries = 1; calls.load(std::memory_order_acquire) == seen; tries++) {
+      if (tries % 64 == 0 && std::chrono::steady_clock::now() > until) break;
+      pause();
+    }
+    waiting.fetch_sub(1, std::memory_order_relaxed);
+    if (calls.load(std::memory_order_acquire) != seen) {
+      const std::lock_guard<std::mutex> lock(newest_mutex);
+      work = newest;
+    }
+  }
+}
+
+ffi::Error shared(ffi::ThreadPool& pool, std::function<void(int64_t, int64_t)> function, int64_t count, int64_t share) {
+  auto work = std::make_shared<Work>();
+  work->function = std::move(function);
   work->count = count;
   work->share = share;
   work->shares = (count + share - 1) / share;
   const int64_t helpers = std::min(pool.num_threads(), work->shares) - 1;
-  for (int64_t i = 0; i < helpers; i++) pool.Schedule([work] { work->help(); });
+  if (helpers > 0) {
+    {
+      const std::lock_guard<std::mutex> lock(newest_mutex);
+      newest = work;
+    }
+    calls.fetch_add(1, std::memory_order_release);
+    for (int64_t i = waiting.load(std::memory_order_relaxed); i < helpers; i++) {
+      pool.Schedule([work] { help_and_wait(work); });
+    }
+  }
   work->help();
   // A share takes microseconds, so that waiting costs less than sleeping; unless its thread has lost its core.
   for (int tries = 0; work->finished.load(std::memory_order_acquire) < work->shares; tries++) {
     if (tries > 10000) std::this_thread::yield();
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
+    pause();
   }
   return ffi::Error::Success();
 }
@@ -88,7 +129,8 @@ ffi::Error product(ffi::ThreadPool pool, ffi::AnyBuffer weight, ffi::AnyBuffer s
   rows.in = x.dimensions()[1];
   rows.out = weight.dimensions()[0];
   const int64_t row_bytes = std::max<int64_t>(weight.size_bytes() / std::max<int64_t>(rows.out, 1), 1);
-  return shared(pool, rows, rows_function, rows.out, std::max<int64_t>(kShareBytes / row_bytes / 8 * 8, 8));
+  const auto function = [rows](int64_t first, int64_t last) { rows_function(rows, first, last); };
+  return shared(pool, function, rows.out, std::max<int64_t>(kShareBytes / row_bytes / 8 * 8, 8));
 }
 
 ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
@@ -108,7 +150,8 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuff
   heads.capacity = k.dimensions()[2];
   heads.window = window;
   heads.scale = scale;
-  return shared(pool, heads, heads_function, q.dimensions()[0] * heads.heads, int64_t{1});
+  const auto function = [heads](int64_t first, int64_t last) { heads_function(heads, first, last); };
+  return shared(pool, function, q.dimensions()[0] * heads.heads, 1);
 }
 
 }  // namespace
