@@ -217,10 +217,10 @@ def test_a_quantised_model_computes_what_its_weights_stand_for(golden, name, sch
 
     model = quantize(golden(name).model, scheme, embeddings=embeddings)
     expected = whole(model)(TOKENS)
-    np.testing.assert_allclose(model(TOKENS), expected, atol=1e-5, rtol=1e-5)
-    np.testing.assert_allclose(jax.jit(lambda m, t: m(t))(model, TOKENS), expected, atol=1e-5, rtol=1e-5)
     batch = jnp.stack([TOKENS, TOKENS[::-1]])
-    np.testing.assert_allclose(jax.vmap(model)(batch)[0], expected, atol=1e-5, rtol=1e-5)
+    for found in (model(TOKENS), jax.jit(lambda m, t: m(t))(model, TOKENS), jax.vmap(model)(batch)[0]):
+        # The scale of a row is multiplied before the sum in one, after it in the other: float32's precision of the sum.
+        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
