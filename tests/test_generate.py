@@ -469,13 +469,13 @@ def test_a_step_alone_would_differ_with_one_row(shipped, monkeypatch):
     from mpt_eqx.model import linear
 
     monkeypatch.setattr(kernel, "available", lambda: False)
-    model, rows, options = cast(shipped, "float32"), [[5, 6, 7], [8, 9]], {"max_new_tokens": 8, "return_logits": True}
+    rows, options = [[5, 6, 7], [8, 9]], {"max_new_tokens": 8, "return_logits": True}
     jax.clear_caches()
-    together = generate(model, rows, **options).logits[0]
-    np.testing.assert_array_equal(generate(model, rows[:1], **options).logits[0], together)
+    together = generate(shipped, rows, **options).logits[0]
+    np.testing.assert_array_equal(generate(shipped, rows[:1], **options).logits[0], together)
     monkeypatch.setattr(linear, "_by_xla_on_cpu", linear._many)
     jax.clear_caches()
-    assert (generate(model, rows[:1], **options).logits[0] != together).any()
+    assert (generate(shipped, rows[:1], **options).logits[0] != together).any()
     jax.clear_caches()
 
 
