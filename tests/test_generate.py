@@ -450,7 +450,7 @@ def test_the_shipped_model_writes_the_same_whatever_stands_beside(shipped, dtype
         np.testing.assert_array_equal(alone.logprobs[0], logprobs)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["bfloat16"])
 @pytest.mark.parametrize("name", ["f_torch_dmoe", "f_gqa_kv2", "f_rope_dynamic", "f_reuse_kv", "f_qk_ln"])
 def test_a_row_of_another_kind_of_model_is_the_same_in_every_bit(name, dtype, way):
     """Experts, shared keys, rotation, another block's keys, normed queries: alone and in a batch."""
