@@ -33,7 +33,8 @@ def check_output(directory: Path) -> None:
 
 def write_report(report: dict[str, Any], directory: Path) -> list[str]:
     """Writes all three files; returns a line on each that could not be made."""
-    (directory / JSON).write_text(json.dumps(rounded(report), indent=1) + "\n")
+    report = rounded(report)  # so that the tables can be made again from the file
+    (directory / JSON).write_text(json.dumps(report, indent=1) + "\n")
     (directory / MARKDOWN).write_text(markdown(report))
     try:
         import matplotlib  # noqa: F401
