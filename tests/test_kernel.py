@@ -20,20 +20,6 @@ from hypothesis import strategies as st
 KINDS = ("float32", "bfloat16", "float16", "int8", "int4")
 
 
-@pytest.fixture(params=["kernel", "XLA"])
-def way(request, monkeypatch):
-    """Each test runs with the kernel and without."""
-    from mpt_eqx import kernel
-
-    if request.param == "XLA":
-        monkeypatch.setattr(kernel, "available", lambda: False)
-    elif not kernel.available():
-        pytest.skip(f"no kernel: {kernel.missing()}")
-    jax.clear_caches()
-    yield request.param
-    jax.clear_caches()
-
-
 def made(kind: str, out: int, columns: int, seed: int = 0):
     """A weight of this kind, and the numbers that it stands for."""
     from mpt_eqx.model.quantized import QuantizedWeight, dequantized

@@ -32,18 +32,18 @@ def compile_kernel(library: Path = LIBRARY) -> str | None:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     with tempfile.TemporaryDirectory() as directory:
 
-        def start(source: str, name: str, *flags: str) -> subprocess.Popen:
+        def start(source: str, name: str, *flags: str) -> tuple[list[str], subprocess.Popen[str]]:
             command = [*compiler, *FLAGS, *flags, "-c", str(SOURCES / source), "-o", f"{directory}/{name}.o"]
-            return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            return command, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
         jobs = [start("kernel.cc", "kernel", "-isystem", str(headers), *["-DMPT_EQX_X86"] * x86)]
         for isa, flags in {"default": (), **(X86 if x86 else {})}.items():
             for name in ("rows", "heads"):
                 jobs.append(start(f"{name}.cc", f"{name}_{isa}", f"-DMPT_EQX_ISA={isa}", *flags))
-        outputs = [job.communicate()[0] for job in jobs]
-        for job, output in zip(jobs, outputs, strict=True):
+        outputs = [job.communicate()[0] for _, job in jobs]
+        for (command, job), output in zip(jobs, outputs, strict=True):
             if job.returncode:
-                return f"{shlex.join(job.args)} failed: {output.strip()[-2000:]}"  # type: ignore[arg-type]
+                return f"{shlex.join(command)} failed: {output.strip()[-2000:]}"
         # Moved into place, because a process may have loaded the old one.
         made = f"{library}.{os.getpid()}"
         objects = sorted(str(path) for path in Path(directory).glob("*.o"))
