@@ -73,9 +73,9 @@ def generate(
     num_return_sequences and with a prefix. How tokens are chosen never compiles again. It ends within eight tokens of
     the last row's end.
 
-    On CPU a row of bfloat16 or float16 is the same in every bit whatever stands beside it (in float16 without the
-    CPU kernel, one that differed by a rounding was seen). In float32 the reading of a prompt differs in the last digit
-    with the number of rows, which shows only where two tokens are equally likely to that digit.
+    On CPU a row of bfloat16 is the same in every bit whatever stands beside it. In float32 and float16 the reading of
+    a prompt differs in the last digit with the number of rows, which shows only where two tokens are equally likely to
+    that digit.
 
     Args:
         model: the model.
