@@ -1,6 +1,7 @@
 """What every test shares. The package is imported inside fixtures only: the type checks are hooked in before that."""
 
 import json
+import os
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -47,6 +48,16 @@ def asked_by_line(script: str):
 
         yield ask
         process.stdin.close()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def compiled_once(tmp_path_factory):
+    """What one test has compiled is found by the next, in this process and the one beside it: most time goes there."""
+    room = tmp_path_factory.getbasetemp()
+    room = room.parent if "PYTEST_XDIST_WORKER" in os.environ else room
+    jax.config.update("jax_compilation_cache_dir", str(room / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(autouse=True, scope="module")

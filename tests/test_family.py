@@ -643,12 +643,27 @@ PLUMBING = {
 }
 
 
+def halved(eqn, made):
+    """What an addition adds the two halves of, which is a step of `row_sum`; None for any other operation."""
+    if eqn is None or eqn.primitive.name != "add":
+        return None
+    sides = [made.get(side) for side in eqn.invars if not hasattr(side, "val")]
+    if len(sides) < 2 or any(side is None or side.primitive.name != "slice" for side in sides):
+        return None
+    first, second = (side.invars[0] for side in sides)
+    return first if first is second else None
+
+
 def operations(config, how):
     """How often each operation on real numbers and on masks stands in the program, and how many arrays are weights."""
     trace, arrays = traced(config, how)
     found = Counter(weights=len(jax.tree.leaves(arrays)))
     for jaxpr in jaxprs(trace.jaxpr):
+        made = {out: eqn for eqn in jaxpr.eqns for out in eqn.outvars}
         for eqn in jaxpr.eqns:
+            if whole := halved(eqn, made):
+                found["row_sum"] += not halved(made.get(whole), made)
+                continue
             out = eqn.outvars[0].aval if eqn.outvars else None
             real = out is not None and jnp.issubdtype(out.dtype, jnp.floating)
             mask = out is not None and out.dtype == bool and out.ndim > 1
@@ -661,8 +676,8 @@ def total(*parts):
     return {name: n for name in {k for p in parts for k in p} if (n := sum(p.get(name, 0) for p in parts))}
 
 
-# (x − mean) / √(variance + eps) · weight. The sums are products with ones, divided by the width.
-NORM = {"dot_general": 2, "div": 2, "sub": 1, "mul": 3, "add": 1, "rsqrt": 1, "weights": 1}
+# (x − mean) / √(variance + eps) · weight. The sums are divided by the width.
+NORM = {"row_sum": 2, "div": 2, "sub": 1, "mul": 3, "add": 1, "rsqrt": 1, "weights": 1}
 # q kᵀ; scale; slope · distance, added; key ≤ query, and where it is not.
 SCORES = {"dot_general": 1, "mul": 2, "add": 1, "le": 1, "select_n": 1}
 # Wqkv, the mix of values and out_proj.
@@ -672,7 +687,7 @@ SOFTMAX = {"reduce_max": 1, "max": 1, "sub": 1, "exp": 1, "reduce_sum": 1, "div"
 CACHE = {"scatter": 2, "dynamic_slice": 4}
 # A running maximum and sum, scaled down when it grows; then the weights, for values that anything sees, added up.
 ONLINE = {
-    "reduce_max": 1, "max": 1, "sub": 3, "exp": 3, "mul": 1, "dot_general": 1, "add": 2, "div": 1, "select_n": 1,
+    "reduce_max": 1, "max": 1, "sub": 3, "exp": 3, "mul": 1, "row_sum": 1, "add": 2, "div": 1, "select_n": 1,
 }  # fmt: skip
 # down(gelu(up(x))); gelu is x · ½ · erfc(−x · √½).
 MLP = {"dot_general": 2, "mul": 3, "neg": 1, "erfc": 1, "weights": 2}
@@ -731,7 +746,7 @@ FEATURES = {
         {}, attn(attn_temperature_tuning={"attn_scale": 0.5}),
         {"div": 1, "floor": 1, "add": 2, "log": 1, "mul": 2}, {},
     ),
-    "rmsnorm": ({}, {"norm_type": "rmsnorm"}, times(2, RMS := {"dot_general": -1, "div": -1, "sub": -1}), RMS),
+    "rmsnorm": ({}, {"norm_type": "rmsnorm"}, times(2, RMS := {"row_sum": -1, "div": -1, "sub": -1}), RMS),
     "GLU": ({}, ffn(ffn_type="mptglu"), {"dot_general": 1, "mul": 1, "weights": 1}, {}),
     "mixture of experts": (
         {}, ffn(**MOE),

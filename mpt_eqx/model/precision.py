@@ -33,13 +33,14 @@ def softcapped(x: Float[Array, "*shape"], cap: float) -> Float[Array, "*shape"]:
 
 
 def row_sum(x: Float[Array, "*T D"]) -> Float[Array, "*T"]:
-    """Returns the sum over the last axis, in an order that does not depend on how many rows there are.
+    """Returns the sum over the last axis, half upon half, in an order that does not depend on how many rows there are.
 
-    XLA's CPU backend splits sums over few rows otherwise than those over many, so that a token would be rounded
-    otherwise in a batch than alone. A product with ones is summed in the same order for any number of rows above one;
-    a single one is therefore summed twice.
+    XLA's CPU backend splits a reduction over few rows otherwise than one over many, so that a token would be rounded
+    otherwise in a batch than alone.
     """
-    ones = jnp.ones((x.shape[-1], 2), x.dtype)
-    rows = x if x.size > x.shape[-1] else jnp.stack([x, x])
-    sums = jnp.matmul(rows, ones, precision="highest")[..., 0]
-    return sums if rows is x else sums[0]
+    while x.shape[-1] > 1:
+        if x.shape[-1] % 2:
+            x = jnp.concatenate([x, jnp.zeros_like(x[..., :1])], axis=-1)
+        half = x.shape[-1] // 2
+        x = x[..., :half] + x[..., half:]
+    return x[..., 0]
