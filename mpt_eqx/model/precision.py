@@ -3,6 +3,7 @@
 Under jit XLA may leave a rounding out and keep more precision.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float
@@ -32,6 +33,7 @@ def softcapped(x: Float[Array, "*shape"], cap: float) -> Float[Array, "*shape"]:
     return scaled(h, cap)
 
 
+@jax.jit  # so that it is one operation outside of jit, too
 def row_sum(x: Float[Array, "*T D"]) -> Float[Array, "*T"]:
     """Returns the sum over the last axis, half upon half, in an order that does not depend on how many rows there are.
 
