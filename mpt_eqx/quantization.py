@@ -169,7 +169,8 @@ def quantized(name: str, weight: Float[Array | np.ndarray, "out in"], scheme: st
         part = jnp.asarray(weight[at : at + rows])
         if not isinstance(part, jax.core.Tracer) and not jnp.isfinite(part).all():
             raise MPTError(f"{name}: expected finite numbers, found NaN or infinity; the weights are damaged")
-        parts.append(quantize_rows(part))
+        # Otherwise the next part would need its memory beside this one's.
+        parts.append(jax.block_until_ready(quantize_rows(part)))
     values, scale = (jnp.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return QuantizedWeight(values, scale, np.dtype(weight.dtype))
 
