@@ -19,6 +19,7 @@ from mpt_eqx.errors import ConfigError as ConfigError
 from mpt_eqx.errors import GenerationError as GenerationError
 from mpt_eqx.errors import Interrupted as Interrupted
 from mpt_eqx.errors import MPTError as MPTError
+from mpt_eqx.errors import ShardingError as ShardingError
 from mpt_eqx.generation import GenerateResult as GenerateResult
 from mpt_eqx.generation import Prefix as Prefix
 from mpt_eqx.generation import beam_search as beam_search

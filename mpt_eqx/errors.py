@@ -19,6 +19,10 @@ class GenerationError(MPTError):
     """A prompt or a generation argument is not valid, or the model produced no finite logits."""
 
 
+class ShardingError(MPTError):
+    """A mesh, rules for it and a model do not fit together."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Somebody pressed Ctrl-C.
 

@@ -11,10 +11,11 @@ import jax
 import numpy as np
 from jaxtyping import DTypeLike
 
+from mpt_eqx.checkpoint.arrays import byte_bar, finite, kept_dtype
 from mpt_eqx.checkpoint.differences import stored_types
 from mpt_eqx.checkpoint.files import files_of
 from mpt_eqx.checkpoint.info import CheckpointInfo, read_checkpoint
-from mpt_eqx.checkpoint.load import byte_bar, finite, kept_dtype, refuse_problems, target_dtype, weights
+from mpt_eqx.checkpoint.load import refuse_problems, target_dtype, weights
 from mpt_eqx.checkpoint.names import is_quantised, named_leaves, stored_name
 from mpt_eqx.checkpoint.safetensors_file import Outgoing
 from mpt_eqx.checkpoint.save import parse_size, write_checkpoint

@@ -11,20 +11,23 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import DTypeLike
-from tqdm import tqdm
 
+from mpt_eqx.checkpoint.arrays import CHUNK, aligned_copy, byte_bar, finite, kept_dtype, usable
 from mpt_eqx.checkpoint.differences import stored_types
 from mpt_eqx.checkpoint.info import CheckpointInfo, read_checkpoint
-from mpt_eqx.checkpoint.names import EMBEDDING, HEAD, canonical_name, is_quantised, with_leaves
-from mpt_eqx.checkpoint.safetensors_file import ALIGNMENT, DTYPES
+from mpt_eqx.checkpoint.names import EMBEDDING, HEAD, canonical_name, with_leaves
+from mpt_eqx.checkpoint.safetensors_file import DTYPES
+from mpt_eqx.checkpoint.shards import placed
 from mpt_eqx.checkpoint.tensors import TensorInfo
-from mpt_eqx.errors import CheckpointError, first_of
+from mpt_eqx.errors import CheckpointError, ShardingError, first_of
+from mpt_eqx.layout import ShardingRules
 from mpt_eqx.model import MPT
 from mpt_eqx.quantization import with_zeros
+from mpt_eqx.sharding import prepared
 
 FLOATS = {dtype.name: dtype for dtype in DTYPES.values()}
-CHUNK = 2**24  # numbers that are looked at together
 READERS = 4  # tensors that are copied at the same time
 
 
@@ -33,6 +36,8 @@ def from_pretrained(
     *,
     dtype: DTypeLike | None = None,
     device: jax.Device | None = None,
+    mesh: Mesh | None = None,
+    rules: ShardingRules | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
     cache_dir: str | Path | None = None,
@@ -52,6 +57,9 @@ def from_pretrained(
             float32 of quantised GGUF. Weights that `mpt_eqx.quantize` made stay as they are; then it is the type of
             the others and of computations.
         device: where the weights go; None means JAX's default device.
+        mesh: devices among which the weights are shared, each getting its part of the files only, as with
+            `mpt_eqx.sharding.shard`.
+        rules: how, such as `mpt_eqx.sharding.FSDP`.
         revision: branch, tag or commit of the repository.
         subfolder: directory within `source` that holds the checkpoint.
         cache_dir: where downloads are kept instead of huggingface_hub's own cache.
@@ -66,8 +74,12 @@ def from_pretrained(
     Raises:
         CheckpointError: no checkpoint is there, it cannot be read, or its tensors do not fit its configuration.
         ConfigError: its config.json is not one of a supported MPT.
+        ShardingError: mesh, rules and model do not fit together; `device` is given, too, or one of the two is not.
     """
     started = time.monotonic()
+    if (mesh is None) != (rules is None) or (mesh is not None and device is not None):
+        given = [name for name, value in (("device", device), ("mesh", mesh), ("rules", rules)) if value is not None]
+        raise ShardingError(f"expected mesh and rules together, or device alone, found {' and '.join(given)}")
     info = read_checkpoint(
         source,
         revision=revision,
@@ -81,12 +93,16 @@ def from_pretrained(
     refuse_problems(info)
     target = target_dtype(info, dtype)
     shown = sys.stderr.isatty() if progress is None else progress
-    arrays = _read(info, target, device, mmap, check_finite, shown)
+    key = jax.random.key(0)
+    skeleton = eqx.filter_eval_shape(lambda: with_zeros(MPT(info.config, key=key), info.quantization, target))
+    if mesh is None or rules is None:
+        arrays = _read(info, target, device, mmap, check_finite, shown)
+    else:
+        skeleton = prepared(skeleton, mesh, rules)
+        arrays = placed(info, weights(info), skeleton, target, mmap, check_finite, shown)
     if shown:
         seconds = time.monotonic() - started
         print(f"loaded {info.directory.name}: {summary(info, arrays, seconds)}", file=sys.stderr)
-    key = jax.random.key(0)
-    skeleton = eqx.filter_eval_shape(lambda: with_zeros(MPT(info.config, key=key), info.quantization, target))
     return with_leaves(skeleton, arrays)
 
 
@@ -144,17 +160,6 @@ def target_dtype(info: CheckpointInfo, dtype: DTypeLike | None) -> np.dtype:
     return target
 
 
-def finite(array: np.ndarray) -> bool:
-    """Tells whether all numbers are finite, a part at a time."""
-    flat = array.reshape(-1)
-    return all(np.isfinite(flat[at : at + CHUNK]).all() for at in range(0, len(flat), CHUNK))
-
-
-def kept_dtype(name: str, tensor: TensorInfo, dtype: np.dtype) -> np.dtype:
-    """Returns the type that a tensor is to have: the wanted one, but for those of quantised weights their own."""
-    return jax.numpy.dtype(tensor.dtype) if is_quantised(name) else dtype
-
-
 def summary(info: CheckpointInfo, arrays: Mapping[str, jax.Array], seconds: float) -> str:
     """Returns a line on what was read: parameters, bytes, types, seconds, and the most memory this process has used."""
     types = " and ".join(sorted({array.dtype.name for array in arrays.values()}))
@@ -163,11 +168,6 @@ def summary(info: CheckpointInfo, arrays: Mapping[str, jax.Array], seconds: floa
         f"{info.parameters:,} parameters, {sum(array.nbytes for array in arrays.values()) / 1e9:.2f} GB {types}, "
         f"{seconds:.1f} s, peak memory {peak / 1e9:.2f} GB"
     )
-
-
-def byte_bar(description: str, total: int, shown: bool) -> tqdm:
-    """Returns a progress bar on stderr that counts bytes and goes away at its end."""
-    return tqdm(total=total, desc=description, unit="B", unit_scale=True, disable=not shown, leave=False)
 
 
 def _read(
@@ -183,8 +183,8 @@ def _read(
         view, wanted = tensor.read(), kept_dtype(name, tensor, dtype)
         if check_finite and not finite(view):
             raise CheckpointError(f"{info.directory / tensor.file}: {tensor.name} holds NaN or infinity")
-        if not (mmap and on_cpu and _usable(view, wanted)):
-            view = _aligned_copy(view, wanted)
+        if not (mmap and on_cpu and usable(view, wanted)):
+            view = aligned_copy(view, wanted)
         return view
 
     total = sum(tensor.size * kept_dtype(name, tensor, dtype).itemsize for name, tensor in named.items())
@@ -212,18 +212,3 @@ def _in_order(pool: ThreadPoolExecutor, function: Any, names: Any) -> Iterator[n
     finally:
         for future in futures:
             future.cancel()
-
-
-def _usable(view: np.ndarray, dtype: np.dtype) -> bool:
-    """Tells whether JAX can use this memory as it is."""
-    return view.dtype == dtype and view.flags.c_contiguous and view.ctypes.data % ALIGNMENT == 0 and view.size > 0
-
-
-def _aligned_copy(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Returns a copy in another type, at an address that JAX uses without copying once more."""
-    size = view.size * dtype.itemsize
-    room = np.empty(size + ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % ALIGNMENT
-    copy = room[start : start + size].view(dtype).reshape(view.shape)
-    np.copyto(copy, view, casting="unsafe")
-    return copy

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from mpt_eqx.checkpoint.arrays import gathered
 from mpt_eqx.checkpoint.files import CONFIG, INDEX, SHARD, WAITING, WEIGHTS, index_start
 from mpt_eqx.checkpoint.formats import SUFFIXES
 from mpt_eqx.checkpoint.names import is_quantised, named_leaves, stored_name
@@ -21,6 +22,7 @@ from mpt_eqx.config import MPTConfig
 from mpt_eqx.config_quantization import KEY, Quantization
 from mpt_eqx.errors import CheckpointError
 from mpt_eqx.model import MPT
+from mpt_eqx.model.sections import in_fused, section_of
 from mpt_eqx.quantization import quantization_of
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -50,7 +52,11 @@ def save_pretrained(model: MPT, directory: str | Path, *, max_shard_size: int | 
         MPTError: only some of the model's matrices are quantised.
     """
     limit, quantization = parse_size(max_shard_size), quantization_of(model)
-    tensors = [_outgoing(stored_name(name, model.config), leaf) for name, leaf in named_leaves(model).items()]
+    tensors = [_outgoing(stored_name(name, model.config), leaves) for name, leaves in _whole_tensors(model).items()]
+    if jax.process_index():  # each part of a tensor is asked for by all processes at once
+        for tensor in tensors:
+            tensor.read()
+        return
     write_checkpoint(Path(directory), model.config, tensors, limit, quantization=quantization)
 
 
@@ -113,8 +119,24 @@ def parse_size(size: int | str) -> int:
     return int(match[1]) * UNITS[match[2]]
 
 
-def _outgoing(name: str, leaf: jax.Array | np.ndarray) -> Outgoing:
-    return Outgoing(name, leaf.shape, np.dtype(leaf.dtype), lambda: np.asarray(leaf))
+def _whole_tensors(model: MPT) -> dict[str, list[jax.Array | np.ndarray]]:
+    """Returns the weights by the canonical names of the tensors, a Wqkv perhaps as its three sections."""
+    tensors: dict[str, list[jax.Array | np.ndarray]] = {}
+    for name, leaf in named_leaves(model).items():
+        fused = model.layout is not None and in_fused(name, model.config)
+        tensors.setdefault(section_of(name, model.config)[0] if fused else name, []).append(leaf)
+    return tensors
+
+
+def _outgoing(name: str, sections: Sequence[jax.Array | np.ndarray]) -> Outgoing:
+    first = sections[0]
+    shape = (sum(len(section) for section in sections), *first.shape[1:]) if len(sections) > 1 else first.shape
+
+    def read() -> np.ndarray:
+        parts = [gathered(section) for section in sections]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    return Outgoing(name, shape, np.dtype(first.dtype), read)
 
 
 def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:

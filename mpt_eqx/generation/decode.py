@@ -1,5 +1,8 @@
 """The decode loop: reading prompts, then a scan over tokens. Everything here is traced; checks stand in `arguments`."""
 
+from collections.abc import Callable
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Float, Float32, Int, Key
 
 from mpt_eqx.generation.choose import SamplingOptions, allowed, choose
+from mpt_eqx.layout import Layout
 from mpt_eqx.model import MPT, KVCache
 
 
@@ -42,22 +46,55 @@ class Decoded(eqx.Module):
 
 def empty_state(model: MPT, rows: int, capacity: int) -> DecodeState:
     """Returns a state of rows that hold no token yet, with room for `capacity` tokens in each."""
-    dtype = model.wte.weight.dtype
-    one = jax.eval_shape(lambda: KVCache.empty(model.config, capacity, dtype))
+    dtype, layout = model.wte.weight.dtype, model.layout
+
+    def zeros() -> DecodeState:
+        one = KVCache.empty(model.config, capacity, dtype)
+        return DecodeState(
+            cache=jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), one),
+            tokens=jnp.zeros((rows, one.capacity), jnp.int32),
+            hidden=jnp.zeros((rows, model.config.d_model), dtype),
+            done=jnp.zeros((rows,), bool),
+            step=jnp.zeros((), jnp.int32),
+            not_finite=jnp.zeros((), jnp.int32),
+            nothing_left=jnp.zeros((), jnp.int32),
+        )
+
+    state = by_axes(jax.eval_shape(zeros), lambda x, *names: new(layout, x.shape, x.dtype, 0, *names))
+    nothing = tuple(new(layout, (), np.int32, -1) for _ in range(2))
+    return eqx.tree_at(lambda s: (s.not_finite, s.nothing_left), state, nothing)
+
+
+def new(layout: Layout | None, shape: tuple[int, ...], dtype: DTypeLike, value: float, *names: str | None) -> Array:
+    """Returns a new array, by numpy so that no shape costs a compilation, and copied so that it can be donated."""
+    if layout is None:
+        return jax.device_put(np.full(shape, value, dtype), may_alias=False)
+    sharding = layout.sharding(shape, *names)
+    part = sharding.shard_shape(shape)
+    return jax.make_array_from_callback(shape, sharding, lambda _: np.full(part, value, dtype))
+
+
+def by_axes(state: DecodeState, function: Callable[..., Any]) -> DecodeState:
+    """Returns the state with function(array, name of each axis, …) of each; what the host reads has no names."""
+
+    def whole(x: Any) -> Any:
+        return function(x, *(None,) * len(x.shape))
+
+    layers = jax.tree.map(lambda x: function(x, "batch", "kv_heads", None, "head_dim"), state.cache.layers)
     return DecodeState(
-        cache=jax.tree.map(lambda x: new((rows, *x.shape), x.dtype), one),
-        tokens=new((rows, one.capacity), np.int32),
-        hidden=new((rows, model.config.d_model), dtype),
-        done=new((rows,), bool),
-        step=new((), np.int32),
-        not_finite=new((), np.int32, -1),
-        nothing_left=new((), np.int32, -1),
+        cache=KVCache(layers=layers, length=function(state.cache.length, "batch")),
+        tokens=function(state.tokens, "batch", None),
+        hidden=function(state.hidden, "batch", None),
+        done=whole(state.done),
+        step=whole(state.step),
+        not_finite=whole(state.not_finite),
+        nothing_left=whole(state.nothing_left),
     )
 
 
-def new(shape: tuple[int, ...], dtype: DTypeLike, value: float = 0) -> Array:
-    """Returns a new array, by numpy so that no shape costs a compilation, and copied so that it can be donated."""
-    return jax.device_put(np.full(shape, value, dtype), may_alias=False)
+def on_mesh(model: MPT, state: DecodeState) -> DecodeState:
+    """Returns the state as it lies on the model's mesh, if it has one."""
+    return state if model.layout is None else by_axes(state, model.layout.constrained)
 
 
 @eqx.filter_jit
@@ -106,7 +143,7 @@ def read(model: MPT, state: DecodeState, piece: Int[Array, "B T"], ends: Int[Arr
         return new, tokens.at[places].set(piece, mode="drop"), hidden
 
     cache, tokens, hidden = jax.vmap(row)(state.cache, state.tokens, state.hidden, piece, ends)
-    return eqx.tree_at(lambda s: (s.cache, s.tokens, s.hidden), state, (cache, tokens, hidden))
+    return on_mesh(model, eqx.tree_at(lambda s: (s.cache, s.tokens, s.hidden), state, (cache, tokens, hidden)))
 
 
 @eqx.filter_jit(donate="all-except-first")
@@ -148,7 +185,10 @@ def decode(
             ),
         ), decoded
 
-    return jax.lax.scan(one, state, length=steps)
+    state, decoded = jax.lax.scan(one, on_mesh(model, state), length=steps)
+    if (layout := model.layout) is not None:
+        decoded = jax.tree.map(lambda x: layout.constrained(x, *(None,) * x.ndim), decoded)
+    return on_mesh(model, state), decoded
 
 
 def append(model: MPT, state: DecodeState, tokens: Int[Array, " B"]) -> DecodeState:
@@ -162,7 +202,7 @@ def append(model: MPT, state: DecodeState, tokens: Int[Array, " B"]) -> DecodeSt
         return new, so_far.at[cache.length].set(token, mode="drop"), x[0]
 
     cache, so_far, hidden = jax.vmap(row)(state.cache, state.tokens, tokens)
-    return eqx.tree_at(lambda s: (s.cache, s.tokens, s.hidden), state, (cache, so_far, hidden))
+    return on_mesh(model, eqx.tree_at(lambda s: (s.cache, s.tokens, s.hidden), state, (cache, so_far, hidden)))
 
 
 def next_logits(model: MPT, hidden: Float[Array, "B D"]) -> Float32[Array, "B V"]:

@@ -1,6 +1,7 @@
 """The loop on the host: prompts are read piece by piece, tokens are made chunk by chunk, the cache grows in between."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -67,12 +68,17 @@ def read_prompts(
         for row, prompt, filler in zip(piece, prompts, fillers, strict=True):
             here = prompt[start : start + size]
             row[:] = [*here, *filler.tolist() * (size - len(here))]
-        state = read(model, state, jax.device_put(piece), jax.device_put(ends))
+        state = read(model, state, *everywhere(model, (piece, ends)))
         # Otherwise the host would be done long before the device, with a copy of the cache waiting for every piece.
         jax.block_until_ready(state.hidden)
         start += size
         progress.update(min(start, longest) - progress.n)
     return state
+
+
+def everywhere(model: MPT, tree: Any) -> Any:
+    """Returns arrays of the host, or of one device, where the devices of the model can read them."""
+    return jax.device_put(tree) if model.layout is None else model.layout.everywhere(tree)
 
 
 def make_tokens(
@@ -101,6 +107,7 @@ def make_tokens(
     Raises:
         GenerationError: the model gave logits that are not finite, or nothing was left to choose from.
     """
+    options, key = everywhere(model, (options, key))
     made = 0
     while made < max_new_tokens:
         needed = length + min(made + chunk, max_new_tokens)

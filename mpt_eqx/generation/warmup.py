@@ -8,7 +8,7 @@ import numpy as np
 
 from mpt_eqx.generation.arguments import check_count, check_key, check_options, check_prompts
 from mpt_eqx.generation.decode import decode, empty_state, read
-from mpt_eqx.generation.loop import CHUNK, capacity_for, chunk_for, piece_sizes, with_room
+from mpt_eqx.generation.loop import CHUNK, capacity_for, chunk_for, everywhere, piece_sizes, with_room
 from mpt_eqx.model import MPT
 
 
@@ -39,7 +39,7 @@ def warmup(
     max_new_tokens = int(max_new_tokens)
     for length in prompt_lengths:
         check_prompts(config, [[0] * length], max_new_tokens=max_new_tokens)
-    fixed = (model, options, check_key(None, 0.0))
+    fixed = (model, *everywhere(model, (options, check_key(None, 0.0))))
     chunk = chunk_for(CHUNK, max_new_tokens)
     seconds = {}
     for rows in batch_sizes:
@@ -49,7 +49,7 @@ def warmup(
             state = empty_state(model, rows, first)
             for size in sorted(set(piece_sizes(length))):
                 piece, ends = np.zeros((rows, size), np.int32), np.zeros(rows, np.int32)
-                state = read(model, state, jax.device_put(piece), jax.device_put(ends))
+                state = read(model, state, *everywhere(model, (piece, ends)))
             for made in range(chunk, max_new_tokens + chunk, chunk):
                 needed = length + min(made, max_new_tokens)
                 if made == chunk or needed > state.cache.capacity:

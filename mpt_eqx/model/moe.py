@@ -96,19 +96,22 @@ class ExpertMLP(eqx.Module):
             y = jnp.einsum("TF,FD->TD", rows, w, preferred_element_type=wide(h.dtype))
             return y[: h.shape[0]].astype(h.dtype)
 
-        def expert(total: Float[Array, "T D"], this: tuple) -> tuple[Float[Array, "T D"], None]:
+        def expert(this: tuple) -> Float[Array, "T D"]:
             w1, v1, w2, weight = this
             h = self.act(up(x, w1))
             if v1 is not None:
                 h = h * up(x, v1)
-            return total + down(h, w2) * weight[:, None], None
+            return down(h, w2) * weight[:, None]
 
         def per_expert(w: Float[Array, "EF D"] | None) -> Float[Array, "E F D"] | None:
             return None if w is None else w.reshape(self.n_experts, -1, w.shape[-1])
 
-        # One expert after the other, as the reference adds them up, so that E·T·F numbers never stand side by side.
         stacked = (per_expert(self.w1), per_expert(self.v1), per_expert(self.w2), weights.T)
-        return jax.lax.scan(expert, jnp.zeros_like(x), stacked)[0]
+        if not jax.typeof(self.w1).sharding.mesh.empty:
+            # Experts that lie on different devices work at the same time; in turns, each would be sent to all.
+            return jnp.sum(jax.vmap(expert)(stacked), axis=0)
+        # One expert after the other, as the reference adds them up, so that E·T·F numbers never stand side by side.
+        return jax.lax.scan(lambda total, this: (total + expert(this), None), jnp.zeros_like(x), stacked)[0]
 
 
 class Experts(eqx.Module):

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.errors import MPTError
+from mpt_eqx.layout import Layout
 from mpt_eqx.model.blocks import Block
 from mpt_eqx.model.cache import KeysValues, KVCache, LayerCache
 from mpt_eqx.model.dropout import Dropout, dropped
@@ -34,6 +35,7 @@ class MPT(eqx.Module):
     blocks: tuple[Block, ...]
     norm_f: LayerNorm | RMSNorm
     lm_head: Linear | None
+    layout: Layout | None
     logit_scale: float | None = eqx.field(static=True)
     config: MPTConfig = eqx.field(static=True)
 
@@ -56,6 +58,7 @@ class MPT(eqx.Module):
         )
         self.norm_f = make_norm(config)
         self.lm_head = None if config.tie_word_embeddings else init_linear(config, (v, d), False, key=head_key)
+        self.layout = None
         self.logit_scale = d**-0.5 if isinstance(config.logit_scale, str) else config.logit_scale
         self.config = config
 
@@ -169,7 +172,11 @@ class MPT(eqx.Module):
         if (fraction := self.config.embedding_fraction) != 1:
             # The value stays, the gradient shrinks: arXiv:2210.02414, page 7.
             x = scaled(x, fraction) + scaled(jax.lax.stop_gradient(x), 1 - fraction)
-        return dropped(x, self.emb_dropout, key)
+        return self._shared(dropped(x, self.emb_dropout, key))
+
+    def _shared(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """Returns the residual stream as it lies on a mesh, if the model does."""
+        return x if self.layout is None else self.layout.constrained(x, "seq", None)
 
     def _run(
         self,
@@ -186,6 +193,7 @@ class MPT(eqx.Module):
             kv = own if layer.kv_from is None else read[layer.kv_from]
             x_kv = None if layer.kv_x_from is None else inputs[layer.kv_x_from]
             x, kv = block(x, positions, kv, x_kv, key=key)
+            x = self._shared(x)
             read.append(kv)
         return inputs, x, read
 

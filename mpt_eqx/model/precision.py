@@ -38,8 +38,10 @@ def row_sum(x: Float[Array, "*T D"]) -> Float[Array, "*T"]:
     """Returns the sum over the last axis, half upon half, in an order that does not depend on how many rows there are.
 
     XLA's CPU backend splits a reduction over few rows otherwise than one over many, so that a token would be rounded
-    otherwise in a batch than alone.
+    otherwise in a batch than alone. On a mesh it is a reduction: halves of a shared axis would be sent about.
     """
+    if not jax.typeof(x).sharding.mesh.empty:
+        return jnp.sum(x, axis=-1)
     while x.shape[-1] > 1:
         if x.shape[-1] % 2:
             x = jnp.concatenate([x, jnp.zeros_like(x[..., :1])], axis=-1)

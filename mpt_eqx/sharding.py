@@ -1,0 +1,277 @@
+"""Models on a mesh of devices: which axis of each weight is shared by which axis of the mesh.
+
+`shard` places a model's weights; `from_pretrained(…, mesh=, rules=)` reads them there. What the model computes, its
+losses, gradients and tokens are then computed by all devices of the mesh.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from mpt_eqx.config import MPTConfig
+from mpt_eqx.errors import ShardingError
+from mpt_eqx.layout import Layout, automatic, check_axes, mesh_axes, resolved, spec
+from mpt_eqx.layout import ShardingRules as ShardingRules
+from mpt_eqx.model import MPT
+from mpt_eqx.model.sections import in_sections
+
+# What is counted and not measured: a vocabulary of 97 or six heads on four devices stay whole.
+COUNTED = ("vocab", "heads", "kv_heads", "experts", "batch", "seq")
+
+DATA_PARALLEL = ShardingRules(batch="dp", uneven=COUNTED)
+"""Every device has all weights and a part of the batch. Mesh axis: dp."""
+
+FSDP = ShardingRules(batch="fsdp", embed="fsdp", uneven=COUNTED)
+"""Every device has a part of each weight and of the batch; weights are gathered when they are used. Mesh axis: fsdp."""
+
+TENSOR_PARALLEL = ShardingRules(vocab="tp", heads="tp", kv_heads="tp", mlp="tp", experts="tp", uneven=COUNTED)
+"""Every device has some of the heads, of the hidden numbers, experts and of the vocabulary. Mesh axis: tp."""
+
+FSDP_TP = dataclasses.replace(TENSOR_PARALLEL, batch="fsdp", embed="fsdp")
+"""Both. Mesh axes: fsdp and tp."""
+
+SEQUENCE_PARALLEL = ShardingRules(batch="dp", seq="sp", uneven=COUNTED)
+"""Every device has all weights and a part of the positions of each sequence, for long prompts. Mesh axes: dp and sp."""
+
+# The logical axes of each weight: the pattern of its path → the names.
+WEIGHT_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"(wte|lm_head)\.weight", ("vocab", "embed")),
+    (r"wpe\.weight", (None, "embed")),
+    (r"blocks\.\d+\.norm_[12]\.(weight|bias)|norm_f\.(weight|bias)", (None,)),
+    (r"blocks\.\d+\.attn\.(Wqkv|Wq)\.weight", ("heads", "embed")),
+    (r"blocks\.\d+\.attn\.(Wqkv|Wq)\.bias", ("heads",)),
+    (r"blocks\.\d+\.attn\.W[kv]\.weight", ("kv_heads", "embed")),
+    (r"blocks\.\d+\.attn\.W[kv]\.bias", ("kv_heads",)),
+    (r"blocks\.\d+\.attn\.q_ln\.(weight|bias)", ("heads",)),
+    (r"blocks\.\d+\.attn\.k_ln\.(weight|bias)", ("kv_heads",)),
+    (r"blocks\.\d+\.attn\.out_proj\.weight", ("embed", "heads")),
+    (r"blocks\.\d+\.ffn\.(up|gate)_proj\.weight", ("mlp", "embed")),
+    (r"blocks\.\d+\.ffn\.(up|gate)_proj\.bias", ("mlp",)),
+    (r"blocks\.\d+\.ffn\.down_proj\.weight", ("embed", "mlp")),
+    (r"blocks\.\d+\.(attn\.out_proj|ffn\.down_proj)\.bias", (None,)),
+    (r"blocks\.\d+\.ffn\.router\.layer\.weight", (None, "embed")),
+    (r"blocks\.\d+\.ffn\.experts\.mlp\.(w1|v1|w2)", ("experts", "embed")),
+    (r"blocks\.\d+\.ffn\.experts\.bias", (None,)),
+)
+
+
+def make_mesh(**axes: int) -> Mesh:
+    """Returns a mesh over the devices there are, with axes of these sizes: for example fsdp=2, tp=4.
+
+    Raises:
+        ShardingError: it needs more devices than there are, or a size is not a positive whole number.
+    """
+    for name, size in axes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ShardingError(f"{name}: expected a number of devices, ≥ 1, found {size!r}")
+    needed, there = math.prod(axes.values()), jax.device_count()
+    if needed > there:
+        raise ShardingError(
+            f"mesh: expected at most {there} devices, which there are, found {needed} "
+            f"({' × '.join(f'{name}={size}' for name, size in axes.items())}); make it smaller, or, to try it on a "
+            f"CPU, set XLA_FLAGS=--xla_force_host_platform_device_count={needed} before JAX starts"
+        )
+    kinds = (jax.sharding.AxisType.Auto,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds, devices=jax.devices()[:needed])
+
+
+def partition_specs(model: MPT | MPTConfig, rules: ShardingRules) -> Any:
+    """Returns the model, or that of a configuration, with a PartitionSpec in place of each array.
+
+    That of a Wqkv is meant for each of its sections: the rows of q, of k and of v are shared by heads, and never one
+    device's rows across them.
+
+    Raises:
+        ShardingError: two axes of a weight would be shared by the same axis of the mesh, a leaf is none of an MPT's, or
+            the rules match nothing in the model.
+    """
+    tree = skeleton(model)
+
+    def one(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+        name = _name(path)
+        return spec([rules.axes(axis) for axis in _unshared_twice(name, weight_axes(name, leaf, tree.config), rules)])
+
+    _refuse_useless(tree, rules)
+    return _map_arrays(one, tree)
+
+
+def shard(model: MPT, mesh: Mesh, rules: ShardingRules) -> MPT:
+    """Returns the model with its weights where the rules have them; inside jit and outside.
+
+    Where heads are shared, Wq, Wk and Wv stand in place of each Wqkv, as its sections; `save_pretrained` writes it as
+    it was. The mesh's axes may be Auto or Explicit; the model lies on one with Auto axes.
+
+    Args:
+        model: the model.
+        mesh: devices with named axes; `jax.make_mesh`, `jax.sharding.Mesh` and `make_mesh` make one.
+        rules: which of its axes share what.
+
+    Raises:
+        ShardingError: a rule names an axis that the mesh has not, the mesh does not divide an axis of a weight, or as
+            `partition_specs`.
+    """
+    placed = prepared(model, mesh, rules)
+    shardings = named_shardings(placed)
+    return jax.tree.map(
+        lambda leaf, sharding: leaf if sharding is None else eqx.filter_shard(leaf, sharding), placed, shardings,
+        is_leaf=lambda node: node is None,
+    )  # fmt: skip
+
+
+def prepared(model: Any, mesh: Mesh | AbstractMesh, rules: ShardingRules) -> Any:
+    """Returns the model, or its shapes, as it lies on a mesh, with its layout, and nothing moved yet."""
+    check_axes(rules, mesh)
+    tree = in_sections(model) if rules.heads or rules.kv_heads else model
+    layout = Layout(automatic(mesh) if isinstance(mesh, Mesh) else mesh, rules)
+    return eqx.tree_at(lambda m: m.layout, tree, layout, is_leaf=lambda node: node is None)
+
+
+def named_shardings(model: Any) -> Any:
+    """Returns a model that has a layout with a NamedSharding in place of each array, and None elsewhere."""
+    specs = _resolved_specs(model)
+    return jax.tree.map(lambda s: NamedSharding(model.layout.mesh, s), specs, is_leaf=_is_spec)
+
+
+def explain(model: MPT | MPTConfig, mesh: Mesh | AbstractMesh, rules: ShardingRules) -> str:
+    """Returns a table of how weights lie on a mesh: leaf, shape, spec and bytes per device, with the totals.
+
+    Blocks that are alike share their lines. Nothing is allocated, and `jax.sharding.AbstractMesh` needs no devices.
+
+    Args:
+        model: a model, or a configuration, whose weights then count as bfloat16.
+        mesh: the mesh.
+        rules: which of its axes share what.
+
+    Raises:
+        ShardingError: as `shard`.
+    """
+    tree = prepared(skeleton(model, jax.numpy.bfloat16), mesh, rules)
+    specs = jax.tree.leaves(_resolved_specs(tree), is_leaf=_is_spec)
+    rows: collections.Counter[tuple[str, ...]] = collections.Counter()
+    total = share = 0
+    for (path, leaf), found in zip(_arrays(tree), specs, strict=True):
+        name, nbytes = _name(path), leaf.size * leaf.dtype.itemsize
+        part = nbytes // math.prod(mesh.shape[axis] for axes in found for axis in mesh_axes(axes))
+        whole = [
+            axis
+            for axis, axes in zip(weight_axes(name, leaf, tree.config), found, strict=True)
+            if rules.axes(axis) and not axes
+        ]
+        rows[
+            re.sub(r"blocks\.\d+\.", "blocks.*.", name),
+            " × ".join(map(str, leaf.shape)),
+            " ".join("+".join(mesh_axes(axes)) or "·" for axes in found),
+            f"{part:,}",
+            f"{', '.join(map(str, whole))} whole: not divided" if whole else "",
+        ] += 1
+        total, share = total + nbytes, share + part
+    table = [
+        ("leaf", "shape", "spec", "bytes per device", "", ""),
+        *((*row[:4], f"{n} times", row[4]) for row, n in rows.items()),
+    ]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    devices = math.prod(mesh.shape.values())
+    return "\n".join(
+        [
+            f"mesh: {', '.join(f'{name}={size}' for name, size in mesh.shape.items())}",
+            *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table),
+            f"total: {total:,} bytes; on each of {devices} devices {share:,} ({share / 1e9:.2f} GB, {share / total:.1%})",
+        ]
+    )
+
+
+def skeleton(model: MPT | MPTConfig, dtype: Any = np.float32) -> Any:
+    """Returns the model, or the shapes of that of a configuration, whose weights have a type."""
+    if not isinstance(model, MPTConfig):
+        return model
+    key = jax.random.key(0)
+    made = eqx.filter_eval_shape(lambda: MPT(model, key=key))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype) if hasattr(x, "shape") else x, made)
+
+
+def weight_axes(name: str, leaf: Any, config: MPTConfig) -> tuple[str | None, ...]:
+    """Returns the logical names of a weight's axes.
+
+    Raises:
+        ShardingError: no rule says so, or its rank is another one.
+    """
+    base, _, part = name.partition(".weight.")
+    found = [axes for pattern, axes in WEIGHT_AXES if re.fullmatch(pattern, f"{base}.weight" if part else name)]
+    if len(found) != 1 or len(found[0]) != len(leaf.shape):
+        raise ShardingError(
+            f"{name}: expected one of an MPT's weights, which one rule matches, found shape {tuple(leaf.shape)} and "
+            f"{len(found)} rules; shard the MPT before other arrays are added to it"
+        )
+    axes = found[0]
+    if config.attn_config.qk_gn and re.search(r"\.[qk]_ln\.", name):
+        axes = ("head_dim",)
+    if part == "scale" and leaf.shape[1] == 1:
+        axes = (axes[0], None)
+    return axes
+
+
+def _sizes(leaf: Any, axes: tuple[str | None, ...], config: MPTConfig) -> tuple[int, ...]:
+    """Returns how many of what cannot be divided stand along each axis of a weight."""
+    units = {"heads": config.n_heads, "kv_heads": config.kv_heads, "experts": config.ffn_config.moe_num_experts}
+    return tuple(units.get(axis or "", size) for size, axis in zip(leaf.shape, axes, strict=True))
+
+
+def _resolved_specs(tree: Any) -> Any:
+    """Returns how each weight of a model with a layout lies on its mesh."""
+    rules, mesh = tree.layout.rules, tree.layout.mesh
+    _refuse_useless(tree, rules)
+
+    def one(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+        name = _name(path)
+        axes = _unshared_twice(name, weight_axes(name, leaf, tree.config), rules)
+        return resolved(name, _sizes(leaf, axes, tree.config), axes, rules, mesh)
+
+    return _map_arrays(one, tree)
+
+
+def _unshared_twice(name: str, axes: tuple[str | None, ...], rules: ShardingRules) -> tuple[str | None, ...]:
+    used = [axis for logical in axes for axis in rules.axes(logical)]
+    if len(used) != len(set(used)):
+        twice = next(axis for axis in used if used.count(axis) > 1)
+        raise ShardingError(
+            f"{name}: expected different mesh axes for {' and '.join(str(axis) for axis in axes)}, found {twice!r} "
+            f"twice; change one of the two rules"
+        )
+    return axes
+
+
+def _refuse_useless(tree: Any, rules: ShardingRules) -> None:
+    matched = {axis for path, leaf in _arrays(tree) for axis in weight_axes(_name(path), leaf, tree.config)}
+    matched |= {"batch", "seq", "head_dim"}
+    if not any(rules.axes(axis) for axis in matched if axis):
+        raise ShardingError(
+            f"rules: expected one that matches something in this model, found {rules}; it has "
+            f"{', '.join(sorted(axis for axis in matched if axis))}"
+        )
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def _is_spec(node: Any) -> bool:
+    return isinstance(node, PartitionSpec)
+
+
+def _arrays(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    return [(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if _is_array(leaf)]
+
+
+def _map_arrays(function: Any, tree: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: function(path, leaf) if _is_array(leaf) else None, tree)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
