@@ -17,6 +17,7 @@ from jaxtyping import install_import_hook
 # checks its arguments itself and has its own messages for them tested.
 CHECKED = (
     "kernel",
+    "layout",
     "model",
     "checkpoint",
     "quantization",
