@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -11,6 +12,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree, Shaped
 
 from mpt_eqx.errors import ShardingError
+from mpt_eqx.processes import agree
 
 Axes = str | tuple[str, ...] | None
 
@@ -78,8 +80,22 @@ class Layout(eqx.Module):
         return jax.lax.with_sharding_constraint(x, self.sharding(x.shape, *names))
 
     def everywhere(self, tree: PyTree[Shaped[jax.Array | np.ndarray, "..."]]) -> PyTree[Shaped[jax.Array, "..."]]:
-        """Returns arrays that all devices have; in several processes, each must hand over the same."""
+        """Returns arrays of the host that all devices have; in several processes, each hands over the same."""
         return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+
+    def replicated(self, tree: PyTree[Shaped[jax.Array, "..."]]) -> PyTree[Shaped[jax.Array, "..."]]:
+        """Returns computed arrays that all devices have, so that every process can read them; under jit."""
+        return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, PartitionSpec()))
+
+    def agreed(self, **what: Any) -> None:
+        """Refuses to go on where the processes of the mesh, if they are several, differ in something."""
+        if self.several_processes:
+            agree(**what)
+
+    @property
+    def several_processes(self) -> bool:
+        """Whether the devices of the mesh belong to several processes."""
+        return isinstance(self.mesh, Mesh) and self.mesh.is_multi_process
 
     def sharding(self, shape: tuple[int, ...], *names: str | None) -> NamedSharding:
         """Returns how an array of activations lies, as `constrained` has it."""

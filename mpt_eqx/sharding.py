@@ -21,6 +21,7 @@ from mpt_eqx.layout import Layout, automatic, check_axes, mesh_axes, resolved, s
 from mpt_eqx.layout import ShardingRules as ShardingRules
 from mpt_eqx.model import MPT
 from mpt_eqx.model.sections import in_sections
+from mpt_eqx.processes import agree as agree
 
 # What is counted and not measured: a vocabulary of 97 or six heads on four devices stay whole.
 COUNTED = ("vocab", "heads", "kv_heads", "experts", "batch", "seq")
@@ -128,9 +129,24 @@ def shard(model: MPT, mesh: Mesh, rules: ShardingRules) -> MPT:
 def prepared(model: Any, mesh: Mesh | AbstractMesh, rules: ShardingRules) -> Any:
     """Returns the model, or its shapes, as it lies on a mesh, with its layout, and nothing moved yet."""
     check_axes(rules, mesh)
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(model))
+    if isinstance(mesh, Mesh) and mesh.is_multi_process and not traced:
+        _check_processes(model.config, mesh, rules)
     tree = in_sections(model) if rules.heads or rules.kv_heads else model
     layout = Layout(automatic(mesh) if isinstance(mesh, Mesh) else mesh, rules)
     return eqx.tree_at(lambda m: m.layout, tree, layout, is_leaf=lambda node: node is None)
+
+
+def _check_processes(config: MPTConfig, mesh: Mesh, rules: ShardingRules) -> None:
+    """Refuses a mesh of some of the processes, and what is not the same in all of them."""
+    here = {device.process_index for device in mesh.devices.flat}
+    if missing := sorted(set(range(jax.process_count())) - here):
+        raise ShardingError(
+            f"mesh: expected devices of all {jax.process_count()} processes, or of one, found none of process "
+            f"{missing[0]}; make it of all of jax.devices()"
+        )
+    devices = [device.id for device in mesh.devices.flat]
+    agree(config=config.to_dict(), rules=dataclasses.asdict(rules), mesh=dict(mesh.shape), devices=devices)
 
 
 def named_shardings(model: Any) -> Any:
@@ -182,7 +198,8 @@ def explain(model: MPT | MPTConfig, mesh: Mesh | AbstractMesh, rules: ShardingRu
         [
             f"mesh: {', '.join(f'{name}={size}' for name, size in mesh.shape.items())}",
             *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table),
-            f"total: {total:,} bytes; on each of {devices} devices {share:,} ({share / 1e9:.2f} GB, {share / total:.1%})",
+            f"total: {total:,} bytes; on each of {devices} devices {share:,} "
+            f"({share / 1e9:.2f} GB, {share / total:.1%})",
         ]
     )
 

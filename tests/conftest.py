@@ -18,6 +18,7 @@ from jaxtyping import install_import_hook
 CHECKED = (
     "kernel",
     "layout",
+    "processes",
     "model",
     "checkpoint",
     "quantization",
@@ -35,6 +36,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parent.parent
 
 
 @contextmanager

@@ -1,26 +1,43 @@
 """Eight devices of a CPU, asked line by line: computes a case on one device and on a mesh, and answers in JSON."""
 
 import dataclasses
+import functools
 import json
-import os
 import re
 import sys
 from collections import Counter
 from pathlib import Path
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import equinox as eqx
 import jax
 import numpy as np
 import optax
 
-from mpt_eqx import from_pretrained, generate, sharding
+from mpt_eqx import MPT, from_pretrained, generate, quantize, save_pretrained, sharding
 from mpt_eqx.model.sections import in_sections
 from mpt_eqx.train import next_token_loss
 
 GOLDEN = Path(__file__).parent / "golden"
 COLLECTIVES = r"= \S+ (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+
+TOKENS = np.random.default_rng(0).integers(1, 64, (4, 12)).astype(np.int32)
+PROMPTS = [row[:7].tolist() for row in TOKENS]
+
+
+def stepped(model, gradients):
+    """One step of AdamW."""
+    optimizer = optax.adamw(1e-3)
+    updates, _ = optimizer.update(gradients, optimizer.init(model), model)
+    return eqx.apply_updates(model, updates)
+
+
+def local_bytes(model) -> list[int]:
+    """What each device of this process holds."""
+    held = Counter()
+    for leaf in jax.tree.leaves(model):
+        for part in leaf.addressable_shards:
+            held[part.device.id] += part.data.nbytes
+    return list(held.values())
 
 
 def rules_of(name: str, batch: list[str] | None) -> sharding.ShardingRules:
@@ -39,54 +56,86 @@ def whole(tree):
 
 
 def largest(ours, theirs) -> float:
-    return max(float(np.abs(a - b).max()) for a, b in zip(whole(ours), whole(theirs), strict=True))
+    return max(
+        float(np.abs(np.subtract(a, b, dtype=np.float64)).max())
+        for a, b in zip(whole(ours), whole(theirs), strict=True)
+    )
+
+
+forward = eqx.filter_jit(lambda model, tokens: jax.vmap(model)(tokens))
+gradient = eqx.filter_jit(eqx.filter_value_and_grad(next_token_loss))
+
+
+def computed(model) -> dict:
+    """What a model makes of the tokens, and of itself."""
+    loss, gradients = gradient(model, TOKENS)
+    sampling = {"temperature": 1.0, "key": jax.random.key(1)}
+    return {
+        "logits": forward(model, TOKENS),
+        "loss": loss,
+        "gradients": gradients,
+        "step": eqx.filter_jit(stepped)(model, gradients),
+        "tokens": generate(model, PROMPTS, max_new_tokens=6).tokens,
+        "sampled": generate(model, PROMPTS, max_new_tokens=6, **sampling).tokens,
+    }
+
+
+@functools.cache
+def alone(case: str) -> tuple:
+    """The model of a case on one device, and what it computes."""
+    model = from_pretrained(GOLDEN / case, dtype="float32")
+    return model, computed(model)
 
 
 def compare(case: str, preset: str, axes: dict[str, int], kind: str = "auto", batch: list[str] | None = None) -> dict:
-    """How far logits, gradients and one step of AdamW on a mesh are from those of one device, and if tokens differ."""
+    """The largest difference between what is computed on a mesh and on one device, of each thing."""
     rules, mesh = rules_of(preset, batch), mesh_of(kind, axes)
-    alone = from_pretrained(GOLDEN / case, dtype="float32")
     shared = from_pretrained(GOLDEN / case, dtype="float32", mesh=mesh, rules=rules)
-    moved = sharding.shard(alone, mesh, rules)
-    tokens = np.random.default_rng(0).integers(1, alone.config.vocab_size, (4, 12)).astype(np.int32)
-    forward = eqx.filter_jit(lambda model, tokens: jax.vmap(model)(tokens))
-    gradient = eqx.filter_jit(eqx.filter_value_and_grad(next_token_loss))
-    optimizer = optax.adamw(1e-3)
-
-    def step(model, grads):
-        updates, _ = optimizer.update(grads, optimizer.init(model), model)
-        return eqx.apply_updates(model, updates)
-
-    (loss, grads), (shared_loss, shared_grads) = gradient(alone, tokens), gradient(shared, tokens)
-    fitting = in_sections if shared.blocks[0].attn.Wqkv is None else lambda model: model
-    options = {"max_new_tokens": 6, "return_logits": True}
-    prompts = [row[:7].tolist() for row in tokens]
-    ours, theirs = generate(shared, prompts, **options), generate(alone, prompts, **options)
-    sampled = [generate(m, prompts, max_new_tokens=6, temperature=1.0, key=jax.random.key(1)) for m in (shared, alone)]
-    return {
-        "logits": largest(forward(shared, tokens), forward(alone, tokens)),
-        "moved": largest(moved, shared),
-        "loss": abs(float(loss) - float(shared_loss)),
-        "gradients": largest(shared_grads, fitting(grads)),
-        "step": largest(eqx.filter_jit(step)(shared, shared_grads), fitting(step(alone, grads))),
-        "tokens": bool(np.array_equal(ours.tokens, theirs.tokens)),
-        "sampled": bool(np.array_equal(sampled[0].tokens, sampled[1].tokens)),
-    }
+    model, wanted = alone(case)
+    wanted = {"moved": model, **wanted}
+    if shared.blocks[0].attn.Wqkv is None and model.blocks[0].attn.Wqkv is not None:
+        wanted |= {name: in_sections(wanted[name]) for name in ("moved", "gradients", "step")}
+    found = {"moved": sharding.shard(model, mesh, rules), **computed(shared)}
+    return {name: largest(found[name], wanted[name]) for name in wanted}
 
 
 def collectives(preset: str, axes: dict[str, int]) -> dict:
     """What the devices send each other in a forward pass."""
-    alone = from_pretrained(GOLDEN / "hf_generate", dtype="float32")
-    shared = sharding.shard(alone, sharding.make_mesh(**axes), rules_of(preset, None))
-    tokens = np.ones((4, 12), np.int32)
-    text = eqx.filter_jit(lambda model, tokens: jax.vmap(model)(tokens)).lower(shared, tokens).compile().as_text()
+    shared = sharding.shard(alone("hf_generate")[0], sharding.make_mesh(**axes), rules_of(preset, None))
+    text = forward.lower(shared, TOKENS).compile().as_text()
     return dict(Counter(re.findall(COLLECTIVES, text)))
 
 
+def initialised(preset: str, axes: dict[str, int]) -> dict:
+    """How a model that is made on a mesh differs from one that is made on a device."""
+    config, key = from_pretrained(GOLDEN / "hf_generate").config, jax.random.key(3)
+    mesh, rules = sharding.make_mesh(**axes), rules_of(preset, None)
+    made = eqx.filter_jit(lambda key: sharding.shard(MPT(config, key=key), mesh, rules))(key)
+    moved = sharding.shard(MPT(config, key=key), mesh, rules)
+    return {"weights": largest(made, moved), "made": local_bytes(made), "moved": local_bytes(moved)}
+
+
+def saved(case: str, directory: str) -> dict:
+    """Whether what is saved from a mesh is what was loaded, and what its tensors are called."""
+    mesh = sharding.make_mesh(fsdp=2, tp=2)
+    save_pretrained(from_pretrained(GOLDEN / case, mesh=mesh, rules=sharding.FSDP_TP), directory)
+    before, after = from_pretrained(GOLDEN / case), from_pretrained(directory)
+    return {"weights": largest(before, after), "same": before.config == after.config}
+
+
+def quantised(scheme: str) -> dict:
+    """How far logits of quantised weights on a mesh are from those of one device."""
+    model = quantize(alone("hf_generate")[0], scheme)
+    shared = sharding.shard(model, sharding.make_mesh(fsdp=2, tp=2), sharding.FSDP_TP)
+    tokens = [generate(m, PROMPTS, max_new_tokens=6).tokens.tolist() for m in (model, shared)]
+    return {"logits": largest(forward(shared, TOKENS), forward(model, TOKENS)), "tokens": tokens[0] == tokens[1]}
+
+
 def main() -> None:
+    jax.config.update("jax_num_cpu_devices", 8)
     for line in sys.stdin:
         name, arguments = json.loads(line)
-        print(json.dumps({"compare": compare, "collectives": collectives}[name](**arguments)), flush=True)
+        print(json.dumps(globals()[name](**arguments)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """The examples run as their first lines say, on the model that ships with the package."""
 
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from mpt_eqx import SHIPPED_MODEL, from_pretrained
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -36,6 +39,28 @@ def test_a_text_read_once():
 def test_a_long_document():
     out = run("long_document.py")
     assert out.startswith("4000 tokens read in ") and re.search(r"took \d\.\d\d GB at most\n$", out)
+
+
+def test_a_model_on_several_devices():
+    out = run("sharded_generate.py", "--cpu-devices", "4", "--mesh", "fsdp=2,tp=2", "--max-new-tokens", "8")
+    assert "The zip() function" in out and re.search(r"16 tokens in \d", out)
+    out = run("sharded_generate.py", "--mesh", "fsdp=2,tp=4", "--explain")
+    assert out.startswith("mesh: fsdp=2, tp=4\n") and "on each of 8 devices" in out
+
+
+def test_two_processes(tmp_path):
+    """As in the two terminals of the script's first lines, with another port."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, EXAMPLES / "distributed.py", "--coordinator", f"localhost:{port}", "--processes", "2"]
+    command += ["--cpu-devices", "2", "--save", str(tmp_path / "trained"), "--process"]
+    second = subprocess.Popen([*command, "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = subprocess.run([*command, "0"], capture_output=True, text=True, timeout=120)
+    out, err = second.communicate(timeout=30)
+    assert first.returncode == second.returncode == 0, first.stderr + err
+    assert first.stdout.startswith("2 processes, 4 devices, mesh {'fsdp': 4, 'tp': 1}\nstep 0: loss ") and out == ""
+    assert from_pretrained(tmp_path / "trained").config == from_pretrained(SHIPPED_MODEL).config
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)

@@ -19,11 +19,11 @@ import torch_bytes as tb
 LAYERS, WIDTH, VOCABULARY = 9, 2048, 16384
 TENSOR = VOCABULARY * WIDTH * 2  # bytes of the largest
 MEASURE = """
-import json, os, resource, sys, threading, time
+import collections, json, os, resource, sys, threading, time
 from pathlib import Path
 import jax
 import mpt_eqx.checkpoint.load as loading
-from mpt_eqx import from_pretrained, save_pretrained
+from mpt_eqx import from_pretrained, save_pretrained, sharding
 from mpt_eqx.checkpoint import convert
 
 def memory():
@@ -44,10 +44,15 @@ def read():
     return int(Path("/proc/self/io").read_text().split()[1])
 
 def measure(action, source, small, target, limit, readers, options):
+    axes = options.pop("mesh", None)
+    jax.config.update("jax_num_cpu_devices", 4 if axes else 1)
     jax.devices(), jax.device_put(1.0)
+    if axes:
+        options |= {"mesh": sharding.make_mesh(**axes), "rules": sharding.FSDP_TP}
     loading.READERS = readers
     from_pretrained(small)
-    model = from_pretrained(source) if action == "save" else None
+    loaded = {key: options.pop(key) for key in ("mesh", "rules") if key in options and action == "save"}
+    model = from_pretrained(source, **loaded) if action == "save" else None
     most, stop = [0], threading.Event()
     def watch():
         while not stop.wait(0.002):
@@ -65,12 +70,16 @@ def measure(action, source, small, target, limit, readers, options):
         save_pretrained(model, target, **options)
     else:
         convert(source, target, **options)
+    parts = collections.Counter()
+    for leaf in jax.tree.leaves(model):
+        for shard in leaf.addressable_shards:
+            parts[shard.device.id] += shard.data.nbytes
     seconds, read_after = time.monotonic() - started, read()
     stop.set(); thread.join()
     after = memory()
     return {
         "peak": max(most[0], after["RssAnon"]) - before["RssAnon"], "seconds": seconds, "VmHWM": after["VmHWM"],
-        "size": sum(leaf.nbytes for leaf in jax.tree.leaves(model)),
+        "size": sum(leaf.nbytes for leaf in jax.tree.leaves(model)), "parts": list(parts.values()),
         "mapped": mapped(".safetensors"), "read": read_after - read_before,
     }
 
@@ -231,6 +240,26 @@ def test_writing_needs_a_tensor_or_two(measure, action, name, dtype, tensors):
     most = 0.05 * SIZE + tensors * TENSOR
     options = {"max_shard_size": "500MB", **({} if action == "save" else {"dtype": dtype})}
     found = measure(name, action=action, limit=most, **options)
+    assert "error" not in found and found["peak"] < most, found
+
+
+MESH = {"fsdp": 2, "tp": 2}
+
+
+@pytest.mark.parametrize("name", ["safetensors", "zip", "shards"])
+def test_every_device_of_a_mesh_gets_its_share(measure, name):
+    """A fourth of the weights for each of four devices, and never more than one tensor besides."""
+    most = 1.05 * SIZE + TENSOR
+    found = measure(name, limit=most, mmap=False, mesh=MESH)
+    assert found.get("size") == SIZE, found
+    assert len(found["parts"]) == 4 and max(found["parts"]) < 1.05 * SIZE / 4
+    assert found["peak"] < most
+
+
+def test_saving_from_a_mesh_gathers_a_tensor_at_a_time(measure):
+    """Wqkv from its three sections, so a little more than the largest tensor twice."""
+    most = 0.05 * SIZE + 2 * TENSOR
+    found = measure("zip", action="save", limit=most, mesh=MESH)
     assert "error" not in found and found["peak"] < most, found
 
 

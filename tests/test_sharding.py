@@ -1,13 +1,21 @@
 """Models on a mesh: eight devices of a CPU compute what one computes, and send each other what they must."""
 
 import dataclasses
+import importlib.util
 import json
 import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from subprocess import PIPE
+from types import SimpleNamespace
 
+import equinox as eqx
 import jax
 import numpy as np
 import pytest
-from conftest import GOLDEN, asked_by_line
+from conftest import GOLDEN, ROOT, asked_by_line
 from jax.sharding import AbstractMesh, PartitionSpec
 
 
@@ -35,8 +43,7 @@ CASES = ("hf_generate", "hf_heads6", "f_gqa_kv2", "f_mqa", "f_untied", "f_torch_
 
 
 def close(found):
-    numbers = {name: found[name] for name in ("logits", "moved", "loss", "gradients", "step")}
-    return all(value < 1e-4 for value in numbers.values()) and found["tokens"] and found["sampled"]
+    return all(value < 1e-4 for value in found.values()) and found["tokens"] == found["sampled"] == 0
 
 
 @pytest.mark.parametrize("preset", MESHES)
@@ -62,7 +69,7 @@ def test_a_mesh_with_explicit_axes_and_one_of_three(ask):
 
 
 def test_tensor_parallel_blocks_send_what_they_must(ask):
-    """One sum after attention and one after the network of each of two blocks; one for the embedding, if it is split."""
+    """One sum after attention and one after the network of each block; one for the embedding, if it is split."""
     assert ask("collectives", preset="TENSOR_PARALLEL", axes={"tp": 2}) == {"all-reduce": 4}
     assert ask("collectives", preset="DATA_PARALLEL", axes={"dp": 4}) == {}
 
@@ -115,7 +122,9 @@ def test_wrong_rules_and_meshes(tiny_model):
     with refused(r"rules\.batch: expected an axis of the mesh, tp, found 'fsdp'; name the mesh's axes so"):
         prepared(tiny_model, eight, FSDP)
     strict = ShardingRules(heads="tp")
-    with refused(r"blocks\.0\.attn\.Wq\.weight: dimension 0 \(heads\) has size 4, which the 8 devices of mesh axis tp do"):
+    with refused(
+        r"blocks\.0\.attn\.Wq\.weight: dimension 0 \(heads\) has size 4, which the 8 devices of mesh axis tp do"
+    ):
         from mpt_eqx.sharding import explain
 
         explain(tiny_model, eight, strict)
@@ -139,3 +148,100 @@ def test_wrong_rules_and_meshes(tiny_model):
     object.__setattr__(grown.blocks[0].norm_1, "weight", np.ones((2, 2)))
     with refused(r"blocks\.0\.norm_1\.weight: expected one of an MPT's weights, which one rule matches"):
         partition_specs(grown, TENSOR_PARALLEL)
+
+
+@pytest.mark.parametrize("case", ["hf_generate", "f_gqa_kv2", "f_bias", "f_torch_dmoe"])
+def test_a_model_saved_from_a_mesh_is_the_one_that_was_loaded(ask, case, tmp_path):
+    assert ask("saved", case=case, directory=str(tmp_path)) == {"weights": 0.0, "same": True}
+
+
+def test_a_model_made_on_a_mesh_is_the_one_made_on_a_device(ask):
+    """The same random numbers, and on each device its part only."""
+    found = ask("initialised", preset="FSDP_TP", axes={"fsdp": 2, "tp": 4})
+    assert found["weights"] == 0 and found["made"] == found["moved"] and len(found["made"]) == 8
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_quantised_weights_on_a_mesh_compute_the_same(ask, scheme):
+    found = ask("quantised", scheme=scheme)
+    assert found["logits"] < 1e-4 and found["tokens"], found
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What two processes with two devices each have computed, and how they ended."""
+    directory = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-W", "ignore", Path(__file__).parent / "process.py", str(port)]
+    processes = [
+        subprocess.Popen([*command, str(rank), CASE, directory], stdout=PIPE, stderr=PIPE, text=True)
+        for rank in range(2)
+    ]
+    answers = [process.stdout.readline() for process in processes]
+    errors = [process.communicate(timeout=30)[1] for process in processes]
+    assert all(answers), errors
+    return SimpleNamespace(
+        answers=list(map(json.loads, answers)), errors=errors, codes=[p.returncode for p in processes],
+        directory=directory,
+    )  # fmt: skip
+
+
+CASE = GOLDEN / "hf_generate"
+
+
+def test_two_processes_compute_what_one_does(two):
+    """Loading, logits, loss, a step of training, saving it, and tokens, on two devices in each."""
+    from sharded import PROMPTS, TOKENS, stepped
+
+    from mpt_eqx import beam_search, from_pretrained, generate
+    from mpt_eqx.train import next_token_loss
+
+    alone = from_pretrained(CASE, dtype="float32")
+    loss, gradients = eqx.filter_jit(eqx.filter_value_and_grad(next_token_loss))(alone, TOKENS)
+    trained = from_pretrained(two.directory / "trained")
+    for ours, wanted in zip(jax.tree.leaves(trained), jax.tree.leaves(stepped(alone, gradients)), strict=True):
+        np.testing.assert_allclose(ours, wanted, atol=1e-4)
+    sampled = generate(alone, PROMPTS, max_new_tokens=6, temperature=1.0, key=jax.random.key(1))
+    for found in two.answers:
+        np.testing.assert_allclose(found["logits"], jax.vmap(alone)(TOKENS), atol=1e-4)
+        assert abs(found["loss"] - float(loss)) < 1e-4
+        assert found["tokens"] == generate(alone, PROMPTS, max_new_tokens=6).tokens.tolist()
+        assert found["sampled"] == sampled.tokens.tolist()
+        assert found["beams"] == beam_search(alone, PROMPTS, num_beams=3, max_new_tokens=6).tokens.tolist()
+        assert len(found["bytes"]) == 2
+        assert max(found["bytes"]) < 1.05 * sum(leaf.nbytes for leaf in jax.tree.leaves(alone)) / 4
+
+
+REFUSED = {
+    "config": r"config\.max_seq_len: expected the same in all 2 processes, found 16 in process 0 and 17 in process 1",
+    "rules": r"rules\.\w+: expected the same in all 2 processes, found .* start all with the same checkpoint, rules",
+    "file": r"none1: no such|process 1 failed, and all stop with it: CheckpointError: .*none1",
+    "dtype": r"dtype: expected the same in all 2 processes, found \"float32\" in process 0 and \"bfloat16\" in process",
+    "step": r"step: expected the same in all 2 processes, found 10 in process 0 and 11 in process 1",
+    "prompts": r"prompts: expected the same in all 2 processes, found \[\[1, 2, 3\]\] in process 0 and \[\[1, 2, 4\]\]",
+    "options": r"key: expected the same in all 2 processes, found \[0, 0\] in process 0 and \[0, 1\] in process 1",
+    "save": r"nowhere: cannot be written|process 0 failed, and all stop with it: CheckpointError: /proc/nowhere",
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_processes_that_differ_stop_at_once_and_say_why(two, what):
+    for found in two.answers:
+        assert re.search(REFUSED[what], found["refused"][what]["said"] or "nothing"), found["refused"][what]
+        assert found["refused"][what]["seconds"] < 30
+
+
+def test_processes_that_differ_end(two):
+    """Within 30 seconds, for which the fixture waits."""
+    assert all(two.codes)
+    assert all("ShardingError: config.max_seq_len: expected the same in all" in error for error in two.errors)
+
+
+def test_the_page_shows_what_explain_says():
+    spec = importlib.util.spec_from_file_location("page", ROOT / "docs" / "sharding.py")
+    page = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(page)
+    assert f"<!-- table -->\n{page.table()}\n<!-- end -->" in (ROOT / "docs" / "sharding.md").read_text()
+    assert page.picture() == (ROOT / "docs" / "mesh.svg").read_text()

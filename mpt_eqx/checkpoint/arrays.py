@@ -45,6 +45,15 @@ def byte_bar(description: str, total: int, shown: bool) -> tqdm:
 
 def gathered(array: jax.Array | np.ndarray) -> np.ndarray:
     """Returns an array on the host; in several processes all must ask for it."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated:
+    if not isinstance(array, jax.Array):
+        return np.asarray(array)
+    if array.is_fully_replicated:
+        return np.asarray(array.addressable_data(0))
+    if not array.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-    return np.asarray(array)
+    # np.asarray(array) would stay in memory as long as the array does.
+    whole = np.empty(array.shape, array.dtype)
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            whole[shard.index] = shard.data
+    return whole

@@ -24,6 +24,7 @@ from mpt_eqx.checkpoint.tensors import TensorInfo
 from mpt_eqx.errors import CheckpointError, ShardingError, first_of
 from mpt_eqx.layout import ShardingRules
 from mpt_eqx.model import MPT
+from mpt_eqx.processes import agree, together
 from mpt_eqx.quantization import with_zeros
 from mpt_eqx.sharding import prepared
 
@@ -80,18 +81,23 @@ def from_pretrained(
     if (mesh is None) != (rules is None) or (mesh is not None and device is not None):
         given = [name for name, value in (("device", device), ("mesh", mesh), ("rules", rules)) if value is not None]
         raise ShardingError(f"expected mesh and rules together, or device alone, found {' and '.join(given)}")
-    info = read_checkpoint(
-        source,
-        revision=revision,
-        subfolder=subfolder,
-        cache_dir=cache_dir,
-        token=token,
-        local_files_only=local_files_only,
-        config_overrides=config_overrides,
-        progress=progress,
-    )
-    refuse_problems(info)
-    target = target_dtype(info, dtype)
+
+    def looked_at() -> tuple[CheckpointInfo, np.dtype]:
+        info = read_checkpoint(
+            source,
+            revision=revision,
+            subfolder=subfolder,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            config_overrides=config_overrides,
+            progress=progress,
+        )
+        refuse_problems(info)
+        return info, target_dtype(info, dtype)
+
+    several = mesh is not None and mesh.is_multi_process
+    info, target = together(looked_at) if several else looked_at()
     shown = sys.stderr.isatty() if progress is None else progress
     key = jax.random.key(0)
     skeleton = eqx.filter_eval_shape(lambda: with_zeros(MPT(info.config, key=key), info.quantization, target))
@@ -99,7 +105,13 @@ def from_pretrained(
         arrays = _read(info, target, device, mmap, check_finite, shown)
     else:
         skeleton = prepared(skeleton, mesh, rules)
-        arrays = placed(info, weights(info), skeleton, target, mmap, check_finite, shown)
+        if several:
+            agree(dtype=target.name, quantization=info.quantization)
+
+        def read() -> dict[str, jax.Array]:
+            return placed(info, weights(info), skeleton, target, mmap, check_finite, shown)
+
+        arrays = together(read) if several else read()
     if shown:
         seconds = time.monotonic() - started
         print(f"loaded {info.directory.name}: {summary(info, arrays, seconds)}", file=sys.stderr)

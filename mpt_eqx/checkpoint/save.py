@@ -23,6 +23,7 @@ from mpt_eqx.config_quantization import KEY, Quantization
 from mpt_eqx.errors import CheckpointError
 from mpt_eqx.model import MPT
 from mpt_eqx.model.sections import in_fused, section_of
+from mpt_eqx.processes import together
 from mpt_eqx.quantization import quantization_of
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -50,14 +51,14 @@ def save_pretrained(model: MPT, directory: str | Path, *, max_shard_size: int | 
         CheckpointError: `max_shard_size` is not a size, the directory cannot be written, or another process is saving
             there.
         MPTError: only some of the model's matrices are quantised.
+        ShardingError: the first process, which writes what is shared by several, could not.
     """
     limit, quantization = parse_size(max_shard_size), quantization_of(model)
     tensors = [_outgoing(stored_name(name, model.config), leaves) for name, leaves in _whole_tensors(model).items()]
-    if jax.process_index():  # each part of a tensor is asked for by all processes at once
-        for tensor in tensors:
-            tensor.read()
-        return
-    write_checkpoint(Path(directory), model.config, tensors, limit, quantization=quantization)
+    if model.layout is not None and model.layout.several_processes:
+        together(lambda: _by_the_first(Path(directory), model.config, tensors, limit, quantization))
+    else:
+        write_checkpoint(Path(directory), model.config, tensors, limit, quantization=quantization)
 
 
 def write_checkpoint(
@@ -137,6 +138,21 @@ def _outgoing(name: str, sections: Sequence[jax.Array | np.ndarray]) -> Outgoing
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     return Outgoing(name, shape, np.dtype(first.dtype), read)
+
+
+def _by_the_first(
+    directory: Path, config: MPTConfig, tensors: Sequence[Outgoing], limit: int, quantization: Quantization | None
+) -> None:
+    """Writes a checkpoint in the first process; each tensor is asked for by all at once, also after writing failed."""
+    left = {tensor.name: tensor.read for tensor in tensors}
+    asked = [tensor._replace(read=lambda name=tensor.name: left.pop(name)()) for tensor in tensors]
+    try:
+        if jax.process_index() == 0:
+            write_checkpoint(directory, config, asked, limit, quantization=quantization)
+    finally:
+        for tensor in asked:
+            if tensor.name in left:
+                tensor.read()
 
 
 def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:

@@ -14,9 +14,19 @@ from mpt_eqx.generation.arguments import check_count, check_ends, check_number, 
 from mpt_eqx.generation.choose import SamplingOptions
 from mpt_eqx.generation.decode import spread
 from mpt_eqx.generation.generate import GenerateResult
-from mpt_eqx.generation.loop import CHUNK, bar, check_finite, chunk_for, read_prompts, with_room
+from mpt_eqx.generation.loop import (
+    CHUNK,
+    bar,
+    check_finite,
+    chunk_for,
+    everywhere,
+    options_everywhere,
+    read_prompts,
+    with_room,
+)
 from mpt_eqx.generation.prefix import Prefix, length_of, state_after
 from mpt_eqx.generation.search import (
+    BeamState,
     Grown,
     SearchOptions,
     first_beams,
@@ -131,7 +141,8 @@ def beam_search(
             rows = read_prompts(model, rows, texts, before, shown)
             if num_beams > 1:
                 rows = spread(rows, num_beams, rows.cache.capacity)
-            state, done = first_beams(rows, num_beams), np.zeros(1, bool)
+            options, done = options_everywhere(model, options), np.zeros(1, bool)
+            state = BeamState(rows, *everywhere(model, first_beams(len(texts), num_beams)))
             while made < max_new_tokens and not done.all():
                 needed = before + longest + min(made + chunk, max_new_tokens)
                 state = eqx.tree_at(lambda s: s.rows, state, with_room(model, state.rows, needed))

@@ -97,6 +97,11 @@ def on_mesh(model: MPT, state: DecodeState) -> DecodeState:
     return state if model.layout is None else by_axes(state, model.layout.constrained)
 
 
+def replicated(model: MPT, tree: Any) -> Any:
+    """Returns arrays that the host is to read, as all devices of the model's mesh have them, if it has one."""
+    return tree if model.layout is None else model.layout.replicated(tree)
+
+
 @eqx.filter_jit
 def spread(state: DecodeState, copies: int, capacity: int) -> DecodeState:
     """Returns the state with every row `copies` times, one after the other, and room for `capacity` tokens in each."""
@@ -186,9 +191,7 @@ def decode(
         ), decoded
 
     state, decoded = jax.lax.scan(one, on_mesh(model, state), length=steps)
-    if (layout := model.layout) is not None:
-        decoded = jax.tree.map(lambda x: layout.constrained(x, *(None,) * x.ndim), decoded)
-    return on_mesh(model, state), decoded
+    return on_mesh(model, state), replicated(model, decoded)
 
 
 def append(model: MPT, state: DecodeState, tokens: Int[Array, " B"]) -> DecodeState:

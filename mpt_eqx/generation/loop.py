@@ -57,6 +57,8 @@ def read_prompts(
         before: as above.
         progress: counts the tokens of the longest prompt.
     """
+    if model.layout is not None:
+        model.layout.agreed(prompts=[prompt.tolist() for prompt in prompts], before=before)
     longest = max(map(len, prompts))
     # Behind its prompt a row has its own last token: one that it has not could make NaN of it.
     others = max(prompts, key=len)[:1]
@@ -79,6 +81,18 @@ def read_prompts(
 def everywhere(model: MPT, tree: Any) -> Any:
     """Returns arrays of the host, or of one device, where the devices of the model can read them."""
     return jax.device_put(tree) if model.layout is None else model.layout.everywhere(tree)
+
+
+def options_everywhere(model: MPT, options: Any, key: Key[Array, ""] | None = None) -> Any:
+    """Returns options and key as `everywhere` does.
+
+    Raises:
+        ShardingError: they differ between the processes of the model's mesh.
+    """
+    if model.layout is not None:
+        numbers = None if key is None else jax.random.key_data(key).tolist()
+        model.layout.agreed(options=[x.tolist() for x in jax.tree.leaves(options)], key=numbers)
+    return everywhere(model, options if key is None else (options, key))
 
 
 def make_tokens(
@@ -107,7 +121,7 @@ def make_tokens(
     Raises:
         GenerationError: the model gave logits that are not finite, or nothing was left to choose from.
     """
-    options, key = everywhere(model, (options, key))
+    options, key = options_everywhere(model, options, key)
     made = 0
     while made < max_new_tokens:
         needed = length + min(made + chunk, max_new_tokens)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int
 
 from mpt_eqx.generation.choose import SamplingOptions, allowed
-from mpt_eqx.generation.decode import DecodeState, append, first_step, next_logits
+from mpt_eqx.generation.decode import DecodeState, append, first_step, next_logits, on_mesh, replicated
 from mpt_eqx.model import MPT, KVCache
 from mpt_eqx.model.cache import BLOCK
 
@@ -86,12 +86,11 @@ def no_sequences(prompts: int, num_beams: int) -> Sequences:
     )
 
 
-def first_beams(rows: DecodeState, num_beams: int) -> BeamState:
-    """Returns the state after prompts that each fill `num_beams` rows, of which the first is a beam as yet."""
-    finished = no_sequences(len(rows.done) // num_beams, num_beams)
-    scores = np.full(finished.scores.shape, -np.inf, np.float32)
+def first_beams(prompts: int, num_beams: int) -> tuple[Float32[Array, "B M"], Sequences]:
+    """Returns the scores of beams of which the first of each prompt is one as yet, and nothing finished."""
+    scores = np.full((prompts, num_beams), -np.inf, np.float32)
     scores[:, 0] = 0
-    return BeamState(rows, jnp.array(scores), finished)
+    return jnp.array(scores), no_sequences(prompts, num_beams)
 
 
 def in_order(cache: KVCache, order: Int[Array, " R"]) -> KVCache:
@@ -161,7 +160,9 @@ def search(fixed: tuple[MPT, SearchOptions], state: BeamState, steps: int) -> tu
         )
         return after, Grown(parents, tokens, jnp.where(done[:, None], 0.0, going.logprobs))
 
-    return jax.lax.scan(one, state, length=steps)
+    state, grown = jax.lax.scan(one, state, length=steps)
+    told = replicated(model, (state.scores, state.finished, grown))
+    return BeamState(on_mesh(model, state.rows), *told[:2]), told[2]
 
 
 def best(totals: Float32[Array, "B MV"], logprobs: Float32[Array, "BM V"], length: Int[Array, ""]) -> Sequences:

@@ -1,0 +1,73 @@
+"""Trains and generates on several machines: each process runs this script, and all their devices make one mesh.
+
+Two terminals of one machine, two devices of the CPU in each:
+
+    python examples/distributed.py --coordinator localhost:9876 --processes 2 --process 0 --cpu-devices 2
+    python examples/distributed.py --coordinator localhost:9876 --processes 2 --process 1 --cpu-devices 2
+
+Under Slurm, with a process for each machine; JAX finds the others by itself, as it does on TPU pods and Kubernetes:
+
+    srun --nodes=4 --ntasks-per-node=1 --gpus-per-node=8 python examples/distributed.py --model ./mpt-30b --tp 8
+
+The checkpoint must be readable by all of them; each reads its part. Needs no extra.
+"""
+
+import argparse
+
+import equinox as eqx
+import jax
+import numpy as np
+import optax
+
+from mpt_eqx import MPT, SHIPPED_MODEL, from_pretrained, generate, save_pretrained, sharding
+from mpt_eqx.train import next_token_loss
+
+
+def main() -> None:
+    """Loads to a mesh of all devices, trains some steps on random tokens, generates, and saves if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--coordinator", help="host:port of process 0; left out where JAX finds it by itself")
+    parser.add_argument("--processes", type=int, help="how many there are; with --coordinator")
+    parser.add_argument("--process", type=int, help="which one this is, from 0; with --coordinator")
+    parser.add_argument("--cpu-devices", type=int, help="take the CPU for so many devices in each process")
+    parser.add_argument("--model", default=SHIPPED_MODEL, help="directory or Hub repository id")
+    parser.add_argument("--tp", type=int, default=1, help="devices that share each matrix; the others share the batch")
+    parser.add_argument("--steps", type=int, default=3, help="steps of training")
+    parser.add_argument("--save", help="directory for the trained model")
+    args = parser.parse_args()
+    if args.cpu_devices:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", args.cpu_devices)
+    jax.distributed.initialize(args.coordinator, args.processes, args.process)
+
+    mesh = sharding.make_mesh(fsdp=jax.device_count() // args.tp, tp=args.tp)
+    model = from_pretrained(args.model, mesh=mesh, rules=sharding.FSDP_TP)
+    optimizer = optax.adamw(1e-4)
+
+    @eqx.filter_jit(donate="all")
+    def step(model: MPT, moments: optax.OptState, tokens: jax.Array) -> tuple[MPT, optax.OptState, jax.Array]:
+        loss, gradients = eqx.filter_value_and_grad(next_token_loss)(model, tokens)
+        updates, moments = optimizer.update(gradients, moments, model)
+        return eqx.apply_updates(model, updates), moments, loss
+
+    def say(text: str) -> None:
+        if jax.process_index() == 0:
+            print(text, flush=True)
+
+    say(f"{jax.process_count()} processes, {jax.device_count()} devices, mesh {dict(mesh.shape)}")
+    moments = eqx.filter_jit(optimizer.init)(eqx.filter(model, eqx.is_array))
+    random = np.random.default_rng(0)  # the same in every process; the loss shares the rows between devices
+    for number in range(args.steps):
+        sharding.agree(step=number)
+        tokens = random.integers(0, model.config.vocab_size, (2 * mesh.shape["fsdp"], 128), np.int32)
+        model, moments, loss = step(model, moments, model.layout.everywhere(tokens))
+        say(f"step {number}: loss {float(loss):.4f}")
+    result = generate(model, [1, 2, 3], max_new_tokens=8)  # all processes take part, and all have the result
+    say(f"tokens: {result.tokens[0].tolist()}")
+    if args.save:
+        save_pretrained(model, args.save)  # by process 0, each tensor gathered when it is its turn
+        say(f"saved to {args.save}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""One of two processes with two devices each: computes what one device does, and answers in JSON."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import equinox as eqx
+import jax
+from sharded import PROMPTS, TOKENS, local_bytes, stepped
+
+from mpt_eqx import MPT, MPTError, beam_search, from_pretrained, generate, save_pretrained, sharding
+from mpt_eqx.checkpoint.arrays import gathered
+from mpt_eqx.train import next_token_loss
+
+PORT, RANK, CHECKPOINT, DIRECTORY = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(f"localhost:{PORT}", 2, RANK, initialization_timeout=60)
+
+
+def loaded(**changed) -> MPT:
+    return from_pretrained(CHECKPOINT, **{"mesh": mesh, "rules": sharding.FSDP_TP, "dtype": "float32", **changed})
+
+
+def refused(function) -> dict:
+    """What was said, and after how many seconds."""
+    started = time.monotonic()
+    try:
+        function()
+    except MPTError as error:
+        return {"said": f"{type(error).__name__}: {error}", "seconds": time.monotonic() - started}
+    return {"said": None}
+
+
+mesh = sharding.make_mesh(fsdp=2, tp=2)
+model = loaded()
+tokens = model.layout.everywhere(TOKENS)
+loss, gradients = eqx.filter_jit(eqx.filter_value_and_grad(next_token_loss))(model, tokens)
+trained = eqx.filter_jit(stepped)(model, gradients)
+save_pretrained(trained, Path(DIRECTORY) / "trained")
+there = Path(DIRECTORY) / f"none{RANK}" if RANK else CHECKPOINT
+other = sharding.FSDP if RANK else sharding.FSDP_TP
+answer = {
+    "bytes": local_bytes(model),
+    "logits": gathered(eqx.filter_jit(jax.vmap(model))(tokens)).tolist(),
+    "loss": float(loss),
+    "tokens": generate(model, PROMPTS, max_new_tokens=6).tokens.tolist(),
+    "sampled": generate(model, PROMPTS, max_new_tokens=6, temperature=1.0, key=jax.random.key(1)).tokens.tolist(),
+    "beams": beam_search(model, PROMPTS, num_beams=3, max_new_tokens=6).tokens.tolist(),
+    "refused": {
+        "config": refused(lambda: loaded(config_overrides={"max_seq_len": 16 + RANK})),
+        "rules": refused(lambda: loaded(rules=other)),
+        "file": refused(lambda: from_pretrained(there, mesh=mesh, rules=sharding.FSDP)),
+        "dtype": refused(lambda: loaded(dtype="bfloat16" if RANK else "float32")),
+        "step": refused(lambda: sharding.agree(step=10 + RANK)),
+        "prompts": refused(lambda: generate(model, [[1, 2, 3 + RANK]], max_new_tokens=2)),
+        "options": refused(lambda: generate(model, [[1]], max_new_tokens=2, temperature=1.0, key=jax.random.key(RANK))),
+        "save": refused(lambda: save_pretrained(model, Path("/proc/nowhere"))),
+    },
+}  # fmt: skip
+print(json.dumps(answer), flush=True)
+loaded(config_overrides={"max_seq_len": 16 + RANK})  # ends both
