@@ -13,7 +13,7 @@ import time
 import jax
 from jax.sharding import AbstractMesh
 
-from mpt_eqx import SHIPPED_MODEL, MPTConfig, from_pretrained, generate, sharding
+from mpt_eqx import SHIPPED_MODEL, checkpoint_info, from_pretrained, generate, sharding
 from mpt_eqx.text import load_tokenizer
 
 RULES = ("DATA_PARALLEL", "FSDP", "TENSOR_PARALLEL", "FSDP_TP", "SEQUENCE_PARALLEL")
@@ -38,7 +38,7 @@ def main() -> None:
     rules = getattr(sharding, args.rules)
     if args.explain:
         mesh = AbstractMesh(tuple(args.mesh.values()), tuple(args.mesh))
-        print(sharding.explain(MPTConfig.from_pretrained(args.model), mesh, rules))
+        print(sharding.explain(checkpoint_info(args.model).config, mesh, rules))
         return
     if args.cpu_devices:
         jax.config.update("jax_platforms", "cpu")

@@ -81,7 +81,17 @@ class Layout(eqx.Module):
 
     def everywhere(self, tree: PyTree[Shaped[jax.Array | np.ndarray, "..."]]) -> PyTree[Shaped[jax.Array, "..."]]:
         """Returns arrays of the host that all devices have; in several processes, each hands over the same."""
-        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+        sharding = NamedSharding(self.mesh, PartitionSpec())
+        if not self.several_processes:
+            return jax.device_put(tree, sharding)
+
+        def one(x: jax.Array | np.ndarray) -> jax.Array:
+            if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+                return jax.random.wrap_key_data(one(jax.random.key_data(x)), impl=jax.random.key_impl(x))
+            there = np.asarray(x)
+            return jax.make_array_from_callback(there.shape, sharding, lambda part: there[part])
+
+        return jax.tree.map(one, tree)
 
     def replicated(self, tree: PyTree[Shaped[jax.Array, "..."]]) -> PyTree[Shaped[jax.Array, "..."]]:
         """Returns computed arrays that all devices have, so that every process can read them; under jit."""

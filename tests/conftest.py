@@ -17,7 +17,6 @@ from jaxtyping import install_import_hook
 # checks its arguments itself and has its own messages for them tested.
 CHECKED = (
     "kernel",
-    "layout",
     "processes",
     "model",
     "checkpoint",

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import equinox as eqx
 import jax
-from sharded import PROMPTS, TOKENS, local_bytes, stepped
+from sharded import PROMPTS, TOKENS, forward, gradient, largest, local_bytes, stepped
 
 from mpt_eqx import MPT, MPTError, beam_search, from_pretrained, generate, save_pretrained, sharding
 from mpt_eqx.checkpoint.arrays import gathered
-from mpt_eqx.train import next_token_loss
 
 PORT, RANK, CHECKPOINT, DIRECTORY = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
 jax.config.update("jax_num_cpu_devices", 2)
@@ -35,14 +34,16 @@ def refused(function) -> dict:
 mesh = sharding.make_mesh(fsdp=2, tp=2)
 model = loaded()
 tokens = model.layout.everywhere(TOKENS)
-loss, gradients = eqx.filter_jit(eqx.filter_value_and_grad(next_token_loss))(model, tokens)
+loss, gradients = gradient(model, tokens)
 trained = eqx.filter_jit(stepped)(model, gradients)
 save_pretrained(trained, Path(DIRECTORY) / "trained")
 there = Path(DIRECTORY) / f"none{RANK}" if RANK else CHECKPOINT
 other = sharding.FSDP if RANK else sharding.FSDP_TP
+moved = sharding.shard(from_pretrained(CHECKPOINT, dtype="float32"), mesh, sharding.FSDP_TP)
 answer = {
+    "moved": largest(*([gathered(leaf) for leaf in jax.tree.leaves(m)] for m in (moved, model))),
     "bytes": local_bytes(model),
-    "logits": gathered(eqx.filter_jit(jax.vmap(model))(tokens)).tolist(),
+    "logits": gathered(forward(model, tokens)).tolist(),
     "loss": float(loss),
     "tokens": generate(model, PROMPTS, max_new_tokens=6).tokens.tolist(),
     "sampled": generate(model, PROMPTS, max_new_tokens=6, temperature=1.0, key=jax.random.key(1)).tokens.tolist(),

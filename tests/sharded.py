@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import optax
 
-from mpt_eqx import MPT, from_pretrained, generate, quantize, save_pretrained, sharding
+from mpt_eqx import MPT, from_pretrained, generate, prefill, quantize, save_pretrained, sharding, stream
 from mpt_eqx.model.sections import in_sections
 from mpt_eqx.train import next_token_loss
 
@@ -25,8 +25,8 @@ PROMPTS = [row[:7].tolist() for row in TOKENS]
 
 
 def stepped(model, gradients):
-    """One step of AdamW."""
-    optimizer = optax.adamw(1e-3)
+    """One step of AdamW; with its usual eps of 1e-8 it would divide rounding errors of gradients by themselves."""
+    optimizer = optax.adamw(1e-3, eps=1e-4)
     updates, _ = optimizer.update(gradients, optimizer.init(model), model)
     return eqx.apply_updates(model, updates)
 
@@ -99,10 +99,22 @@ def compare(case: str, preset: str, axes: dict[str, int], kind: str = "auto", ba
     return {name: largest(found[name], wanted[name]) for name in wanted}
 
 
+def streamed(preset: str, axes: dict[str, int]) -> dict:
+    """Whether tokens made one by one, and after a prefix, are those of one device."""
+    model, wanted = alone("hf_generate")
+    shared = sharding.shard(model, sharding.make_mesh(**axes), rules_of(preset, None))
+    prefix = prefill(shared, PROMPTS[0][:3])
+    after = generate(shared, [PROMPTS[0][3:]], max_new_tokens=6, prefix=prefix).tokens
+    return {
+        "stream": list(stream(shared, PROMPTS[0], max_new_tokens=6)) == wanted["tokens"][0].tolist(),
+        "prefix": after.tolist() == wanted["tokens"][:1].tolist(),
+    }
+
+
 def collectives(preset: str, axes: dict[str, int]) -> dict:
     """What the devices send each other in a forward pass."""
     shared = sharding.shard(alone("hf_generate")[0], sharding.make_mesh(**axes), rules_of(preset, None))
-    text = forward.lower(shared, TOKENS).compile().as_text()
+    text = forward.lower(shared, TOKENS).compile().compiled.as_text()
     return dict(Counter(re.findall(COLLECTIVES, text)))
 
 

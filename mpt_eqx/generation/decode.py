@@ -81,8 +81,9 @@ def by_axes(state: DecodeState, function: Callable[..., Any]) -> DecodeState:
         return function(x, *(None,) * len(x.shape))
 
     layers = jax.tree.map(lambda x: function(x, "batch", "kv_heads", None, "head_dim"), state.cache.layers)
+    length = function(state.cache.length, "batch")
     return DecodeState(
-        cache=KVCache(layers=layers, length=function(state.cache.length, "batch")),
+        cache=eqx.tree_at(lambda c: (c.layers, c.length), state.cache, (layers, length)),
         tokens=function(state.tokens, "batch", None),
         hidden=function(state.hidden, "batch", None),
         done=whole(state.done),

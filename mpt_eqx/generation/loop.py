@@ -18,8 +18,8 @@ from mpt_eqx.model import MPT
 CHUNK = 8
 """Tokens made between two looks of the host."""
 
-PIECES = (256, 32)
-"""Tokens of a prompt read at a time: the first while more than half of it is left, then the second."""
+PIECES = (256, 128, 32)
+"""Tokens of a prompt read at a time: the largest of which more than half is left, else the smallest."""
 
 SMALLEST = 512
 """The smallest cache, in tokens. The next size is four times that, then each twice the one before."""
@@ -38,9 +38,8 @@ def capacity_for(config: MPTConfig, length: int) -> int:
 
 def piece_sizes(length: int) -> Iterator[int]:
     """Yields how many tokens of a prompt are read at a time."""
-    large, small = PIECES
     while length > 0:
-        size = large if length > large // 2 else small
+        size = next((size for size in PIECES if length > size // 2), PIECES[-1])
         yield size
         length -= size
 
