@@ -51,7 +51,8 @@ class ShardingRules:
         names = [field.name for field in dataclasses.fields(self) if field.name != "uneven"]
         for name in names:
             axes = getattr(self, name)
-            if axes is not None and not all(isinstance(axis, str) and axis for axis in mesh_axes(axes)):
+            known = axes is None or isinstance(axes, str | tuple)
+            if not known or not all(isinstance(axis, str) and axis for axis in mesh_axes(axes)):
                 raise ShardingError(f"rules.{name}: expected a mesh axis, a tuple of some, or None, found {axes!r}")
         if self.layers is not None:
             raise ShardingError(

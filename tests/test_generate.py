@@ -306,15 +306,14 @@ place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
 rows = [[5, 6, 7], [8] * 40]
 options = {"max_new_tokens": 24, "temperature": 1.0, "top_k": 50, "key": jax.random.key(0)}
 alone = generate(model, rows, **options).tokens
-for spec in (P(), P("x"), P(None, "x")):
-    split = jax.tree.map(lambda x: place(x, spec if x.ndim == 2 else P()), model)
-    np.testing.assert_array_equal(generate(split, rows, **options).tokens, alone)
+split = jax.tree.map(lambda x: place(x, P(None, "x") if x.ndim == 2 else P()), model)
+np.testing.assert_array_equal(generate(split, rows, **options).tokens, alone)
 print(len(jax.devices()))
 """
 
 
-def test_the_sharding_does_not_show():
-    """Weights whole on each of four devices, split by rows, and split by columns."""
+def test_weights_that_somebody_has_placed_write_the_same():
+    """Without rules: columns on each of four devices."""
     done = subprocess.run(
         [sys.executable, "-c", SHARDED], capture_output=True, text=True, timeout=300,
         env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},

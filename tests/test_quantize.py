@@ -283,27 +283,23 @@ def test_gradients_are_those_of_what_is_floating(tiny_model):
 SHARDED = """
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from mpt_eqx import MPT, MPTConfig, generate, quantize
+from mpt_eqx import MPT, MPTConfig, quantize
 config = MPTConfig(d_model=128, n_heads=4, n_layers=2, vocab_size=64, max_seq_len=64, no_bias=True)
 model = MPT(config, key=jax.random.key(0))
 mesh = Mesh(np.array(jax.devices()), ("x",))
 def split(model, spec):
     fits = lambda x: x.ndim == 2 and all(axis is None or n % 4 == 0 for n, axis in zip(x.shape, spec))
     return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, spec if fits(x) else P())), model)
-rows = [[5, 6, 7], [8] * 20]
-options = {"max_new_tokens": 12, "temperature": 1.0, "top_k": 30, "key": jax.random.key(0)}
 for scheme, spec in (("int8", P("x")), ("int4", P(None, "x"))):
     made = quantize(model, scheme)
-    alone = generate(made, rows, **options).tokens
-    np.testing.assert_array_equal(generate(split(made, spec), rows, **options).tokens, alone)
     of_split = quantize(split(model, spec), scheme)
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(of_split), jax.tree.leaves(made), strict=True))
 print(len(jax.devices()))
 """
 
 
-def test_quantised_weights_on_several_devices():
-    """Rows or columns on four devices, quantised before or after that."""
+def test_weights_are_quantised_where_they_are():
+    """Rows or columns on four devices."""
     done = subprocess.run(
         [sys.executable, "-c", SHARDED], capture_output=True, text=True, timeout=300,
         env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import re
@@ -145,7 +146,11 @@ def _by_the_first(
 ) -> None:
     """Writes a checkpoint in the first process; each tensor is asked for by all at once, also after writing failed."""
     left = {tensor.name: tensor.read for tensor in tensors}
-    asked = [tensor._replace(read=lambda name=tensor.name: left.pop(name)()) for tensor in tensors]
+
+    def once(name: str) -> np.ndarray:
+        return left.pop(name)()
+
+    asked = [tensor._replace(read=functools.partial(once, tensor.name)) for tensor in tensors]
     try:
         if jax.process_index() == 0:
             write_checkpoint(directory, config, asked, limit, quantization=quantization)
