@@ -80,6 +80,31 @@ class Layout(eqx.Module):
         """
         return jax.lax.with_sharding_constraint(x, self.sharding(x.shape, *names))
 
+    def constrained_row(self, x: Shaped[jax.Array, "..."], *names: str | None) -> Shaped[jax.Array, "..."]:
+        """Returns what `constrained` does for the array of one row of a batch: vmap's axis is that of the batch.
+
+        Otherwise XLA would be free to share the width of activations instead, as the weights of FSDP are, and to add up
+        parts of every product where it should gather weights.
+        """
+
+        @jax.custom_batching.custom_vmap
+        def shared(x: jax.Array) -> jax.Array:
+            return self.constrained(x, *names)
+
+        @shared.def_vmap
+        def _(size: int, batched: list[bool], x: jax.Array) -> tuple[jax.Array, bool]:
+            return self.constrained(x, "batch", *names), True
+
+        @jax.custom_jvp  # because the above cannot be transposed
+        def differentiable(x: jax.Array) -> jax.Array:
+            return shared(x)
+
+        @differentiable.defjvp
+        def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+            return shared(*primals), self.constrained(*tangents, *names)
+
+        return differentiable(x)
+
     def everywhere(self, tree: PyTree[Shaped[jax.Array | np.ndarray, "..."]]) -> PyTree[Shaped[jax.Array, "..."]]:
         """Returns arrays of the host that all devices have; in several processes, each hands over the same."""
         sharding = NamedSharding(self.mesh, PartitionSpec())

@@ -106,6 +106,7 @@ def streamed(preset: str, axes: dict[str, int]) -> dict:
     prefix = prefill(shared, PROMPTS[0][:3])
     after = generate(shared, [PROMPTS[0][3:]], max_new_tokens=6, prefix=prefix).tokens
     return {
+        "cache": list(prefix.state.cache.layers[0].k.sharding.spec),
         "stream": list(stream(shared, PROMPTS[0], max_new_tokens=6)) == wanted["tokens"][0].tolist(),
         "prefix": after.tolist() == wanted["tokens"][:1].tolist(),
     }
@@ -114,7 +115,8 @@ def streamed(preset: str, axes: dict[str, int]) -> dict:
 def collectives(preset: str, axes: dict[str, int]) -> dict:
     """What the devices send each other in a forward pass."""
     shared = sharding.shard(alone("hf_generate")[0], sharding.make_mesh(**axes), rules_of(preset, None))
-    text = forward.lower(shared, TOKENS).compile().compiled.as_text()
+    rows = eqx.filter_jit(lambda model, tokens: jax.vmap(model)(model.layout.constrained(tokens, "batch", None)))
+    text = rows.lower(shared, TOKENS).compile().compiled.as_text()
     return dict(Counter(re.findall(COLLECTIVES, text)))
 
 

@@ -61,8 +61,9 @@ def test_every_kind_of_model_does(ask, case):
 
 
 def test_streaming_and_prefixes_on_a_mesh_are_those_of_one_device(ask):
-    """A single row, which the mesh does not divide."""
-    assert ask("streamed", preset="FSDP_TP", axes={"fsdp": 2, "tp": 4}) == {"stream": True, "prefix": True}
+    """A single row, which the mesh does not divide; its heads are shared."""
+    found = ask("streamed", preset="FSDP_TP", axes={"fsdp": 2, "tp": 4})
+    assert found == {"stream": True, "prefix": True, "cache": [None, "tp", None, None]}
 
 
 def test_a_mesh_with_explicit_axes_and_one_of_three(ask):
@@ -77,6 +78,11 @@ def test_tensor_parallel_blocks_send_what_they_must(ask):
     """One sum after attention and one after the network of each block; one for the embedding, if it is split."""
     assert ask("collectives", preset="TENSOR_PARALLEL", axes={"tp": 2}) == {"all-reduce": 4}
     assert ask("collectives", preset="DATA_PARALLEL", axes={"dp": 4}) == {}
+
+
+def test_fsdp_gathers_each_weight_and_sums_nothing(ask):
+    """Four matrices of each of two blocks, the embedding, and the tokens."""
+    assert ask("collectives", preset="FSDP", axes={"fsdp": 4}) == {"all-gather": 10}
 
 
 def specs(model, rules):
