@@ -67,8 +67,8 @@ def picture(fsdp: int = 2, tp: int = 4) -> str:
                 f'fill="#d9822b"/>',
                 f'<text x="{matrix[0] + side / 2}" y="{matrix[1] + side + 14}" font-size="9">rows: heads</text>',
             ]
-    text = "blue: the part of Wq [heads, embed] that a device keeps; orange: its rows of the batch, and of the cache"
-    parts += [f'<text x="{left + tp * cell / 2}" y="{height - 16}">{text}</text>', "</svg>", ""]
+    text = "blue: the part of Wq [heads, embed] that a device keeps; orange: its rows of the batch"
+    parts += [f'<text x="{width / 2}" y="{height - 16}">{text}</text>', "</svg>", ""]
     return "\n".join(parts)
 
 
