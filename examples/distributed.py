@@ -55,7 +55,7 @@ def main() -> None:
             print(text, flush=True)
 
     say(f"{jax.process_count()} processes, {jax.device_count()} devices, mesh {dict(mesh.shape)}")
-    moments = eqx.filter_jit(optimizer.init)(eqx.filter(model, eqx.is_array))
+    moments = optimizer.init(eqx.filter(model, eqx.is_array))  # outside of jit, so that they lie as the weights do
     random = np.random.default_rng(0)  # the same in every process; the loss shares the rows between devices
     for number in range(args.steps):
         sharding.agree(step=number)

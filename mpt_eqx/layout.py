@@ -32,7 +32,8 @@ class ShardingRules:
         batch: rows of a batch.
         seq: positions of a sequence, in activations.
         experts: the experts of a mixture.
-        uneven: which of these stay whole, instead of being an error, where the mesh does not divide them.
+        uneven: along which of these weights stay whole, instead of being an error, where the mesh does not divide
+            them. Activations and the cache always do.
     """
 
     vocab: Axes = None
@@ -59,6 +60,15 @@ class ShardingRules:
                 f"rules.layers: expected None, found {self.layers!r}: it would match nothing, since every block has "
                 f"arrays of its own; to share the layers' weights use embed"
             )
+        if not isinstance(self.uneven, tuple):
+            raise ShardingError(f"rules.uneven: expected a tuple of names, found {self.uneven!r}")
+        for together in (("batch", "seq"), ("batch", "kv_heads", "head_dim")):
+            used = [axis for name in together for axis in self.axes(name)]
+            if twice := [axis for axis in used if used.count(axis) > 1]:
+                raise ShardingError(
+                    f"rules: expected different mesh axes for {', '.join(together)}, which stand together in "
+                    f"activations or in the cache, found {twice[0]!r} twice; change one of them"
+                )
         if unknown := [name for name in self.uneven if name not in names]:
             raise ShardingError(f"rules.uneven: expected some of {', '.join(names)}, found {unknown[0]!r}")
 

@@ -29,11 +29,12 @@ def agree(**what: Any) -> None:
         return
     everyones = [json.loads(text) for text in _of_all(json.dumps(_flat(what)))]
     for name in sorted(set().union(*everyones)):
-        values = [printable(found.get(name, "nothing")) for found in everyones]
-        if other := next((i for i, found in enumerate(everyones) if found.get(name) != everyones[0].get(name)), 0):
+        values = [found.get(name, "nothing") for found in everyones]
+        if other := next((i for i, value in enumerate(values) if value != values[0]), 0):
+            here, there = _from_the_difference(values[0], values[other])
             raise ShardingError(
-                f"{name}: expected the same in all {len(values)} processes, found {values[0]} in process 0 and "
-                f"{values[other]} in process {other}; start all with the same checkpoint, rules, data and arguments"
+                f"{name}: expected the same in all {len(values)} processes, found {here} in process 0 and {there} in "
+                f"process {other}; start all with the same checkpoint, rules, data and arguments"
             )
 
 
@@ -59,13 +60,27 @@ def together(function: Callable[[], T]) -> T:
     return result
 
 
+def _from_the_difference(*texts: str) -> list[str]:
+    """Returns texts as they may be shown, from a little before where they differ."""
+    alike = next((at for at, (a, *others) in enumerate(zip(*texts, strict=False)) if {a} != set(others)), 0)
+    start = max(alike - 40, 0)
+    return [("…" if start else "") + printable(text[start:]) for text in texts]
+
+
+def _plain(value: Any) -> Any:
+    """Returns something that JSON can tell apart for what it does not know."""
+    if isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+        value = jax.random.key_data(value)
+    return value.tolist() if isinstance(value, jax.Array | np.ndarray | np.generic) else repr(value)
+
+
 def _flat(what: Mapping[str, Any], before: str = "") -> dict[str, str]:
     flat: dict[str, str] = {}
     for name, value in what.items():
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{before}{name}.")
         else:
-            flat[before + str(name)] = json.dumps(value, default=repr)
+            flat[before + str(name)] = json.dumps(value, default=_plain)
     return flat
 
 

@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, BFloat16, Float, Float32, Int8, UInt8
 from tqdm import tqdm
 
@@ -16,6 +17,7 @@ from mpt_eqx.model import MPT
 from mpt_eqx.model.linear import Embedding, Linear
 from mpt_eqx.model.moe import Router
 from mpt_eqx.model.quantized import GROUP, QuantizedWeight
+from mpt_eqx.sharding import shard
 
 NUMBERS = 2**20
 """How many numbers are quantised at once, as whole rows, so that a large weight needs little memory on the way."""
@@ -64,7 +66,9 @@ def quantize(model: MPT, scheme: str, *, embeddings: bool = False) -> MPT:
             bar.update(weight.size)
             return made
 
-        return with_quantized(model, quantization, make)
+        whole = with_quantized(model, quantization, make)
+    mesh = None if model.layout is None else model.layout.mesh
+    return shard(whole, mesh, model.layout.rules) if isinstance(mesh, Mesh) else whole
 
 
 def quantization_of(model: MPT) -> Quantization | None:

@@ -20,6 +20,7 @@ from mpt_eqx.errors import ShardingError
 from mpt_eqx.layout import Layout, automatic, check_axes, mesh_axes, resolved, spec
 from mpt_eqx.layout import ShardingRules as ShardingRules
 from mpt_eqx.model import MPT
+from mpt_eqx.model.moe import MoE
 from mpt_eqx.model.sections import in_sections
 from mpt_eqx.processes import agree as agree
 
@@ -118,35 +119,56 @@ def shard(model: MPT, mesh: Mesh, rules: ShardingRules) -> MPT:
         ShardingError: a rule names an axis that the mesh has not, the mesh does not divide an axis of a weight, or as
             `partition_specs`.
     """
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(model)):
+        agree_on_mesh(mesh)
+        agree_on(model.config, mesh, rules)
     placed = prepared(model, mesh, rules)
     shardings = named_shardings(placed)
     return jax.tree.map(
-        lambda leaf, sharding: leaf if sharding is None else eqx.filter_shard(leaf, sharding), placed, shardings,
+        lambda leaf, sharding: leaf if sharding is None else _placed(leaf, sharding), placed, shardings,
         is_leaf=lambda node: node is None,
     )  # fmt: skip
+
+
+def _placed(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+    if isinstance(leaf, jax.core.Tracer) or not leaf.is_fully_addressable:
+        return eqx.filter_shard(leaf, sharding)
+    if sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)  # from whatever devices it lies on
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda part: np.asarray(leaf[part]))
 
 
 def prepared(model: Any, mesh: Mesh | AbstractMesh, rules: ShardingRules) -> Any:
     """Returns the model, or its shapes, as it lies on a mesh, with its layout, and nothing moved yet."""
     check_axes(rules, mesh)
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(model))
-    if isinstance(mesh, Mesh) and mesh.is_multi_process and not traced:
-        _check_processes(model.config, mesh, rules)
     tree = in_sections(model) if rules.heads or rules.kv_heads else model
     layout = Layout(automatic(mesh) if isinstance(mesh, Mesh) else mesh, rules)
-    return eqx.tree_at(lambda m: m.layout, tree, layout, is_leaf=lambda node: node is None)
+
+    def told(model: Any) -> list[Any]:
+        experts = [block.ffn.experts.mlp for block in model.blocks if isinstance(block.ffn, MoE)]
+        return [part.layout for part in (model, *experts)]
+
+    count = len(told(tree)) - 1
+    return eqx.tree_at(told, tree, [layout, *[layout if rules.experts else None] * count], is_leaf=_is_layout)
 
 
-def _check_processes(config: MPTConfig, mesh: Mesh, rules: ShardingRules) -> None:
-    """Refuses a mesh of some of the processes, and what is not the same in all of them."""
+def agree_on_mesh(mesh: Mesh) -> None:
+    """Refuses a mesh of several processes that is not one of all, or not the same in all."""
+    if not mesh.is_multi_process:
+        return
     here = {device.process_index for device in mesh.devices.flat}
     if missing := sorted(set(range(jax.process_count())) - here):
         raise ShardingError(
             f"mesh: expected devices of all {jax.process_count()} processes, or of one, found none of process "
             f"{missing[0]}; make it of all of jax.devices()"
         )
-    devices = [device.id for device in mesh.devices.flat]
-    agree(config=config.to_dict(), rules=dataclasses.asdict(rules), mesh=dict(mesh.shape), devices=devices)
+    agree(mesh=dict(mesh.shape), devices=[device.id for device in mesh.devices.flat])
+
+
+def agree_on(config: MPTConfig, mesh: Mesh, rules: ShardingRules) -> None:
+    """Refuses what is not the same in all processes of a mesh."""
+    if mesh.is_multi_process:
+        agree(config=config.to_dict(), rules=dataclasses.asdict(rules))
 
 
 def named_shardings(model: Any) -> Any:
@@ -205,9 +227,9 @@ def explain(model: MPT | MPTConfig, mesh: Mesh | AbstractMesh, rules: ShardingRu
 
 
 def skeleton(model: MPT | MPTConfig, dtype: Any = np.float32) -> Any:
-    """Returns the model, or the shapes of that of a configuration, whose weights have a type."""
+    """Returns the shapes of a model, or those of that of a configuration, whose weights have a type."""
     if not isinstance(model, MPTConfig):
-        return model
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if _is_array(x) else x, model)
     key = jax.random.key(0)
     made = eqx.filter_eval_shape(lambda: MPT(model, key=key))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype) if hasattr(x, "shape") else x, made)
@@ -237,7 +259,10 @@ def weight_axes(name: str, leaf: Any, config: MPTConfig) -> tuple[str | None, ..
 def _sizes(leaf: Any, axes: tuple[str | None, ...], config: MPTConfig) -> tuple[int, ...]:
     """Returns how many of what cannot be divided stand along each axis of a weight."""
     units = {"heads": config.n_heads, "kv_heads": config.kv_heads, "experts": config.ffn_config.moe_num_experts}
-    return tuple(units.get(axis or "", size) for size, axis in zip(leaf.shape, axes, strict=True))
+    # Of the groups of a quantised weight there may be fewer than heads.
+    return tuple(
+        math.gcd(units.get(axis or "", size) or size, size) for size, axis in zip(leaf.shape, axes, strict=True)
+    )
 
 
 def _resolved_specs(tree: Any) -> Any:
@@ -276,6 +301,10 @@ def _refuse_useless(tree: Any, rules: ShardingRules) -> None:
 
 def _is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def _is_layout(node: Any) -> bool:
+    return node is None or isinstance(node, Layout)
 
 
 def _is_spec(node: Any) -> bool:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import equinox as eqx
 import jax
-from sharded import PROMPTS, TOKENS, forward, gradient, largest, local_bytes, stepped
+from sharded import ODD, PROMPTS, TOKENS, forward, gradient, largest, local_bytes, stepped
 
-from mpt_eqx import MPT, MPTError, beam_search, from_pretrained, generate, save_pretrained, sharding
+from mpt_eqx import MPT, MPTConfig, MPTError, beam_search, from_pretrained, generate, save_pretrained, sharding
 from mpt_eqx.checkpoint.arrays import gathered
 
 PORT, RANK, CHECKPOINT, DIRECTORY = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
@@ -40,6 +40,9 @@ save_pretrained(trained, Path(DIRECTORY) / "trained")
 there = Path(DIRECTORY) / f"none{RANK}" if RANK else CHECKPOINT
 other = sharding.FSDP if RANK else sharding.FSDP_TP
 moved = sharding.shard(from_pretrained(CHECKPOINT, dtype="float32"), mesh, sharding.FSDP_TP)
+# Tensors of odd sizes come last in a file.
+odd = sharding.shard(MPT(MPTConfig(**ODD), key=jax.random.key(0)), sharding.make_mesh(fsdp=4), sharding.FSDP)
+save_pretrained(odd, Path(DIRECTORY) / "odd")
 answer = {
     "moved": largest(*([gathered(leaf) for leaf in jax.tree.leaves(m)] for m in (moved, model))),
     "bytes": local_bytes(model),
@@ -55,6 +58,9 @@ answer = {
         "dtype": refused(lambda: loaded(dtype="bfloat16" if RANK else "float32")),
         "step": refused(lambda: sharding.agree(step=10 + RANK)),
         "prompts": refused(lambda: generate(model, [[1, 2, 3 + RANK]], max_new_tokens=2)),
+        "axes": refused(lambda: loaded(mesh=sharding.make_mesh(fsdp=4), rules=other)),
+        "invalid": refused(lambda: generate(model, [[RANK * 99]], max_new_tokens=2)),
+        "length": refused(lambda: generate(model, [[1]], max_new_tokens=2, return_logits=bool(RANK))),
         "options": refused(lambda: generate(model, [[1]], max_new_tokens=2, temperature=1.0, key=jax.random.key(RANK))),
         "save": refused(lambda: save_pretrained(model, Path("/proc/nowhere"))),
     },

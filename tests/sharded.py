@@ -21,6 +21,7 @@ GOLDEN = Path(__file__).parent / "golden"
 COLLECTIVES = r"= \S+ (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 
 TOKENS = np.random.default_rng(0).integers(1, 64, (4, 12)).astype(np.int32)
+ODD = {"d_model": 40, "n_heads": 4, "n_layers": 1, "vocab_size": 97, "max_seq_len": 32}
 PROMPTS = [row[:7].tolist() for row in TOKENS]
 
 
@@ -126,7 +127,11 @@ def initialised(preset: str, axes: dict[str, int]) -> dict:
     mesh, rules = sharding.make_mesh(**axes), rules_of(preset, None)
     made = eqx.filter_jit(lambda key: sharding.shard(MPT(config, key=key), mesh, rules))(key)
     moved = sharding.shard(MPT(config, key=key), mesh, rules)
-    return {"weights": largest(made, moved), "made": local_bytes(made), "moved": local_bytes(moved)}
+    placed = jax.device_put(MPT(config, key=key), jax.devices()[1])
+    again = sharding.shard(sharding.shard(placed, sharding.make_mesh(dp=4), sharding.DATA_PARALLEL), mesh, rules)
+    moments = optax.adam(1e-3).init(eqx.filter(made, eqx.is_array))[0]
+    models = {"made": made, "moved": moved, "again": again, "first moments": moments.mu, "second moments": moments.nu}
+    return {"weights": largest(made, moved), "bytes": {name: local_bytes(model) for name, model in models.items()}}
 
 
 def saved(case: str, directory: str) -> dict:
@@ -141,8 +146,14 @@ def quantised(scheme: str) -> dict:
     """How far logits of quantised weights on a mesh are from those of one device."""
     model = quantize(alone("hf_generate")[0], scheme)
     shared = sharding.shard(model, sharding.make_mesh(fsdp=2, tp=2), sharding.FSDP_TP)
+    later = quantize(sharding.shard(alone("hf_generate")[0], shared.layout.mesh, sharding.FSDP_TP), scheme)
     tokens = [generate(m, PROMPTS, max_new_tokens=6).tokens.tolist() for m in (model, shared)]
-    return {"logits": largest(forward(shared, TOKENS), forward(model, TOKENS)), "tokens": tokens[0] == tokens[1]}
+    return {
+        "logits": largest(forward(shared, TOKENS), forward(model, TOKENS)),
+        "later": largest(later, shared),
+        "tokens": tokens[0] == tokens[1],
+        "bytes": local_bytes(later) == local_bytes(shared),
+    }
 
 
 def main() -> None:

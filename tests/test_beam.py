@@ -330,10 +330,10 @@ def test_a_step_of_beams_needs_the_cache_and_little_else(tiny_model):
     from mpt_eqx.generation.arguments import check_options
     from mpt_eqx.generation.beam import search_options
     from mpt_eqx.generation.decode import empty_state
-    from mpt_eqx.generation.search import first_beams, search
+    from mpt_eqx.generation.search import BeamState, first_beams, search
 
     options = search_options(check_options(tiny_model.config, max_new_tokens=8), 8, 1.0, False)
-    state = first_beams(empty_state(tiny_model, 6, 8192), 3)
+    state = BeamState(empty_state(tiny_model, 6, 8192), *first_beams(2, 3))
     memory = search.lower((tiny_model, options), state, 8).compile().compiled.memory_analysis()
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.rows.cache))
     assert memory.alias_size_in_bytes > 0.99 * cache_bytes
@@ -524,7 +524,7 @@ def test_the_checks_notice_a_mutation(golden, monkeypatch, run, part, other):
     from mpt_eqx.generation import beam
 
     module = mutated(part, other)
-    for name in ("SearchOptions", "first_beams", "no_sequences", "search", "with_beams", "written"):
+    for name in ("BeamState", "SearchOptions", "first_beams", "no_sequences", "search", "with_beams", "written"):
         monkeypatch.setattr(beam, name, getattr(module, name))
     jax.config.update("jax_disable_most_optimizations", True)  # each is compiled for one run
     try:

@@ -83,7 +83,7 @@ def test_arguments_of_another_length_are_refused():
 def test_house_rules(path):
     """No stringified annotations (they hide shapes), no torch, imports that point one way, docstrings."""
     order = (
-        "kernel", "errors", "processes", "config", "layout", "model", "quantization", "sharding", "checkpoint",
+        "kernel", "errors", "processes", "config", "layout", "model", "sharding", "quantization", "checkpoint",
         "generation", "train", "text", "bench", "cli",
     )  # fmt: skip
     beside = {("text", "generation"), ("train", "checkpoint"), ("train", "generation"), ("text", "train")}

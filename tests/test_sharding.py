@@ -122,9 +122,28 @@ def FSDP_TP_WITHOUT_FSDP():
     return dataclasses.replace(TENSOR_PARALLEL, mlp=None)
 
 
-def test_wrong_rules_and_meshes(tiny_model):
+def test_groups_of_a_quantised_weight_are_not_divided_within():
+    """Four heads of sixteen numbers on four devices, but two groups of 32."""
+    from mpt_eqx import MPT, MPTConfig, quantize
+    from mpt_eqx.sharding import TENSOR_PARALLEL, explain
+
+    config = MPTConfig(d_model=64, n_heads=4, n_layers=1, vocab_size=64, max_seq_len=32)
+    text = explain(quantize(MPT(config, key=jax.random.key(0)), "int4"), AbstractMesh((4,), ("tp",)), TENSOR_PARALLEL)
+    assert re.search(r"out_proj\.weight\.values +64 × 32 +· tp ", text)
+    assert re.search(r"out_proj\.weight\.scale +64 × 2 +· · .* heads whole: not divided", text)
+
+
+def test_wrong_rules_and_meshes(tiny_model, monkeypatch):
     from mpt_eqx import ShardingError, from_pretrained
-    from mpt_eqx.sharding import FSDP, TENSOR_PARALLEL, ShardingRules, make_mesh, partition_specs, prepared
+    from mpt_eqx.sharding import (
+        FSDP,
+        TENSOR_PARALLEL,
+        ShardingRules,
+        agree_on_mesh,
+        make_mesh,
+        partition_specs,
+        prepared,
+    )
 
     def refused(message):
         return pytest.raises(ShardingError, match=message)
@@ -147,6 +166,15 @@ def test_wrong_rules_and_meshes(tiny_model):
         ShardingRules(layers="pp")
     with refused(r"rules\.mlp: expected a mesh axis, a tuple of some, or None, found 3"):
         ShardingRules(mlp=3)
+    with refused(r"rules\.uneven: expected a tuple of names, found \['heads'\]"):
+        ShardingRules(uneven=["heads"])
+    with refused(
+        r"expected different mesh axes for batch, kv_heads, head_dim, which stand together .* found 'tp' twice"
+    ):
+        ShardingRules(batch="tp", kv_heads="tp")
+    with monkeypatch.context() as patched, refused("mesh: expected devices of all 3 processes, or of one, found none"):
+        patched.setattr(jax, "process_count", lambda: 3)
+        agree_on_mesh(SimpleNamespace(is_multi_process=True, devices=np.array(jax.devices()[:1])))
     with refused(r"rules\.uneven: expected some of vocab, .*, found 'head'"):
         ShardingRules(uneven=("head",))
     with refused(r"mesh: expected at most 1 devices, which there are, found 8 \(fsdp=2 × tp=4\); make it smaller"):
@@ -167,15 +195,17 @@ def test_a_model_saved_from_a_mesh_is_the_one_that_was_loaded(ask, case, tmp_pat
 
 
 def test_a_model_made_on_a_mesh_is_the_one_made_on_a_device(ask):
-    """The same random numbers, and on each device its part only."""
+    """The same random numbers, and on each device its part only; so are one that comes from elsewhere and moments."""
     found = ask("initialised", preset="FSDP_TP", axes={"fsdp": 2, "tp": 4})
-    assert found["weights"] == 0 and found["made"] == found["moved"] and len(found["made"]) == 8
+    assert found["weights"] == 0
+    made = found["bytes"].pop("made")
+    assert len(made) == 8 and all(held == made for held in found["bytes"].values())
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_quantised_weights_on_a_mesh_compute_the_same(ask, scheme):
     found = ask("quantised", scheme=scheme)
-    assert found["logits"] < 1e-4 and found["tokens"], found
+    assert found["logits"] < 1e-4 and found["later"] == 0 and found["tokens"] and found["bytes"], found
 
 
 @pytest.fixture(scope="module")
@@ -205,9 +235,9 @@ CASE = GOLDEN / "hf_generate"
 
 def test_two_processes_compute_what_one_does(two):
     """Loading, logits, loss, a step of training, saving it, and tokens, on two devices in each."""
-    from sharded import PROMPTS, TOKENS, stepped
+    from sharded import ODD, PROMPTS, TOKENS, stepped
 
-    from mpt_eqx import beam_search, from_pretrained, generate, sharding
+    from mpt_eqx import MPT, MPTConfig, beam_search, from_pretrained, generate, sharding
     from mpt_eqx.train import next_token_loss
 
     alone = from_pretrained(CASE, dtype="float32")
@@ -219,6 +249,9 @@ def test_two_processes_compute_what_one_does(two):
         np.testing.assert_allclose(ours, wanted, atol=1e-4)
     told = sharding.explain(alone, AbstractMesh((2, 2), ("fsdp", "tp")), sharding.FSDP_TP)
     share = int(re.search(r"on each of 4 devices ([\d,]+)", told)[1].replace(",", ""))
+    odd = jax.tree.leaves(MPT(MPTConfig(**ODD), key=jax.random.key(0)))
+    for ours, wanted in zip(jax.tree.leaves(from_pretrained(two.directory / "odd")), odd, strict=True):
+        np.testing.assert_array_equal(ours, wanted)
     sampled = generate(alone, PROMPTS, max_new_tokens=6, temperature=1.0, key=jax.random.key(1))
     for found in two.answers:
         np.testing.assert_allclose(found["logits"], jax.vmap(alone)(TOKENS), atol=1e-4)
@@ -237,6 +270,9 @@ REFUSED = {
     "dtype": r"dtype: expected the same in all 2 processes, found \"float32\" in process 0 and \"bfloat16\" in process",
     "step": r"step: expected the same in all 2 processes, found 10 in process 0 and 11 in process 1",
     "prompts": r"prompts: expected the same in all 2 processes, found \[\[1, 2, 3\]\] in process 0 and \[\[1, 2, 4\]\]",
+    "axes": r"rules\.\w+: expected the same in all 2 processes",
+    "invalid": r"prompts: expected the same in all 2 processes, found \[\[0\]\] in process 0 and \[\[99\]\]",
+    "length": r"return_logits: expected the same in all 2 processes, found false in process 0 and true in process 1",
     "options": r"key: expected the same in all 2 processes, found \[0, 0\] in process 0 and \[0, 1\] in process 1",
     "save": r"nowhere: cannot be written|process 0 failed, and all stop with it: CheckpointError: /proc/nowhere",
 }

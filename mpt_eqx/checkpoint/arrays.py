@@ -55,5 +55,7 @@ def gathered(array: jax.Array | np.ndarray) -> np.ndarray:
     whole = np.empty(array.shape, array.dtype)
     for shard in array.addressable_shards:
         if shard.replica_id == 0:
-            whole[shard.index] = shard.data
+            # What is copied from another kind of device would stay in memory, too, but for that of a copy.
+            data = shard.data if shard.device.platform == "cpu" else jax.numpy.copy(shard.data)
+            whole[shard.index] = data
     return whole

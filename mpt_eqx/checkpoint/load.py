@@ -26,7 +26,7 @@ from mpt_eqx.layout import ShardingRules
 from mpt_eqx.model import MPT
 from mpt_eqx.processes import agree, together
 from mpt_eqx.quantization import with_zeros
-from mpt_eqx.sharding import prepared
+from mpt_eqx.sharding import agree_on, agree_on_mesh, prepared
 
 FLOATS = {dtype.name: dtype for dtype in DTYPES.values()}
 READERS = 4  # tensors that are copied at the same time
@@ -97,6 +97,8 @@ def from_pretrained(
         return info, target_dtype(info, dtype)
 
     several = mesh is not None and mesh.is_multi_process
+    if mesh is not None:
+        agree_on_mesh(mesh)
     info, target = together(looked_at) if several else looked_at()
     shown = sys.stderr.isatty() if progress is None else progress
     key = jax.random.key(0)
@@ -104,9 +106,10 @@ def from_pretrained(
     if mesh is None or rules is None:
         arrays = _read(info, target, device, mmap, check_finite, shown)
     else:
-        skeleton = prepared(skeleton, mesh, rules)
+        agree_on(info.config, mesh, rules)
         if several:
             agree(dtype=target.name, quantization=info.quantization)
+        skeleton = prepared(skeleton, mesh, rules)
 
         def read() -> dict[str, jax.Array]:
             return placed(info, weights(info), skeleton, target, mmap, check_finite, shown)

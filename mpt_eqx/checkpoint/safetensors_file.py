@@ -78,6 +78,11 @@ def _tensor_info(name: str, entry: dict, data: np.ndarray, file: Path) -> Tensor
     return TensorInfo(name, shape, entry["dtype"] if dtype is None else dtype.name, file.name, read)
 
 
+def file_order(tensors: Sequence[Outgoing]) -> list[Outgoing]:
+    """Returns tensors in the order in which a file has them, and asks for them."""
+    return sorted(tensors, key=lambda tensor: tensor.nbytes % ALIGNMENT != 0)
+
+
 def write_safetensors(
     path: Path, tensors: Sequence[Outgoing], progress: Callable[[int], object] = lambda written: None
 ) -> None:
@@ -92,7 +97,7 @@ def write_safetensors(
         OSError: the file cannot be written.
     """
     names = {dtype: name for name, dtype in (DTYPES | INTEGERS).items()}
-    tensors = sorted(tensors, key=lambda tensor: tensor.nbytes % ALIGNMENT != 0)
+    tensors = file_order(tensors)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     for tensor in tensors:

@@ -18,7 +18,7 @@ from mpt_eqx.checkpoint.arrays import gathered
 from mpt_eqx.checkpoint.files import CONFIG, INDEX, SHARD, WAITING, WEIGHTS, index_start
 from mpt_eqx.checkpoint.formats import SUFFIXES
 from mpt_eqx.checkpoint.names import is_quantised, named_leaves, stored_name
-from mpt_eqx.checkpoint.safetensors_file import Outgoing, write_safetensors
+from mpt_eqx.checkpoint.safetensors_file import Outgoing, file_order, write_safetensors
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.config_quantization import KEY, Quantization
 from mpt_eqx.errors import CheckpointError
@@ -145,7 +145,10 @@ def _by_the_first(
     directory: Path, config: MPTConfig, tensors: Sequence[Outgoing], limit: int, quantization: Quantization | None
 ) -> None:
     """Writes a checkpoint in the first process; each tensor is asked for by all at once, also after writing failed."""
-    left = {tensor.name: tensor.read for tensor in tensors}
+    by_name = {tensor.name: tensor for tensor in tensors}
+    files = _shards({tensor.name: tensor.nbytes for tensor in tensors}, limit)
+    order = [tensor.name for names in files for tensor in file_order([by_name[name] for name in names])]
+    left = {name: by_name[name].read for name in order}
 
     def once(name: str) -> np.ndarray:
         return left.pop(name)()
@@ -155,9 +158,9 @@ def _by_the_first(
         if jax.process_index() == 0:
             write_checkpoint(directory, config, asked, limit, quantization=quantization)
     finally:
-        for tensor in asked:
-            if tensor.name in left:
-                tensor.read()
+        for name in order:
+            if name in left:
+                once(name)
 
 
 def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:

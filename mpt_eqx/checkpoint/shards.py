@@ -42,11 +42,16 @@ def placed(
     """
     leaves, shardings = named_leaves(skeleton), jax.tree.leaves(named_shardings(skeleton))
 
-    def part(index: tuple[slice, ...] | None, of: TensorInfo, view: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        piece = view if index is None else view[index]
-        if check_finite and not finite(piece):
-            raise CheckpointError(f"{info.directory / of.file}: {of.name} holds NaN or infinity")
-        return piece if mmap and on_cpu and usable(piece, dtype) else aligned_copy(piece, dtype)
+    def part(
+        index: tuple[slice, ...], of: TensorInfo, view: np.ndarray, dtype: np.dtype, made: dict[str, np.ndarray]
+    ) -> np.ndarray:
+        if str(index) not in made:  # devices that have the same part share the memory of it
+            piece = view[index]
+            if check_finite and not finite(piece):
+                raise CheckpointError(f"{info.directory / of.file}: {of.name} holds NaN or infinity")
+            in_place = mmap and on_cpu and usable(piece, dtype)
+            made[str(index)] = piece if in_place else aligned_copy(piece, dtype)
+        return made[str(index)]
 
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.values())
     on_cpu = skeleton.layout.mesh.devices.flat[0].platform == "cpu"
@@ -58,7 +63,7 @@ def placed(
             view, wanted = tensor.read()[rows], kept_dtype(name, tensor, dtype)
 
             arrays[name] = jax.make_array_from_callback(
-                leaf.shape, sharding, functools.partial(part, of=tensor, view=view, dtype=wanted)
+                leaf.shape, sharding, functools.partial(part, of=tensor, view=view, dtype=wanted, made={})
             )
             bar.update(leaf.size * leaf.dtype.itemsize)
     return arrays

@@ -16,11 +16,11 @@ from mpt_eqx.generation.decode import spread
 from mpt_eqx.generation.generate import GenerateResult
 from mpt_eqx.generation.loop import (
     CHUNK,
+    agree_on_arguments,
     bar,
     check_finite,
     chunk_for,
     everywhere,
-    options_everywhere,
     read_prompts,
     with_room,
 )
@@ -95,6 +95,7 @@ def beam_search(
             gave NaN or infinite logits, or the arguments leave fewer sequences than are to be returned.
         Interrupted: Ctrl-C; its `result` holds the best sequences until then, ended or not.
     """
+    agree_on_arguments(locals())
     ends = check_ends(eos_token_ids, model.config.vocab_size)
     choice = check_options(
         model.config,
@@ -141,7 +142,7 @@ def beam_search(
             rows = read_prompts(model, rows, texts, before, shown)
             if num_beams > 1:
                 rows = spread(rows, num_beams, rows.cache.capacity)
-            options, done = options_everywhere(model, options), np.zeros(1, bool)
+            options, done = everywhere(model, options), np.zeros(1, bool)
             state = BeamState(rows, *everywhere(model, first_beams(len(texts), num_beams)))
             while made < max_new_tokens and not done.all():
                 needed = before + longest + min(made + chunk, max_new_tokens)

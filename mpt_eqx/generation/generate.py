@@ -16,7 +16,7 @@ from mpt_eqx.generation.arguments import (
     check_prompts,
 )
 from mpt_eqx.generation.decode import spread
-from mpt_eqx.generation.loop import CHUNK, bar, chunk_for, make_tokens, read_prompts
+from mpt_eqx.generation.loop import CHUNK, agree_on_arguments, bar, chunk_for, make_tokens, read_prompts
 from mpt_eqx.generation.prefix import Prefix, length_of, state_after
 from mpt_eqx.model import MPT
 
@@ -104,6 +104,7 @@ def generate(
             gave NaN or infinite logits, or the arguments leave no token to choose.
         Interrupted: Ctrl-C; its `result` holds what was written until then.
     """
+    agree_on_arguments(locals())
     eos = check_ends(eos_token_ids, model.config.vocab_size)
     options = check_options(
         model.config,
@@ -215,6 +216,7 @@ def stream(
     Raises:
         GenerationError: as in `generate`.
     """
+    agree_on_arguments(locals())
     check_one_prompt(prompt)
     check_count("chunk_size", chunk_size)
     ends = check_ends(eos_token_ids, model.config.vocab_size)

@@ -1,6 +1,6 @@
 """The loop on the host: prompts are read piece by piece, tokens are made chunk by chunk, the cache grows in between."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -56,8 +56,6 @@ def read_prompts(
         before: as above.
         progress: counts the tokens of the longest prompt.
     """
-    if model.layout is not None:
-        model.layout.agreed(prompts=[prompt.tolist() for prompt in prompts], before=before)
     longest = max(map(len, prompts))
     # Behind its prompt a row has its own last token: one that it has not could make NaN of it.
     others = max(prompts, key=len)[:1]
@@ -82,16 +80,24 @@ def everywhere(model: MPT, tree: Any) -> Any:
     return jax.device_put(tree) if model.layout is None else model.layout.everywhere(tree)
 
 
-def options_everywhere(model: MPT, options: Any, key: Key[Array, ""] | None = None) -> Any:
-    """Returns options and key as `everywhere` does.
+def agree_on_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuses a call whose arguments are not the same in all processes of its model's mesh.
+
+    It comes before any check of them, which would end one process and leave the others waiting.
+
+    Args:
+        arguments: by name, the model among them.
 
     Raises:
-        ShardingError: they differ between the processes of the model's mesh.
+        ShardingError: they differ.
     """
-    if model.layout is not None:
-        numbers = None if key is None else jax.random.key_data(key).tolist()
-        model.layout.agreed(options=[x.tolist() for x in jax.tree.leaves(options)], key=numbers)
-    return everywhere(model, options if key is None else (options, key))
+    layout = arguments["model"].layout
+    if layout is not None and layout.several_processes:
+        left_out = ("model", "prefix", "progress")
+        layout.agreed(
+            **{name: x for name, x in arguments.items() if name not in left_out and not isinstance(x, Iterator)},
+            prefix=len(arguments["prefix"]) if arguments.get("prefix") is not None else 0,
+        )
 
 
 def make_tokens(
@@ -120,7 +126,7 @@ def make_tokens(
     Raises:
         GenerationError: the model gave logits that are not finite, or nothing was left to choose from.
     """
-    options, key = options_everywhere(model, options, key)
+    options, key = everywhere(model, (options, key))
     made = 0
     while made < max_new_tokens:
         needed = length + min(made + chunk, max_new_tokens)

@@ -10,7 +10,7 @@ from mpt_eqx.config import MPTConfig
 from mpt_eqx.errors import GenerationError
 from mpt_eqx.generation.arguments import check_one_prompt, check_prompts
 from mpt_eqx.generation.decode import DecodeState, empty_state, spread
-from mpt_eqx.generation.loop import bar, capacity_for, read_prompts
+from mpt_eqx.generation.loop import agree_on_arguments, bar, capacity_for, read_prompts
 from mpt_eqx.model import MPT
 
 
@@ -47,6 +47,7 @@ def prefill(model: MPT, tokens: Sequence[int], *, prefix: Prefix | None = None, 
         GenerationError: a token is not valid, there are more than max_seq_len of them, or the prefix is that of a
             model with another configuration.
     """
+    agree_on_arguments(locals())
     check_one_prompt(tokens)
     before = length_of(prefix)
     (row,) = check_prompts(model.config, [tokens], max_new_tokens=0, before=before)

@@ -8,7 +8,15 @@ import numpy as np
 
 from mpt_eqx.generation.arguments import check_count, check_key, check_options, check_prompts
 from mpt_eqx.generation.decode import decode, empty_state, read
-from mpt_eqx.generation.loop import CHUNK, capacity_for, chunk_for, everywhere, piece_sizes, with_room
+from mpt_eqx.generation.loop import (
+    CHUNK,
+    agree_on_arguments,
+    capacity_for,
+    chunk_for,
+    everywhere,
+    piece_sizes,
+    with_room,
+)
 from mpt_eqx.model import MPT
 
 
@@ -31,6 +39,7 @@ def warmup(
     Raises:
         GenerationError: an argument is not valid, or a length exceeds max_seq_len.
     """
+    agree_on_arguments(locals())
     config = model.config
     options = check_options(config, max_new_tokens=max_new_tokens)
     for name, counts in (("batch_sizes", batch_sizes), ("prompt_lengths", prompt_lengths)):

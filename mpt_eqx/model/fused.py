@@ -24,7 +24,9 @@ def cudnn_takes(q: Float[Array, "N T H"], n_keys: int, softcap: float | None) ->
     Source: jax 0.10.2, jax/_src/cudnn/fused_attention_stablehlo.py, check_is_flash_attention.
     """
     n, t, h = q.shape
-    fits = q.dtype.itemsize == 2 and h % 8 == 0 and h <= 128 and softcap is None
+    # On a mesh it asks for queries, keys and values that are shared alike, and whole along their positions.
+    alone = jax.typeof(q).sharding.mesh.empty and jax.sharding.get_abstract_mesh().empty
+    fits = alone and q.dtype.itemsize == 2 and h % 8 == 0 and h <= 128 and softcap is None
     if not fits or t < FEWEST or n * t * n_keys > LARGEST_BIAS or jax.default_backend() != "gpu":
         return False
     gpu = jax.local_devices(backend="gpu")[0]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mpt_eqx.config import MPTConfig
+from mpt_eqx.layout import Layout
 from mpt_eqx.model.activations import Activation, make_activation
 from mpt_eqx.model.init import init_experts, init_linear
 from mpt_eqx.model.linear import Linear, product_by_xla
@@ -65,6 +66,7 @@ class ExpertMLP(eqx.Module):
     w1: Float[Array, "EF D"]
     v1: Float[Array, "EF D"] | None
     w2: Float[Array, "EF D"]
+    layout: Layout | None  # where experts lie on different devices
     act: Activation = eqx.field(static=True)
     n_experts: int = eqx.field(static=True)
 
@@ -73,6 +75,7 @@ class ExpertMLP(eqx.Module):
         self.w1 = init_experts(config, key=w1_key)
         self.v1 = init_experts(config, key=v1_key) if config.ffn_config.mlp_type == "glu" else None
         self.w2 = init_experts(config, residual=True, key=w2_key)
+        self.layout = None
         self.act = make_activation(config)
         self.n_experts = config.ffn_config.moe_num_experts
 
@@ -107,8 +110,8 @@ class ExpertMLP(eqx.Module):
             return None if w is None else w.reshape(self.n_experts, -1, w.shape[-1])
 
         stacked = (per_expert(self.w1), per_expert(self.v1), per_expert(self.w2), weights.T)
-        if not jax.typeof(self.w1).sharding.mesh.empty:
-            # Experts that lie on different devices work at the same time; in turns, each would be sent to all.
+        if self.layout is not None:
+            # They work at the same time; in turns, each would be sent to all.
             return jnp.sum(jax.vmap(expert)(stacked), axis=0)
         # One expert after the other, as the reference adds them up, so that E·T·F numbers never stand side by side.
         return jax.lax.scan(lambda total, this: (total + expert(this), None), jnp.zeros_like(x), stacked)[0]
