@@ -67,8 +67,10 @@ def quantize(model: MPT, scheme: str, *, embeddings: bool = False) -> MPT:
             return made
 
         whole = with_quantized(model, quantization, make)
-    mesh = None if model.layout is None else model.layout.mesh
-    return shard(whole, mesh, model.layout.rules) if isinstance(mesh, Mesh) else whole
+    layout = model.layout
+    if layout is None or not isinstance(layout.mesh, Mesh):
+        return whole
+    return shard(whole, layout.mesh, layout.rules)
 
 
 def quantization_of(model: MPT) -> Quantization | None:

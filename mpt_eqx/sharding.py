@@ -259,10 +259,9 @@ def weight_axes(name: str, leaf: Any, config: MPTConfig) -> tuple[str | None, ..
 def _sizes(leaf: Any, axes: tuple[str | None, ...], config: MPTConfig) -> tuple[int, ...]:
     """Returns how many of what cannot be divided stand along each axis of a weight."""
     units = {"heads": config.n_heads, "kv_heads": config.kv_heads, "experts": config.ffn_config.moe_num_experts}
-    # Of the groups of a quantised weight there may be fewer than heads.
-    return tuple(
-        math.gcd(units.get(axis or "", size) or size, size) for size, axis in zip(leaf.shape, axes, strict=True)
-    )
+    # Of a quantised weight's groups there may be fewer than heads.
+    both = ((size, units.get(axis or "") or size) for size, axis in zip(leaf.shape, axes, strict=True))
+    return tuple(math.gcd(size, unit) for size, unit in both)
 
 
 def _resolved_specs(tree: Any) -> Any:

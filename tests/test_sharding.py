@@ -168,9 +168,7 @@ def test_wrong_rules_and_meshes(tiny_model, monkeypatch):
         ShardingRules(mlp=3)
     with refused(r"rules\.uneven: expected a tuple of names, found \['heads'\]"):
         ShardingRules(uneven=["heads"])
-    with refused(
-        r"expected different mesh axes for batch, kv_heads, head_dim, which stand together .* found 'tp' twice"
-    ):
+    with refused(r"expected different mesh axes for batch, kv_heads, head_dim, which stand .* found 'tp' twice"):
         ShardingRules(batch="tp", kv_heads="tp")
     with monkeypatch.context() as patched, refused("mesh: expected devices of all 3 processes, or of one, found none"):
         patched.setattr(jax, "process_count", lambda: 3)
