@@ -130,8 +130,8 @@ def shard(model: MPT, mesh: Mesh, rules: ShardingRules) -> MPT:
     )  # fmt: skip
 
 
-def _placed(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
-    if isinstance(leaf, jax.core.Tracer) or not leaf.is_fully_addressable:
+def _placed(leaf: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
+    if isinstance(leaf, jax.core.Tracer) or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
         return eqx.filter_shard(leaf, sharding)
     if sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)  # from whatever devices it lies on
