@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -12,7 +11,6 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree, Shaped
 
 from mpt_eqx.errors import ShardingError
-from mpt_eqx.processes import agree
 
 Axes = str | tuple[str, ...] | None
 
@@ -46,7 +44,7 @@ class ShardingRules:
     batch: Axes = None
     seq: Axes = None
     experts: Axes = None
-    uneven: tuple[str, ...] = ("batch", "seq")
+    uneven: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         names = [field.name for field in dataclasses.fields(self) if field.name != "uneven"]
@@ -132,11 +130,6 @@ class Layout(eqx.Module):
     def replicated(self, tree: PyTree[Shaped[jax.Array, "..."]]) -> PyTree[Shaped[jax.Array, "..."]]:
         """Returns computed arrays that all devices have, so that every process can read them; under jit."""
         return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, PartitionSpec()))
-
-    def agreed(self, **what: Any) -> None:
-        """Refuses to go on where the processes of the mesh, if they are several, differ in something."""
-        if self.several_processes:
-            agree(**what)
 
     @property
     def several_processes(self) -> bool:

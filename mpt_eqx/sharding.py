@@ -25,7 +25,7 @@ from mpt_eqx.model.sections import in_sections
 from mpt_eqx.processes import agree as agree
 
 # What is counted and not measured: a vocabulary of 97 or six heads on four devices stay whole.
-COUNTED = ("vocab", "heads", "kv_heads", "experts", "batch", "seq")
+COUNTED = ("vocab", "heads", "kv_heads", "experts")
 
 DATA_PARALLEL = ShardingRules(batch="dp", uneven=COUNTED)
 """Every device has all weights and a part of the batch. Mesh axis: dp."""

@@ -14,6 +14,7 @@ from mpt_eqx.generation.arguments import power_of_two
 from mpt_eqx.generation.choose import SamplingOptions
 from mpt_eqx.generation.decode import Decoded, DecodeState, decode, read, spread
 from mpt_eqx.model import MPT
+from mpt_eqx.processes import agree
 
 CHUNK = 8
 """Tokens made between two looks of the host."""
@@ -94,7 +95,7 @@ def agree_on_arguments(arguments: Mapping[str, Any]) -> None:
     layout = arguments["model"].layout
     if layout is not None and layout.several_processes:
         left_out = ("model", "prefix", "progress")
-        layout.agreed(
+        agree(
             **{name: x for name, x in arguments.items() if name not in left_out and not isinstance(x, Iterator)},
             prefix=len(arguments["prefix"]) if arguments.get("prefix") is not None else 0,
         )
