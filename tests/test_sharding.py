@@ -250,15 +250,19 @@ def test_two_processes_compute_what_one_does(two):
     odd = jax.tree.leaves(MPT(MPTConfig(**ODD), key=jax.random.key(0)))
     for ours, wanted in zip(jax.tree.leaves(from_pretrained(two.directory / "odd")), odd, strict=True):
         np.testing.assert_array_equal(ours, wanted)
-    sampled = generate(alone, PROMPTS, max_new_tokens=6, temperature=1.0, key=jax.random.key(1))
+    sampling = {"temperature": 1.0, "key": jax.random.key(1)}
+    wanted = {
+        "tokens": generate(alone, PROMPTS, max_new_tokens=6).tokens.tolist(),
+        "sampled": generate(alone, PROMPTS, max_new_tokens=6, **sampling).tokens.tolist(),
+        "beams": beam_search(alone, PROMPTS, num_beams=3, max_new_tokens=6).tokens.tolist(),
+        "moved": 0,
+        "bytes": [share, share],
+    }
+    logits = eqx.filter_jit(jax.vmap(alone))(TOKENS)
     for found in two.answers:
-        np.testing.assert_allclose(found["logits"], jax.vmap(alone)(TOKENS), atol=1e-4)
+        np.testing.assert_allclose(found["logits"], logits, atol=1e-4)
         assert abs(found["loss"] - float(loss)) < 1e-4
-        assert found["tokens"] == generate(alone, PROMPTS, max_new_tokens=6).tokens.tolist()
-        assert found["sampled"] == sampled.tokens.tolist()
-        assert found["beams"] == beam_search(alone, PROMPTS, num_beams=3, max_new_tokens=6).tokens.tolist()
-        assert found["moved"] == 0
-        assert found["bytes"] == [share, share]
+        assert {name: found[name] for name in wanted} == wanted
 
 
 REFUSED = {

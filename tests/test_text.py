@@ -22,11 +22,17 @@ def test_the_shipped_tokenizer(tokenizer):
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.text(max_size=30))
+@given(st.text(max_size=30).filter(lambda text: "<|endoftext|>" not in text))
 def test_any_text_comes_back_whole_and_piece_by_piece(tokenizer, text):
     tokens = tokenizer.encode(text)
     assert tokenizer.decode(tokens) == text
     assert "".join(tokenizer.decode_stream(tokens)) == text
+
+
+def test_the_name_of_a_special_token_is_that_token(tokenizer):
+    """Which is no text, and is left out of what comes back."""
+    tokens = tokenizer.encode("a<|endoftext|>b")
+    assert tokens == [*tokenizer.encode("a"), 0, *tokenizer.encode("b")] and tokenizer.decode(tokens) == "ab"
 
 
 def test_no_character_is_cut_in_half(tokenizer):
