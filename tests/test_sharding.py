@@ -233,7 +233,7 @@ CASE = GOLDEN / "hf_generate"
 
 def test_two_processes_compute_what_one_does(two):
     """Loading, logits, loss, a step of training, saving it, and tokens, on two devices in each."""
-    from sharded import ODD, PROMPTS, TOKENS, stepped
+    from sharded import ODD, PROMPTS, TOKENS, forward, stepped
 
     from mpt_eqx import MPT, MPTConfig, beam_search, from_pretrained, generate, sharding
     from mpt_eqx.train import next_token_loss
@@ -258,7 +258,7 @@ def test_two_processes_compute_what_one_does(two):
         "moved": 0,
         "bytes": [share, share],
     }
-    logits = eqx.filter_jit(jax.vmap(alone))(TOKENS)
+    logits = forward(alone, TOKENS)
     for found in two.answers:
         np.testing.assert_allclose(found["logits"], logits, atol=1e-4)
         assert abs(found["loss"] - float(loss)) < 1e-4
