@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-KERNEL = Path(__file__).parent / "mpt_eqx" / "kernel"
+KERNEL = Path(__file__).parent / "mpt_eqx" / "ops" / "cpu"
 
 
 class KernelHook(BuildHookInterface):
@@ -21,7 +21,7 @@ class KernelHook(BuildHookInterface):
         if problem:
             print(f"mpt_eqx is built without its CPU kernel, which is optional: {problem}", file=sys.stderr)
             return
-        build_data["artifacts"].append(build["LIBRARY"].relative_to(KERNEL.parents[1]).as_posix())
+        build_data["artifacts"].append(build["LIBRARY"].relative_to(KERNEL.parents[2]).as_posix())
         # It is no Python extension: any Python 3 on this platform may load it.
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
         build_data["pure_python"] = False

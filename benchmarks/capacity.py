@@ -15,8 +15,8 @@ import jax
 import numpy as np
 
 from mpt_eqx import MPT, AttnConfig, MPTConfig
-from mpt_eqx.generation.arguments import check_options
 from mpt_eqx.generation.decode import decode, empty_state, read
+from mpt_eqx.generation.validate import check_options
 
 RESULTS = Path(__file__).parent / "results"
 CAPACITIES = (512, 4096, 16_384)

@@ -31,7 +31,7 @@ from mpt_eqx.generation import stream as stream
 from mpt_eqx.generation import warmup as warmup
 from mpt_eqx.model import MPT as MPT
 from mpt_eqx.model import KVCache as KVCache
-from mpt_eqx.quantization import quantize as quantize
+from mpt_eqx.surgery.quantize import quantize as quantize
 
 SHIPPED_MODEL = _Path(__file__).parent / "pydoc-3m"
 """Directory of the small trained model that ships with the package; its README.md says what it is."""

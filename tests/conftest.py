@@ -16,15 +16,15 @@ from jaxtyping import install_import_hook
 # Shapes are checked wherever they are annotated, but for the public border (config, generate, command line), which
 # checks its arguments itself and has its own messages for them tested.
 CHECKED = (
-    "kernel",
-    "processes",
+    "ops",
+    "sharding",
     "model",
     "checkpoint",
-    "quantization",
+    "surgery",
     "generation.choose",
     "generation.decode",
     "generation.sampling",
-    "generation.search",
+    "generation.beam_step",
     "train",
 )
 install_import_hook(
@@ -69,15 +69,15 @@ def fresh_caches():
     jax.clear_caches()
 
 
-@pytest.fixture(params=["kernel", "XLA"])
+@pytest.fixture(params=["ops", "XLA"])
 def way(request, monkeypatch):
     """Each test runs with the kernel and without."""
-    from mpt_eqx import kernel
+    from mpt_eqx.ops import cpu
 
     if request.param == "XLA":
-        monkeypatch.setattr(kernel, "available", lambda: False)
-    elif not kernel.available():
-        pytest.skip(f"no kernel: {kernel.missing()}")
+        monkeypatch.setattr(cpu, "available", lambda: False)
+    elif not cpu.available():
+        pytest.skip(f"no kernel: {cpu.missing()}")
     jax.clear_caches()
     yield request.param
     jax.clear_caches()

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from mpt_eqx import MPT, from_pretrained, generate, prefill, quantize, save_pretrained, sharding, stream
-from mpt_eqx.model.sections import in_sections
+from mpt_eqx.sharding.qkv import in_sections
 from mpt_eqx.train import next_token_loss
 
 GOLDEN = Path(__file__).parent / "golden"

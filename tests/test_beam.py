@@ -327,10 +327,10 @@ def test_nothing_compiles_again(model, prompts):
 
 def test_a_step_of_beams_needs_the_cache_and_little_else(tiny_model):
     """The cache is donated, and its rows are put in order block by block."""
-    from mpt_eqx.generation.arguments import check_options
-    from mpt_eqx.generation.beam import search_options
+    from mpt_eqx.generation.beam_search import search_options
+    from mpt_eqx.generation.beam_step import BeamState, first_beams, search
     from mpt_eqx.generation.decode import empty_state
-    from mpt_eqx.generation.search import BeamState, first_beams, search
+    from mpt_eqx.generation.validate import check_options
 
     options = search_options(check_options(tiny_model.config, max_new_tokens=8), 8, 1.0, False)
     state = BeamState(empty_state(tiny_model, 6, 8192), *first_beams(2, 3))
@@ -480,7 +480,7 @@ STOPS = [
 
 def check_stops(config, search):
     from mpt_eqx.generation import beam
-    from mpt_eqx.generation.arguments import check_options
+    from mpt_eqx.generation.validate import check_options
 
     choice = check_options(config, max_new_tokens=4)
     for early_stopping, length_penalty, going, worst, wanted in STOPS:

@@ -121,7 +121,7 @@ def test_jitter_by_nothing_is_none(off):
 def test_dynamic_rotation_takes_max_seq_len_like_the_reference_unless_it_was_raised():
     """The reference's own key for a trained length says nothing there; a raised max_seq_len is noted under another."""
     from mpt_eqx import MPTConfig
-    from mpt_eqx.config_dialects import override
+    from mpt_eqx.config.dialects import override
 
     def trained(d):
         config = MPTConfig.from_dict(d)

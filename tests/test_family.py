@@ -32,7 +32,7 @@ SMALL = {
 def config_of(*changes):
     """The small configuration with nested changes."""
     from mpt_eqx import MPTConfig
-    from mpt_eqx.config_dialects import override
+    from mpt_eqx.config.dialects import override
 
     d = SMALL
     for change in changes:
@@ -374,7 +374,7 @@ def with_value(d, path, value):
 @given(configs(), st.sampled_from(all_keys()), json_values)
 def test_any_value_of_any_key_is_taken_or_named(d, path, value):
     from mpt_eqx import ConfigError, MPTConfig
-    from mpt_eqx.config_dialects import ALIASES
+    from mpt_eqx.config.dialects import ALIASES
 
     d = {key: value for key, value in d.items() if key != ALIASES.get(path[0])}
     if path[0] == "block_overrides":
@@ -441,7 +441,7 @@ def test_any_contradiction_names_its_field(d, contradiction):
 
 
 def presets():
-    from mpt_eqx.config_presets import PRESETS
+    from mpt_eqx.config.presets import PRESETS
 
     return list(PRESETS)
 
@@ -801,7 +801,7 @@ def test_no_table_of_size_max_seq_len(change, how):
 @pytest.mark.parametrize("n_heads", [32, 12])
 def test_alibi_at_131072_tokens(n_heads, bias_max):
     """Against float64: a bias is off by at most 2⁻²³ of itself (so 0.0075 at −1.1e5), a probability by 3e-7."""
-    from mpt_eqx.model.positions import alibi_bias, alibi_slopes
+    from mpt_eqx.model.alibi import alibi_bias, alibi_slopes
 
     t = 131_072
     m = 2 ** (n_heads - 1).bit_length()
@@ -829,9 +829,9 @@ def test_alibi_at_131072_tokens(n_heads, bias_max):
 @pytest.mark.parametrize("n_heads", [32, 12])
 def test_attention_at_131072_tokens(n_heads, bias_max):
     """What keys near and far weigh with ALiBi, against float64, in both formulas: all at once, and block by block."""
-    from mpt_eqx.model.attention import attention, blockwise_attention
-    from mpt_eqx.model.cache import LayerCache
-    from mpt_eqx.model.positions import alibi_bias, alibi_slopes
+    from mpt_eqx.model.alibi import alibi_bias, alibi_slopes
+    from mpt_eqx.ops.attention import attention, blockwise_attention
+    from mpt_eqx.ops.layer_cache import LayerCache
 
     t, query = 131_072, 131_071
     heads = jnp.asarray([0, n_heads // 2, n_heads - 1])

@@ -137,8 +137,8 @@ def test_nothing_compiles_again(tiny_model, prompts):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_step_needs_the_cache_and_little_else(tiny_model, rows, dtype):
     """The cache is donated and written in place, in every type; a step needs little memory besides, at any capacity."""
-    from mpt_eqx.generation.arguments import check_options
     from mpt_eqx.generation.decode import decode, empty_state
+    from mpt_eqx.generation.validate import check_options
 
     model = jax.tree.map(lambda x: x.astype(dtype), tiny_model)
     options = check_options(model.config, max_new_tokens=8)
@@ -453,10 +453,10 @@ def test_a_row_of_another_kind_of_model_is_the_same_in_every_bit(name, dtype, wa
 
 def test_a_step_alone_would_differ_with_one_row(shipped, monkeypatch):
     """Mutation: without the second row of a product by XLA, a row alone differs from one in a batch."""
-    from mpt_eqx import generate, kernel
+    from mpt_eqx import generate
     from mpt_eqx.model import linear
 
-    monkeypatch.setattr(kernel, "available", lambda: False)
+    monkeypatch.setattr(cpu, "available", lambda: False)
     rows, options = [[5, 6, 7], [8, 9]], {"max_new_tokens": 8, "return_logits": True}
     jax.clear_caches()
     together = generate(shipped, rows, **options).logits[0]

@@ -22,8 +22,8 @@ def generated(case, run):
 
 def opened(case, result, options, prompts):
     """What may come at each step of a result, after these prompts, as logits."""
-    from mpt_eqx.generation.arguments import check_options
     from mpt_eqx.generation.choose import allowed
+    from mpt_eqx.generation.validate import check_options
 
     options, rows = check_options(case.model.config, **options), []
     for prompt, tokens, logits in zip(prompts, result.tokens.tolist(), result.logits, strict=True):

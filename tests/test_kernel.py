@@ -22,7 +22,7 @@ KINDS = ("float32", "bfloat16", "float16", "int8", "int4")
 
 def made(kind: str, out: int, columns: int, seed: int = 0):
     """A weight of this kind, and the numbers that it stands for."""
-    from mpt_eqx.model.quantized import QuantizedWeight, dequantized
+    from mpt_eqx.ops.quantized import QuantizedWeight, dequantized
 
     rng = np.random.default_rng(seed)
     if not kind.startswith("int"):
@@ -55,10 +55,10 @@ def program(function, *arguments) -> str:
 )  # fmt: skip
 def test_the_kernel_is_the_product(kind, out, columns, rows, seed):
     """For any size: rows that fill no register, columns that fill no share."""
-    from mpt_eqx import kernel
+    from mpt_eqx.ops import cpu
 
-    if not kernel.available():
-        pytest.skip(f"no kernel: {kernel.missing()}")
+    if not cpu.available():
+        pytest.skip(f"no kernel: {cpu.missing()}")
     weight, numbers = made(kind, out, 64 if kind == "int4" else columns, seed)
     x = np.random.default_rng(seed + 1).normal(size=(rows, numbers.shape[1])).astype(np.float32)
     exact = x.astype(np.float64) @ numbers.T
@@ -93,11 +93,11 @@ def test_few_rows_and_many_agree(kind, way):
 
 def copies(name: str):
     """A function of the kernel for each instruction set that this processor has."""
-    from mpt_eqx import kernel
-    from mpt_eqx.kernel.build import LIBRARY
+    from mpt_eqx.ops import cpu
+    from mpt_eqx.ops.cpu.build import LIBRARY
 
-    if not kernel.available():
-        pytest.skip(f"no kernel: {kernel.missing()}")
+    if not cpu.available():
+        pytest.skip(f"no kernel: {cpu.missing()}")
     flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text())) if Path("/proc/cpuinfo").exists() else set()
     needs = {"default": set(), "v3": {"avx2", "fma"}, "v4": {"avx512f", "avx512bw", "avx512vl"}}
     library = ctypes.cdll.LoadLibrary(str(LIBRARY))
@@ -152,7 +152,7 @@ def test_every_instruction_set_gives_the_product():
 
 def step(dtype, groups, size, capacity, positions, window, seed, slopes=True):
     """Arguments of the attention of a step, for two heads of keys; keys that no query sees hold NaN."""
-    from mpt_eqx.model.positions import alibi_slopes
+    from mpt_eqx.model.alibi import alibi_slopes
 
     rng = np.random.default_rng(seed)
     q = jnp.asarray(rng.normal(size=(len(positions), 2, groups, size)) * 2, dtype)
@@ -194,12 +194,12 @@ def exact(q, k, v, slopes, positions, scale, window):
 )  # fmt: skip
 def test_the_attention_of_a_step_is_the_formula(dtype, groups, size, positions, window, slopes, seed):
     """By the kernel, of rows of other lengths under vmap; in 16 bits as near as its roundings leave it."""
-    from mpt_eqx import kernel
-    from mpt_eqx.model.cache import LayerCache
-    from mpt_eqx.model.step import step_attention
+    from mpt_eqx.ops import cpu
+    from mpt_eqx.ops.decode_attention import step_attention
+    from mpt_eqx.ops.layer_cache import LayerCache
 
-    if not kernel.available():
-        pytest.skip(f"no kernel: {kernel.missing()}")
+    if not cpu.available():
+        pytest.skip(f"no kernel: {cpu.missing()}")
     q, k, v, slopes, positions = step(dtype, groups, size, 512, positions, window, seed, slopes)
 
     def row(q, k, v, position):
@@ -257,7 +257,7 @@ def test_every_instruction_set_gives_the_attention(dtype):
     ],
 )
 def test_a_mutation_of_the_kernel_is_noticed(file, part, other, tmp_path):
-    from mpt_eqx.kernel import build
+    from mpt_eqx.ops.cpu import build
 
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
@@ -285,8 +285,8 @@ def test_a_mutation_of_the_kernel_is_noticed(file, part, other, tmp_path):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_no_number_stays_visible_in_a_step(bad, way):
     """In a key or in a value that is seen: never a token out of nothing."""
-    from mpt_eqx.model.cache import LayerCache
-    from mpt_eqx.model.step import step_attention
+    from mpt_eqx.ops.decode_attention import step_attention
+    from mpt_eqx.ops.layer_cache import LayerCache
 
     for place in ("k", "v"):
         q, k, v, slopes, positions = step("float32", 1, 16, 256, [30], None, 0)
@@ -299,10 +299,10 @@ def test_what_is_no_number_stays_visible_in_a_step(bad, way):
 
 def test_a_model_writes_the_same_with_the_kernel_and_without(tiny_config, prompts):
     """Logits of each step, with what the kernel has (groups, windows, ALiBi or none) and has not."""
-    from mpt_eqx import MPT, AttnConfig, InitConfig, generate, kernel
+    from mpt_eqx import MPT, AttnConfig, InitConfig, generate
 
-    if not kernel.available():
-        pytest.skip(f"no kernel: {kernel.missing()}")
+    if not cpu.available():
+        pytest.skip(f"no kernel: {cpu.missing()}")
     kinds = (
         {"alibi": True}, {"alibi": True, "attn_type": "grouped_query_attention", "kv_n_heads": 2},
         {"alibi": False, "sliding_window_size": 5}, {"alibi": True, "attn_logit_softcapping": 2.0}, {"rope": True},
@@ -312,7 +312,7 @@ def test_a_model_writes_the_same_with_the_kernel_and_without(tiny_config, prompt
         model = MPT(config, key=jax.random.key(1))
         found = generate(model, prompts(3, 20), max_new_tokens=12, return_logits=True)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kernel, "available", lambda: False)
+            patch.setattr(cpu, "available", lambda: False)
             jax.clear_caches()
             expected = generate(model, prompts(3, 20), max_new_tokens=12, return_logits=True)
         jax.clear_caches()
@@ -336,11 +336,11 @@ def test_a_gradient_goes_through_xla(kind):
 
 def test_weights_on_a_mesh_go_through_xla():
     """XLA can split its own products among devices, and would gather the weight for the kernel's."""
-    from mpt_eqx import kernel
+    from mpt_eqx.ops import cpu
 
     weight, _ = made("bfloat16", 64, 64)
     x = jnp.ones((2, 64), jnp.bfloat16)
-    if kernel.available():
+    if cpu.available():
         assert "mpt_eqx_matvec" in program(rows_of, weight, x)
     for kind in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
         mesh = jax.make_mesh((1,), ("model",), axis_types=(kind,))
@@ -376,8 +376,8 @@ def test_several_calls_at_once_end(way):
 def test_a_step_makes_no_copy_of_the_weights(kind, way):
     """In no type, neither widened nor turned: what a step needs for itself is small beside the weights."""
     from mpt_eqx import MPT, AttnConfig, MPTConfig, quantize
-    from mpt_eqx.generation.arguments import check_key, check_options
     from mpt_eqx.generation.decode import decode, empty_state
+    from mpt_eqx.generation.validate import check_key, check_options
 
     config = MPTConfig(
         d_model=1024, n_heads=16, n_layers=6, vocab_size=4096, max_seq_len=512, no_bias=True,
@@ -401,17 +401,17 @@ def test_a_step_makes_no_copy_of_the_weights(kind, way):
 
 
 def test_the_program_says_why_there_is_no_kernel(monkeypatch, tmp_path):
-    from mpt_eqx.kernel import call
+    from mpt_eqx.ops.cpu import call
 
     why = call.missing.__wrapped__
     monkeypatch.setenv("MPT_EQX_KERNEL", "0")
     assert why() == "it is switched off by MPT_EQX_KERNEL=0"
     monkeypatch.delenv("MPT_EQX_KERNEL")
     monkeypatch.setattr(call, "LIBRARY", tmp_path / "libkernel.so")
-    assert why() == "it was not compiled when mpt_eqx was installed; do so with python -m mpt_eqx.kernel.build"
+    assert why() == "it was not compiled when mpt_eqx was installed; do so with python -m mpt_eqx.ops.cpu.build"
     (tmp_path / "libkernel.so").write_bytes(b"no library")
     assert re.fullmatch(
-        r".*libkernel.so cannot be used \(.*\); make it anew with python -m mpt_eqx.kernel.build", why()
+        r".*libkernel.so cannot be used \(.*\); make it anew with python -m mpt_eqx.ops.cpu.build", why()
     )
 
 
@@ -423,7 +423,7 @@ from mpt_eqx import MPT, AttnConfig, MPTConfig, generate, kernel
 attn = AttnConfig(alibi=True)
 config = MPTConfig(d_model=32, n_heads=2, n_layers=2, vocab_size=61, max_seq_len=64, attn_config=attn)
 model = MPT(config, key=jax.random.key(0))
-print(kernel.available(), generate(model, [1, 2, 3], max_new_tokens=20).tokens.tolist())
+print(cpu.available(), generate(model, [1, 2, 3], max_new_tokens=20).tokens.tolist())
 """
 
     def run(**environment: str) -> list[str]:
@@ -437,7 +437,7 @@ print(kernel.available(), generate(model, [1, 2, 3], max_new_tokens=20).tokens.t
 
 
 def test_without_a_compiler_the_build_says_so(monkeypatch, tmp_path):
-    from mpt_eqx.kernel.build import compile_kernel
+    from mpt_eqx.ops.cpu.build import compile_kernel
 
     library = tmp_path / "libkernel.so"
     monkeypatch.setenv("CXX", "no-such-compiler")

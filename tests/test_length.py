@@ -126,9 +126,9 @@ def test_blocks_of_keys_equal_the_formula_at_4096_tokens(tiny_config):
 
 def difference(blockwise_attention, seed, seen, asked, window):
     """How far the formula read from a cache is from the formula, for `asked` queries after `seen` keys."""
-    from mpt_eqx.model.attention import attention
-    from mpt_eqx.model.cache import KeysValues, LayerCache
-    from mpt_eqx.model.positions import alibi_bias, alibi_slopes
+    from mpt_eqx.model.alibi import alibi_bias, alibi_slopes
+    from mpt_eqx.ops.attention import attention
+    from mpt_eqx.ops.layer_cache import KeysValues, LayerCache
 
     rng, total = np.random.default_rng(seed), seen + asked
     q, k, v = (jnp.asarray(rng.normal(size=(3, n, 8)), jnp.float32) for n in (asked, total, total))
@@ -153,7 +153,7 @@ def difference(blockwise_attention, seed, seen, asked, window):
 )
 def test_blockwise_attention_is_attention(seed, seen, asked, window):
     """For any number of keys and queries, in float32."""
-    from mpt_eqx.model.attention import blockwise_attention
+    from mpt_eqx.ops.attention import blockwise_attention
 
     assert difference(blockwise_attention, seed, seen, asked, window) < 1e-5
 
@@ -188,8 +188,8 @@ def test_the_formula_notices_a_mutation_of_its_blocks(part, other):
 
 def fused_difference(fused_attention, seed, seen, asked, window, dtype="float32", alibi=True):
     """As `difference`, for the arguments that the kernel is given, and for two rows of other lengths under vmap."""
-    from mpt_eqx.model.attention import attention
-    from mpt_eqx.model.positions import alibi_bias, alibi_slopes
+    from mpt_eqx.model.alibi import alibi_bias, alibi_slopes
+    from mpt_eqx.ops.attention import attention
 
     capacity, rng = 1024, np.random.default_rng(seed)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 3, n, 8)), dtype) for n in (asked, capacity, capacity))
@@ -226,7 +226,7 @@ def fused_difference(fused_attention, seed, seen, asked, window, dtype="float32"
 )  # fmt: skip
 def test_what_the_fused_kernel_is_asked_for_is_attention(seed, seen, asked, window, alibi):
     """By XLA's implementation of the same function with the same arguments; on a GPU by cuDNN itself, in 16 bits."""
-    from mpt_eqx.model.fused import fused_attention
+    from mpt_eqx.ops.cudnn_attention import fused_attention
 
     dtype, atol = ("bfloat16", 0.05) if jax.default_backend() == "gpu" else ("float32", 1e-5)
     assert fused_difference(fused_attention, seed, seen, asked, window, dtype, alibi) < atol

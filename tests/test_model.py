@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 def test_attention_formula():
     """Against float64 numpy, written head by head and query by query."""
-    from mpt_eqx.model.attention import attention
+    from mpt_eqx.ops.attention import attention
 
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(2, t, 4)).astype(np.float32) for t in (3, 5, 5))
@@ -29,7 +29,7 @@ def test_attention_formula():
 
 
 def test_a_query_that_sees_nothing_gets_the_mean_and_not_nan():
-    from mpt_eqx.model.attention import attention
+    from mpt_eqx.ops.attention import attention
 
     v = jnp.arange(6.0).reshape(1, 3, 2)
     out = attention(v[:, :1], v, v, jnp.zeros((1, 1, 3)), jnp.zeros((1, 3), bool), 1.0)
@@ -47,13 +47,13 @@ def test_a_query_that_sees_nothing_gets_the_mean_and_not_nan():
     ],
 )
 def test_alibi_slopes(n_heads, bias_max, exponents):
-    from mpt_eqx.model.positions import alibi_slopes
+    from mpt_eqx.model.alibi import alibi_slopes
 
     np.testing.assert_allclose(alibi_slopes(n_heads, bias_max), 2.0 ** -np.array(exponents), rtol=1e-7)
 
 
 def test_alibi_bias_is_slope_times_distance():
-    from mpt_eqx.model.positions import alibi_bias
+    from mpt_eqx.ops.attention import alibi_bias
 
     bias = alibi_bias(jnp.array([0.5, 2.0]), jnp.array([2, 3]), jnp.arange(4))
     np.testing.assert_array_equal(bias[0], [[-1, -0.5, 0, 0.5], [-1.5, -1, -0.5, 0]])
@@ -252,8 +252,9 @@ def test_randomness_in_training(tiny_config, tiny_model, where):
 
 def test_dropout_keeps_the_mean():
     """Attention weights are dropped after the softmax, and the rest is scaled up."""
-    from mpt_eqx.model.attention import attention
     from mpt_eqx.model.dropout import Dropout
+
+    from mpt_eqx.ops.attention import attention
 
     v = jnp.ones((1, 64, 2))
     drop = Dropout(0.25)

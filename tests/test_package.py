@@ -49,7 +49,7 @@ def test_shapes_are_checked_in_the_tests():
     import jaxtyping
     from conftest import CHECKED
 
-    from mpt_eqx.model.positions import alibi_bias
+    from mpt_eqx.ops.attention import alibi_bias
 
     with pytest.raises(jaxtyping.TypeCheckError):
         alibi_bias(jnp.ones((2, 2)), jnp.arange(3), jnp.arange(3))
@@ -63,7 +63,7 @@ def test_shapes_are_checked_in_the_tests():
 
 def test_shapes_are_not_checked_for_users():
     out = python(
-        "import jax.numpy as jnp; from mpt_eqx.model.positions import alibi_bias\n"
+        "import jax.numpy as jnp; from mpt_eqx.model.alibi import alibi_bias\n"
         "print(alibi_bias(jnp.ones(2), jnp.ones(3), jnp.arange(3)).shape)"
     )
     assert out == "(2, 3, 3)\n"

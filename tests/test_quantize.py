@@ -42,7 +42,7 @@ def numbers_of(values):
 
 def least_error(groups):
     """The least squared error of groups over the candidates for a scale, with the numbers rounded by numpy."""
-    from mpt_eqx.quantization import DIVISORS
+    from mpt_eqx.surgery.quantize import DIVISORS
 
     largest = np.take_along_axis(groups, np.abs(groups).argmax(-1)[..., None], -1)
     errors = []
@@ -94,8 +94,8 @@ def weights_of(seed, shape, exponent, dtype):
 )  # fmt: skip
 def test_the_error_of_a_weight_is_bounded(scheme, seed, rows, groups, exponent, dtype):
     """int8: half a scale. int4: a quarter of the group's largest, and the least square of all candidates."""
-    from mpt_eqx.model.quantized import dequantized
-    from mpt_eqx.quantization import to_int4, to_int8
+    from mpt_eqx.ops.quantized import dequantized
+    from mpt_eqx.surgery.quantize import to_int4, to_int8
 
     columns = 32 * groups + (groups if scheme == "int8" else 0)
     check(weights_of(seed, (rows, columns), exponent, np.dtype(dtype)), scheme, to_int8, to_int4, dequantized)
@@ -105,8 +105,8 @@ def test_the_error_of_a_weight_is_bounded(scheme, seed, rows, groups, exponent, 
 @pytest.mark.parametrize("value", [0.0, 1e-45, 3e38, -3e38])
 def test_rows_of_one_number(scheme, value):
     """Nothing that is finite becomes NaN."""
-    from mpt_eqx.model.quantized import dequantized
-    from mpt_eqx.quantization import quantized
+    from mpt_eqx.ops.quantized import dequantized
+    from mpt_eqx.surgery.quantize import quantized
 
     made = quantized("w", np.full((2, 64), value, np.float32), scheme)
     back = dequantized(made.values, made.scale)
@@ -177,7 +177,7 @@ def assert_same(one, other):
 
 def whole(model):
     """The model with the weights that its quantised ones stand for."""
-    from mpt_eqx.model.quantized import QuantizedWeight, dequantized
+    from mpt_eqx.ops.quantized import QuantizedWeight, dequantized
 
     def is_quantised(node):
         return isinstance(node, QuantizedWeight)
@@ -227,7 +227,7 @@ def test_a_quantised_model_computes_what_its_weights_stand_for(golden, name, sch
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_type_of_computations_stays(tiny_model, scheme, dtype):
     from mpt_eqx import quantize
-    from mpt_eqx.quantization import quantization_of
+    from mpt_eqx.surgery.quantize import quantization_of
 
     model = jax.tree.map(lambda x: x.astype(dtype), tiny_model)
     made = quantize(model, scheme, embeddings=True)

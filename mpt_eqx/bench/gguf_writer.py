@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from mpt_eqx.checkpoint.gguf_file import NAMES
+from mpt_eqx.checkpoint.formats.gguf import NAMES
 from mpt_eqx.checkpoint.names import named_leaves
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.errors import CheckpointError

@@ -10,22 +10,22 @@ import jax
 import numpy as np
 
 import mpt_eqx
-from mpt_eqx import kernel
 from mpt_eqx.bench.measure import ONE_BY_ONE, Implementation, step_bytes
 from mpt_eqx.checkpoint import from_pretrained
 from mpt_eqx.checkpoint.names import named_leaves
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.errors import MPTError
-from mpt_eqx.generation.arguments import check_options
 from mpt_eqx.generation.decode import DecodeState, append, decode, empty_state, next_logits, spread
 from mpt_eqx.generation.loop import CHUNK, bar, capacity_for, chunk_for, make_tokens, read_prompts
+from mpt_eqx.generation.validate import check_options
 from mpt_eqx.model import MPT
-from mpt_eqx.quantization import quantization_of
+from mpt_eqx.ops import cpu
+from mpt_eqx.surgery.quantize import quantization_of
 
 
 def kernel_is_used() -> bool:
     """Tells whether the optional CPU kernel is there and not switched off."""
-    return bool(kernel.available())
+    return bool(cpu.available())
 
 
 def open_mpt_eqx(place: str, form: str, config: MPTConfig) -> Implementation:

@@ -5,9 +5,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from mpt_eqx.checkpoint.formats.safetensors import ALIGNMENT
+from mpt_eqx.checkpoint.formats.tensors import TensorInfo
 from mpt_eqx.checkpoint.names import is_quantised
-from mpt_eqx.checkpoint.safetensors_file import ALIGNMENT
-from mpt_eqx.checkpoint.tensors import TensorInfo
 
 CHUNK = 2**24  # numbers that are looked at together
 

@@ -12,19 +12,19 @@ import numpy as np
 from jaxtyping import DTypeLike
 
 from mpt_eqx.checkpoint.arrays import byte_bar, finite, kept_dtype
-from mpt_eqx.checkpoint.differences import stored_types
+from mpt_eqx.checkpoint.diagnose import stored_types
 from mpt_eqx.checkpoint.files import files_of
+from mpt_eqx.checkpoint.formats.safetensors import Outgoing
 from mpt_eqx.checkpoint.info import CheckpointInfo, read_checkpoint
 from mpt_eqx.checkpoint.load import refuse_problems, target_dtype, weights
 from mpt_eqx.checkpoint.names import is_quantised, named_leaves, stored_name
-from mpt_eqx.checkpoint.safetensors_file import Outgoing
 from mpt_eqx.checkpoint.save import parse_size, write_checkpoint
 from mpt_eqx.config import MPTConfig
-from mpt_eqx.config_quantization import Quantization, check_quantization
+from mpt_eqx.config.quantization import Quantization, check_quantization
 from mpt_eqx.errors import CheckpointError, ConfigError
 from mpt_eqx.model import MPT
-from mpt_eqx.model.quantized import QuantizedWeight
-from mpt_eqx.quantization import quantized, with_zeros
+from mpt_eqx.ops.quantized import QuantizedWeight
+from mpt_eqx.surgery.quantize import quantized, with_zeros
 
 COMPANIONS = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),

@@ -11,9 +11,9 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TypeVar
 
-from mpt_eqx.checkpoint.formats import SUFFIXES
-from mpt_eqx.config_checks import shown
-from mpt_eqx.config_dialects import read_json_object
+from mpt_eqx.checkpoint.formats.detect import SUFFIXES
+from mpt_eqx.config.dialects import read_json_object
+from mpt_eqx.config.validation import shown
 from mpt_eqx.errors import CheckpointError, ConfigError, first_of
 
 T = TypeVar("T")

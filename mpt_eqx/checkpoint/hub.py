@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from mpt_eqx.checkpoint.files import INDEX, TORCH_INDEX, read_index, weight_names
-from mpt_eqx.checkpoint.formats import SUFFIXES, WeightFile
-from mpt_eqx.checkpoint.safetensors_file import DTYPES, INTEGERS
-from mpt_eqx.checkpoint.tensors import TensorInfo
+from mpt_eqx.checkpoint.formats.detect import SUFFIXES, WeightFile
+from mpt_eqx.checkpoint.formats.safetensors import DTYPES, INTEGERS
+from mpt_eqx.checkpoint.formats.tensors import TensorInfo
 from mpt_eqx.errors import CheckpointError, first_of
 
 T = TypeVar("T")

@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpt_eqx.checkpoint.differences import differences, type_choices
+from mpt_eqx.checkpoint.diagnose import differences, type_choices
 from mpt_eqx.checkpoint.files import CONFIG, files_of, unchanged, weight_files
-from mpt_eqx.checkpoint.formats import WeightFile, read_weight_file, refuse_strange
+from mpt_eqx.checkpoint.formats.detect import WeightFile, read_weight_file, refuse_strange
+from mpt_eqx.checkpoint.formats.tensors import TensorInfo
 from mpt_eqx.checkpoint.hub import fetch_headers, find_checkpoint
-from mpt_eqx.checkpoint.tensors import TensorInfo
 from mpt_eqx.config import MPTConfig
-from mpt_eqx.config_dialects import override, read_json_object
-from mpt_eqx.config_quantization import Quantization, read_quantization
+from mpt_eqx.config.dialects import override, read_json_object
+from mpt_eqx.config.quantization import Quantization, read_quantization
 from mpt_eqx.errors import CheckpointError, ConfigError, MPTError, first_of
 
 

@@ -15,18 +15,18 @@ from jax.sharding import Mesh
 from jaxtyping import DTypeLike
 
 from mpt_eqx.checkpoint.arrays import CHUNK, aligned_copy, byte_bar, finite, kept_dtype, usable
-from mpt_eqx.checkpoint.differences import stored_types
+from mpt_eqx.checkpoint.diagnose import stored_types
+from mpt_eqx.checkpoint.formats.safetensors import DTYPES
+from mpt_eqx.checkpoint.formats.tensors import TensorInfo
 from mpt_eqx.checkpoint.info import CheckpointInfo, read_checkpoint
+from mpt_eqx.checkpoint.load_sharded import placed
 from mpt_eqx.checkpoint.names import EMBEDDING, HEAD, canonical_name, with_leaves
-from mpt_eqx.checkpoint.safetensors_file import DTYPES
-from mpt_eqx.checkpoint.shards import placed
-from mpt_eqx.checkpoint.tensors import TensorInfo
+from mpt_eqx.config import ShardingRules
 from mpt_eqx.errors import CheckpointError, ShardingError, first_of
-from mpt_eqx.layout import ShardingRules
 from mpt_eqx.model import MPT
-from mpt_eqx.processes import agree, together
-from mpt_eqx.quantization import with_zeros
-from mpt_eqx.sharding import agree_on, agree_on_mesh, prepared
+from mpt_eqx.sharding.multihost import agree, together
+from mpt_eqx.sharding.shard import agree_on, agree_on_mesh, prepared
+from mpt_eqx.surgery.quantize import with_zeros
 
 FLOATS = {dtype.name: dtype for dtype in DTYPES.values()}
 READERS = 4  # tensors that are copied at the same time

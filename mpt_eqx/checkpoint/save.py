@@ -16,16 +16,16 @@ import numpy as np
 
 from mpt_eqx.checkpoint.arrays import gathered
 from mpt_eqx.checkpoint.files import CONFIG, INDEX, SHARD, WAITING, WEIGHTS, index_start
-from mpt_eqx.checkpoint.formats import SUFFIXES
+from mpt_eqx.checkpoint.formats.detect import SUFFIXES
+from mpt_eqx.checkpoint.formats.safetensors import Outgoing, file_order, write_safetensors
 from mpt_eqx.checkpoint.names import is_quantised, named_leaves, stored_name
-from mpt_eqx.checkpoint.safetensors_file import Outgoing, file_order, write_safetensors
 from mpt_eqx.config import MPTConfig
-from mpt_eqx.config_quantization import KEY, Quantization
+from mpt_eqx.config.quantization import KEY, Quantization
 from mpt_eqx.errors import CheckpointError
 from mpt_eqx.model import MPT
-from mpt_eqx.model.sections import in_fused, section_of
-from mpt_eqx.processes import together
-from mpt_eqx.quantization import quantization_of
+from mpt_eqx.sharding.multihost import together
+from mpt_eqx.sharding.qkv import in_fused, section_of
+from mpt_eqx.surgery.quantize import quantization_of
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mpt_eqx import SHIPPED_MODEL, MPTConfig
-from mpt_eqx.config_quantization import Quantization
+from mpt_eqx.config.quantization import Quantization
 
 
 def add_to(commands: Any, shared: argparse.ArgumentParser) -> None:

@@ -1,7 +1,7 @@
 """Writing text with an MPT: sampling, the decode loop, and the calls people make."""
 
 from mpt_eqx.generation import sampling as sampling
-from mpt_eqx.generation.beam import beam_search as beam_search
+from mpt_eqx.generation.beam_search import beam_search as beam_search
 from mpt_eqx.generation.defaults import generation_defaults as generation_defaults
 from mpt_eqx.generation.generate import GenerateResult as GenerateResult
 from mpt_eqx.generation.generate import generate as generate

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Float, Float32, Int, Key
 
 from mpt_eqx.generation.choose import SamplingOptions, allowed, choose
-from mpt_eqx.layout import Layout
 from mpt_eqx.model import MPT, KVCache
+from mpt_eqx.ops.layout import Layout
 
 
 class DecodeState(eqx.Module):

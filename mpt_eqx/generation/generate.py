@@ -7,7 +7,10 @@ import numpy as np
 from jaxtyping import Float, Int, PRNGKeyArray
 
 from mpt_eqx.errors import GenerationError, Interrupted
-from mpt_eqx.generation.arguments import (
+from mpt_eqx.generation.decode import spread
+from mpt_eqx.generation.loop import CHUNK, agree_on_arguments, bar, chunk_for, make_tokens, read_prompts
+from mpt_eqx.generation.prefix import Prefix, length_of, state_after
+from mpt_eqx.generation.validate import (
     check_count,
     check_ends,
     check_key,
@@ -15,9 +18,6 @@ from mpt_eqx.generation.arguments import (
     check_options,
     check_prompts,
 )
-from mpt_eqx.generation.decode import spread
-from mpt_eqx.generation.loop import CHUNK, agree_on_arguments, bar, chunk_for, make_tokens, read_prompts
-from mpt_eqx.generation.prefix import Prefix, length_of, state_after
 from mpt_eqx.model import MPT
 
 

@@ -10,11 +10,11 @@ from tqdm import tqdm
 
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.errors import GenerationError
-from mpt_eqx.generation.arguments import power_of_two
 from mpt_eqx.generation.choose import SamplingOptions
 from mpt_eqx.generation.decode import Decoded, DecodeState, decode, read, spread
+from mpt_eqx.generation.validate import power_of_two
 from mpt_eqx.model import MPT
-from mpt_eqx.processes import agree
+from mpt_eqx.sharding.multihost import agree
 
 CHUNK = 8
 """Tokens made between two looks of the host."""

@@ -8,9 +8,9 @@ from jaxtyping import Int
 
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.errors import GenerationError
-from mpt_eqx.generation.arguments import check_one_prompt, check_prompts
 from mpt_eqx.generation.decode import DecodeState, empty_state, spread
 from mpt_eqx.generation.loop import agree_on_arguments, bar, capacity_for, read_prompts
+from mpt_eqx.generation.validate import check_one_prompt, check_prompts
 from mpt_eqx.model import MPT
 
 

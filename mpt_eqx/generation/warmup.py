@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from mpt_eqx.generation.arguments import check_count, check_key, check_options, check_prompts
 from mpt_eqx.generation.decode import decode, empty_state, read
 from mpt_eqx.generation.loop import (
     CHUNK,
@@ -17,6 +16,7 @@ from mpt_eqx.generation.loop import (
     piece_sizes,
     with_room,
 )
+from mpt_eqx.generation.validate import check_count, check_key, check_options, check_prompts
 from mpt_eqx.model import MPT
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mpt_eqx.config import ActFnConfig, MPTConfig
-from mpt_eqx.model.precision import scaled, wide
+from mpt_eqx.ops.numerics import scaled, wide
 
 Activation = Callable[[Float[Array, "*shape"]], Float[Array, "*shape"]]
 

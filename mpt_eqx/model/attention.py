@@ -1,181 +1,186 @@
-"""Attention: the formula, and the same read block by block from a cache."""
+"""The module that holds the weights of attention, and makes queries, keys and values for the formula."""
 
-from collections.abc import Callable
-
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
-from mpt_eqx.model.cache import BLOCK, LayerCache
-from mpt_eqx.model.dropout import Dropout, dropped
-from mpt_eqx.model.fused import cudnn_takes, fused_attention
-from mpt_eqx.model.precision import row_sum, scaled, softcapped, wide
-
-FEW = 8
-"""Queries of a head up to which the scores of a whole cache are kept: less than the keys take."""
-
-BiasAndMask = Callable[[Int[Array, " S"]], tuple[Float32[Array, "N T S"] | None, Bool[Array, "T S"]]]
-
-
-def attention(
-    q: Float[Array, "N T H"],
-    k: Float[Array, "N S H"],
-    v: Float[Array, "N S H"],
-    bias: Float32[Array, "N T S"] | None,
-    mask: Bool[Array, "T S"],
-    scale: float,
-    *,
-    softcap: float | None = None,
-    dropout: Dropout | None = None,
-    key: PRNGKeyArray | None = None,
-) -> Float[Array, "N T H"]:
-    """Returns softmax(scale · q kᵀ + bias, where masked) v for each of N heads.
-
-    The softmax is taken in float32; its weights are rounded to the type of v, as in the references.
-
-    Args:
-        q: queries of T positions.
-        k: keys of S positions.
-        v: values of S positions.
-        bias: added to the scores; None for none.
-        mask: True where a query may see a key. A query that may see none gets the mean of all values.
-        scale: factor on q·k, usually 1/√H.
-        softcap: scores are squashed into ±softcap before the bias; None for none.
-        dropout: on the weights, where a key is given.
-        key: randomness of the dropout.
-
-    Source: llm-foundry 8c8dd48, llmfoundry/models/layers/attention.py, scaled_multihead_dot_product_attention.
-    """
-    weights = jax.nn.softmax(attention_scores(q, k, bias, mask, scale, softcap), axis=-1)
-    weights = dropped(weights, dropout, key)
-    return jnp.einsum("NTS,NSH->NTH", weights.astype(v.dtype), v, preferred_element_type=wide(v.dtype)).astype(v.dtype)
+from mpt_eqx.config import LayerConfig, MPTConfig, TemperatureTuning
+from mpt_eqx.model.alibi import ALiBi
+from mpt_eqx.model.init import init_heads, init_linear
+from mpt_eqx.model.linear import Linear
+from mpt_eqx.model.norms import LayerNorm
+from mpt_eqx.model.positions import Positions
+from mpt_eqx.model.rotary import DynamicRotary, Rotary, make_rotary
+from mpt_eqx.ops.attention import attention, cached_attention
+from mpt_eqx.ops.decode_attention import kernel_takes, step_attention
+from mpt_eqx.ops.layer_cache import KeysValues, LayerCache
+from mpt_eqx.ops.numerics import wide
 
 
-def attention_scores(
-    q: Float[Array, "N T H"],
-    k: Float[Array, "N S H"],
-    bias: Float32[Array, "N #T S"] | None,
-    mask: Bool[Array, "#T S"],
-    scale: float,
-    softcap: float | None,
-) -> Float[Array, "N T S"]:
-    """Returns scale · q kᵀ, capped, plus bias; the smallest float32 where masked.
+class Temperature(eqx.Module):
+    """q · (1 + attn_scale · log(⌊(position + 1) / floor_scale⌋ + 1)), computed in float32.
 
-    Scores are rounded to the type of q after the product, the scale and the cap, then the float32 bias makes them
-    float32 (float64 for float64). This order is the references'. Arguments as in `attention`.
-    """
-    scores = jnp.einsum("NTH,NSH->NTS", q, k, preferred_element_type=wide(q.dtype)).astype(q.dtype)
-    scores = scaled(scores, scale)
-    if softcap is not None:
-        scores = softcapped(scores, softcap)
-    scores = scores.astype(wide(q.dtype))
-    if bias is not None:
-        scores = scores + bias.astype(scores.dtype)
-    # The smallest number instead of −∞, so that a row without any visible key is not NaN.
-    return jnp.where(mask, scores, float(jnp.finfo(jnp.float32).min))
-
-
-def cached_attention(
-    q: Float[Array, "N T H"],
-    cache: LayerCache,
-    bias_and_mask: BiasAndMask,
-    length: Int[Array, ""],
-    scale: float,
-    *,
-    softcap: float | None = None,
-) -> Float[Array, "N T H"]:
-    """Returns what `attention` does with the keys and values of a cache: by cuDNN where it can, else block by block.
-
-    Arguments as in `blockwise_attention`.
+    Source: llm-foundry 0.22, llmfoundry/models/layers/attention.py, apply_temperature_tuning. There a cached step
+    counts its position from 0 again; here it counts from the start of the input, as in the full forward pass of both.
     """
 
-    def blocks() -> Float[Array, "N T H"]:
-        return blockwise_attention(q, cache, bias_and_mask, length, scale, softcap=softcap)
+    floor_scale: float = eqx.field(static=True)
+    attn_scale: float = eqx.field(static=True)
 
-    def fused() -> Float[Array, "N T H"]:
-        rows = cache.rows(0, capacity)
-        return fused_attention(q, rows.k, rows.v, *bias_and_mask(jnp.arange(capacity)), length, scale)
+    def __init__(self, config: TemperatureTuning):
+        self.floor_scale = config.floor_scale
+        self.attn_scale = config.attn_scale
 
-    capacity = cache.k.shape[-2]
-    if not cudnn_takes(q, capacity, softcap):
-        return blocks()
-    return jax.lax.platform_dependent(cuda=fused, default=blocks)
+    def __call__(self, q: Float[Array, "N T H"], query_pos: Int[Array, " T"]) -> Float[Array, "N T H"]:
+        """Returns the queries sharpened."""
+        steps = jnp.floor((query_pos + 1).astype(jnp.float32) / self.floor_scale)
+        factor = jnp.log(steps + 1) * self.attn_scale + 1
+        return (q.astype(wide(q.dtype)) * factor[:, None].astype(wide(q.dtype))).astype(q.dtype)
 
 
-def blockwise_attention(
-    q: Float[Array, "N T H"],
-    cache: LayerCache,
-    bias_and_mask: BiasAndMask,
-    length: Int[Array, ""],
-    scale: float,
-    *,
-    softcap: float | None = None,
-) -> Float[Array, "N T H"]:
-    """Returns what `attention` does with the keys and values of a cache, but never holds more than a block of scores.
+class Attention(eqx.Module):
+    """Self-attention of N query heads over K heads of keys and values; query head n reads key head ⌊n·K/N⌋.
 
-    The blocks are read twice: first for the largest score and the sum of the softmax, which is scaled down whenever a
-    larger score turns up; then for the values, with weights that are rounded where `attention` rounds them. The scores
-    of few queries are kept in between, those of many are computed again. Blocks beyond `length` are not read. One that
-    is masked as a whole changes no bit of the result, nor does it matter how many queries are asked at once.
-
-    Args:
-        q: queries of T positions.
-        cache: keys and values.
-        bias_and_mask: makes both, for given positions of keys.
-        length: how many rows of the cache are to be read.
-        scale: as in `attention`.
-        softcap: as in `attention`.
-
-    Source: arXiv:1805.02867, section 3.
+    Which of the weights there are is decided by the configuration: `Wqkv`, whose rows are [q; k; v] with the heads of
+    each one after another; or `Wq`, `Wk` and `Wv`; or `Wq` alone, where keys and values are another block's. What a
+    model does not use is None.
     """
-    # One query alone is asked twice, because XLA's CPU backend sums the products of a single row in another order.
-    queries = q if q.shape[1] > 1 else jnp.repeat(q, 2, axis=1)
-    sums = wide(q.dtype)
-    blocks = (jnp.minimum(_longest(length), cache.k.shape[-2]) + BLOCK - 1) // BLOCK
 
-    def scores(number: Int[Array, ""], k: Float[Array, "N S H"]) -> tuple[Float[Array, "N T S"], Bool[Array, "#T S"]]:
-        bias, mask = bias_and_mask(number * BLOCK + jnp.arange(BLOCK))
-        return attention_scores(queries, k, bias, mask, scale, softcap), mask
+    Wqkv: Linear | None
+    Wq: Linear | None
+    Wk: Linear | None
+    Wv: Linear | None
+    q_ln: LayerNorm | None
+    k_ln: LayerNorm | None
+    out_proj: Linear
+    alibi: ALiBi | None
+    rotary: Rotary | DynamicRotary | None
+    temperature: Temperature | None
+    dropout: eqx.nn.Dropout | None
+    n_heads: int = eqx.field(static=True)
+    kv_heads: int = eqx.field(static=True)
+    head_size: int = eqx.field(static=True)
+    norm_per_head: bool = eqx.field(static=True)
+    scale: float = eqx.field(static=True)
+    clip_qkv: float | None = eqx.field(static=True)
+    softcap: float | None = eqx.field(static=True)
+    sliding_window: int | None = eqx.field(static=True)
 
-    def measure(number: Int[Array, ""], so_far: tuple[Array, Array, Array | None]) -> tuple[Array, Array, Array | None]:
-        largest, total, kept = so_far
-        block, _ = scores(number, cache.rows(number * BLOCK, BLOCK).k)
-        if kept is not None:
-            kept = jax.lax.dynamic_update_index_in_dim(kept, block, number, 0)
-        new_largest = jnp.maximum(largest, jnp.max(block, axis=-1))
-        total = total * jnp.exp(largest - new_largest) + row_sum(jnp.exp(block - new_largest[..., None]))
-        return new_largest, total, kept
+    def __init__(self, config: MPTConfig, layer: LayerConfig, *, key: PRNGKeyArray):
+        attn, bias = config.attn_config, config.has_attention_bias
+        n, k, h = config.n_heads, config.kv_heads, config.head_size
+        q_key, k_key, v_key, out_key = jax.random.split(key, 4)
+        own_kv = layer.kv_from is None
+        fused = attn.fused_qkv and own_kv
+        self.Wqkv = init_heads(config, n + 2 * k, bias, key=q_key) if fused else None
+        self.Wq = None if fused else init_heads(config, n, bias, key=q_key)
+        self.Wk = init_heads(config, k, bias, key=k_key) if own_kv and not fused else None
+        self.Wv = init_heads(config, k, bias, key=v_key) if own_kv and not fused else None
+        # llm-foundry hands neither norm_type nor norm_eps on to these two.
+        normed, norm_bias = attn.qk_ln or attn.qk_gn, not config.no_bias
+        self.q_ln = LayerNorm(h if attn.qk_gn else n * h, 1e-5, bias=norm_bias) if normed else None
+        self.k_ln = LayerNorm(h if attn.qk_gn else k * h, 1e-5, bias=norm_bias) if normed and own_kv else None
+        self.out_proj = init_linear(config, (config.d_model, n * h), not config.no_bias, residual=True, key=out_key)
+        self.alibi = ALiBi(n, attn.alibi_bias_max) if attn.alibi and not layer.nope else None
+        self.rotary = None if layer.nope else make_rotary(config)
+        tuning = layer.attn_temperature_tuning
+        self.temperature = None if tuning is None else Temperature(tuning)
+        self.dropout = eqx.nn.Dropout(attn.attn_pdrop) if attn.attn_pdrop else None
+        self.n_heads, self.kv_heads, self.head_size = n, k, h
+        self.norm_per_head = attn.qk_gn
+        # Also where head_dim is given, the default follows d_model.
+        self.scale = attn.softmax_scale or (config.d_model / n) ** -0.5
+        self.clip_qkv = attn.clip_qkv
+        self.softcap = attn.attn_logit_softcapping
+        self.sliding_window = layer.sliding_window_size
 
-    none = jnp.full(queries.shape[:2], float(jnp.finfo(jnp.float32).min), sums)
-    few = queries.shape[1] <= FEW
-    kept = jnp.zeros((cache.k.shape[-2] // BLOCK, *queries.shape[:2], BLOCK), sums) if few else None
-    largest, total, kept = jax.lax.fori_loop(0, blocks, measure, (none, jnp.zeros_like(none), kept))
+    def __call__(
+        self,
+        x: Float[Array, "T D"],
+        positions: Positions,
+        kv: KeysValues | LayerCache | None = None,
+        x_kv: Float[Array, "T D"] | None = None,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "T D"], KeysValues | LayerCache]:
+        """Returns what T positions gather, and the keys and values they gathered from.
 
-    def gather(number: Int[Array, ""], mixed: Float[Array, "N T H"]) -> Float[Array, "N T H"]:
-        rows = cache.rows(number * BLOCK, BLOCK)
-        if kept is None:
-            block, mask = scores(number, rows.k)
+        Args:
+            x: the normed residual stream.
+            positions: where the T rows of x stand, and what they may see.
+            kv: the cache to which the keys and values of the T rows are added; None attends within x alone. In a block
+                that reads another block's, those of that block, with the T rows added.
+            x_kv: what keys and values are computed from, if not x.
+            key: randomness of dropout; None for none.
+        """
+        q, k, v = self._project(x, x if x_kv is None else x_kv)
+        q = self._heads(q, self.n_heads, self.q_ln)
+        if self.temperature is not None:
+            q = self.temperature(q, positions.query)
+        if self.rotary is not None:
+            q = self.rotary(q, positions)
+        if k is not None and v is not None:
+            k, v = self._heads(k, self.kv_heads, self.k_ln), self._heads(v, self.kv_heads, None)
+            if self.rotary is not None:
+                k = self.rotary(k, positions)
+            own = KeysValues(k, v)
+            kv = kv.write(own, positions.query) if isinstance(kv, LayerCache) else own
+        assert kv is not None  # the model gives it to a block that has no keys of its own
+
+        shape = q.shape
+        # The queries that share a key head stand as more positions of that head.
+        q = q.reshape(self.kv_heads, -1, self.head_size)
+
+        def bias_and_mask(keys: Int[Array, " S"]) -> tuple[Float32[Array, "K GT S"] | None, Bool[Array, "GT S"]]:
+            return self._bias_and_mask(positions, keys)
+
+        if isinstance(kv, LayerCache) and kernel_takes(q, kv, x.shape[0], self.softcap):
+            slopes = None if self.alibi is None else self.alibi.slopes().reshape(self.kv_heads, -1)
+            h = step_attention(q, kv, slopes, positions.query[0], self.scale, self.sliding_window)
+        elif isinstance(kv, LayerCache):
+            h = cached_attention(q, kv, bias_and_mask, positions.query[-1] + 1, self.scale, softcap=self.softcap)
         else:
-            block, (_, mask) = kept[number], bias_and_mask(number * BLOCK + jnp.arange(BLOCK))
-        weights = jnp.exp(block - largest[..., None]) / total[..., None]
-        # What no query sees may be anything, and 0 · NaN is NaN.
-        v = jnp.where(jnp.any(mask, axis=0)[:, None], rows.v, 0)
-        return mixed + jnp.einsum("NTS,NSH->NTH", weights.astype(q.dtype), v, preferred_element_type=sums)
+            bias, mask = bias_and_mask(positions.query)
+            h = attention(q, kv.k, kv.v, bias, mask, self.scale, softcap=self.softcap, dropout=self.dropout, key=key)
+        h = jnp.swapaxes(h.reshape(shape), 0, 1).reshape(x.shape[0], -1)
+        return self.out_proj(h), kv
 
-    mixed = jax.lax.fori_loop(0, blocks, gather, jnp.zeros(queries.shape, sums))
-    return mixed[:, : q.shape[1]].astype(q.dtype)
+    def _bias_and_mask(
+        self, positions: Positions, keys: Int[Array, " S"]
+    ) -> tuple[Float32[Array, "K GT S"] | None, Bool[Array, "GT S"]]:
+        """Returns the bias and who sees whom, for the T queries of the G heads over each key head and S keys."""
+        bias = None if self.alibi is None else self.alibi(positions.query, keys)
+        mask = keys[None, :] <= positions.query[:, None]
+        if positions.allowed is not None:
+            mask &= positions.allowed
+        if self.sliding_window is not None:
+            mask &= keys[None, :] >= positions.query[:, None] - self.sliding_window
+        if (groups := self.n_heads // self.kv_heads) > 1:
+            bias = None if bias is None else bias.reshape(self.kv_heads, -1, bias.shape[-1])
+            mask = jnp.tile(mask, (groups, 1))
+        return bias, mask
 
+    def _project(
+        self, x: Float[Array, "T D"], x_kv: Float[Array, "T D"]
+    ) -> tuple[Float[Array, "T NH"], Float[Array, "T KH"] | None, Float[Array, "T KH"] | None]:
+        """Returns q, k and v with all heads in a row, clipped; k and v are None where they are another block's."""
+        if self.Wqkv is not None:
+            ends = (self.n_heads * self.head_size, (self.n_heads + self.kv_heads) * self.head_size)
+            q, k, v = jnp.split(self._clipped(self.Wqkv(x)), ends, axis=-1)
+            return q, k, v
+        assert self.Wq is not None
+        q = self._clipped(self.Wq(x))
+        if self.Wk is None or self.Wv is None:
+            return q, None, None
+        return q, self._clipped(self.Wk(x_kv)), self._clipped(self.Wv(x_kv))
 
-@jax.custom_batching.custom_vmap
-def _longest(length: Int[Array, ""]) -> Int[Array, ""]:
-    """Returns `length`, or under vmap the largest one for all rows.
+    def _clipped(self, x: Float[Array, "T O"]) -> Float[Array, "T O"]:
+        return x if self.clip_qkv is None else jnp.clip(x, -self.clip_qkv, self.clip_qkv)
 
-    The rows of a batch then run through the same blocks. With a number of blocks for each row the loop's counter
-    would have a batch axis, and every block would be gathered row by row.
-    """
-    return length
-
-
-@_longest.def_vmap
-def _(size: int, batched: list[bool], length: Int[Array, " B"]) -> tuple[Int[Array, ""], bool]:
-    return _longest(jnp.max(length)), False
+    def _heads(self, x: Float[Array, "T NH"], n: int, norm: LayerNorm | None) -> Float[Array, "N T H"]:
+        """Returns x normed and split into its n heads."""
+        if norm is not None and not self.norm_per_head:
+            x = norm(x)
+        x = jnp.swapaxes(x.reshape(x.shape[0], n, -1), 0, 1)
+        return norm(x) if norm is not None and self.norm_per_head else x

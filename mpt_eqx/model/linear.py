@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from mpt_eqx import kernel
-from mpt_eqx.model.precision import wide
-from mpt_eqx.model.quantized import QuantizedWeight, dequantized
+from mpt_eqx.ops import cpu
+from mpt_eqx.ops.numerics import wide
+from mpt_eqx.ops.quantized import QuantizedWeight, dequantized
 
 FEW = 8
 """Positions of one input up to which a product is one of few rows; steps of decoding have one, prompts more."""
@@ -96,7 +96,7 @@ def _(primals: tuple, tangents: tuple) -> tuple[Float[Array, "T out"], Float[Arr
 
 @jax.custom_batching.custom_vmap
 def _few_rows(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
-    on_cpu = _by_kernel if kernel.available() and x.dtype != jnp.float64 else _by_xla_on_cpu
+    on_cpu = _by_kernel if cpu.available() and x.dtype != jnp.float64 else _by_xla_on_cpu
     return jax.lax.platform_dependent(weight, x, cpu=on_cpu, default=_many)
 
 
@@ -112,7 +112,7 @@ def _(size: int, batched: list, weight: Any, x: Array) -> tuple[Float[Array, "B 
 
 def _by_kernel(weight: Weight, x: Float[Array, "T in"]) -> Float32[Array, "T out"]:
     values, scale = (weight.values, weight.scale) if isinstance(weight, QuantizedWeight) else (weight, None)
-    return kernel.matvec(values, scale, x.astype(jnp.float32))
+    return cpu.matvec(values, scale, x.astype(jnp.float32))
 
 
 def _by_xla_on_cpu(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:

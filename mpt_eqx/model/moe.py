@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mpt_eqx.config import MPTConfig
-from mpt_eqx.layout import Layout
 from mpt_eqx.model.activations import Activation, make_activation
 from mpt_eqx.model.init import init_experts, init_linear
 from mpt_eqx.model.linear import Linear, product_by_xla
-from mpt_eqx.model.precision import wide
+from mpt_eqx.ops.layout import Layout
+from mpt_eqx.ops.numerics import wide
 
 
 class Jitter(eqx.Module):

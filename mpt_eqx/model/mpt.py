@@ -10,15 +10,15 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.errors import MPTError
-from mpt_eqx.layout import Layout
-from mpt_eqx.model.blocks import Block
-from mpt_eqx.model.cache import KeysValues, KVCache, LayerCache
-from mpt_eqx.model.dropout import Dropout, dropped
+from mpt_eqx.model.block import Block
 from mpt_eqx.model.init import init_embedding, init_linear
+from mpt_eqx.model.kv_cache import KVCache
 from mpt_eqx.model.linear import Embedding, Linear
 from mpt_eqx.model.norms import LayerNorm, RMSNorm, make_norm
 from mpt_eqx.model.positions import Positions, token_positions
-from mpt_eqx.model.precision import scaled, softcapped
+from mpt_eqx.ops.layer_cache import KeysValues, LayerCache
+from mpt_eqx.ops.layout import Layout
+from mpt_eqx.ops.numerics import apply_dropout, scaled, softcapped
 
 
 class MPT(eqx.Module):
@@ -31,7 +31,7 @@ class MPT(eqx.Module):
 
     wte: Embedding
     wpe: Embedding | None
-    emb_dropout: Dropout | None
+    emb_dropout: eqx.nn.Dropout | None
     blocks: tuple[Block, ...]
     norm_f: LayerNorm | RMSNorm
     lm_head: Linear | None
@@ -52,7 +52,7 @@ class MPT(eqx.Module):
         self.wte = Embedding(wte if config.pad_token_id is None else wte.at[config.pad_token_id].set(0))
         learned = config.learned_pos_emb
         self.wpe = Embedding(init_embedding(config, (config.max_seq_len, d), key=wpe_key)) if learned else None
-        self.emb_dropout = Dropout(config.emb_pdrop) if config.emb_pdrop else None
+        self.emb_dropout = eqx.nn.Dropout(config.emb_pdrop) if config.emb_pdrop else None
         self.blocks = tuple(
             Block(config, layer, key=block_key) for layer, block_key in zip(config.layers, block_keys, strict=True)
         )
@@ -172,7 +172,7 @@ class MPT(eqx.Module):
         if (fraction := self.config.embedding_fraction) != 1:
             # The value stays, the gradient shrinks: arXiv:2210.02414, page 7.
             x = scaled(x, fraction) + scaled(jax.lax.stop_gradient(x), 1 - fraction)
-        return self._shared(dropped(x, self.emb_dropout, key))
+        return self._shared(apply_dropout(x, self.emb_dropout, key))
 
     def _shared(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """Returns the residual stream as it lies on a mesh, if the model does."""

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mpt_eqx.config import LAYERNORMS, MPTConfig
-from mpt_eqx.model.precision import row_sum, wide
+from mpt_eqx.ops.numerics import row_sum, wide
 
 
 class LayerNorm(eqx.Module):

@@ -1,0 +1,152 @@
+"""How the tensors of a checkpoint differ from those that its configuration asks for, in plain words and by name."""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from mpt_eqx.checkpoint.formats.safetensors import DTYPES
+from mpt_eqx.checkpoint.formats.tensors import TensorInfo
+from mpt_eqx.checkpoint.names import EMBEDDING, HEAD, canonical_name, is_quantised, named_leaves
+from mpt_eqx.config import MPTConfig
+from mpt_eqx.config.quantization import KEY, Quantization
+from mpt_eqx.errors import first_of
+from mpt_eqx.model import MPT
+from mpt_eqx.model.block import Block
+from mpt_eqx.surgery.quantize import with_zeros
+
+FLOATS = tuple(dtype.name for dtype in DTYPES.values())
+
+
+def differences(config: MPTConfig, quantization: Quantization | None, tensors: Sequence[TensorInfo]) -> Iterator[str]:
+    """Yields what keeps the tensors from being the model's: a guess at the cause, then what differs, ten of each.
+
+    Raises:
+        MPTError: a weight cannot be quantised as `quantization` says.
+    """
+    leaves = _expected(config, quantization)
+    expected = {name: leaf.shape for name, leaf in leaves.items()}
+    types = {name: leaf.dtype.name for name, leaf in leaves.items() if is_quantised(name)}
+    found: dict[str, TensorInfo] = {}
+    twice = []
+    for tensor in tensors:
+        if (name := canonical_name(tensor.name)) is None:
+            continue
+        if name in found:
+            twice.append(f"{found[name].name} ({found[name].file}) and {tensor.name} ({tensor.file})")
+        found[name] = tensor
+    if config.tie_word_embeddings and HEAD in found and EMBEDDING in expected:
+        expected[HEAD] = expected[EMBEDDING]
+
+    missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in found]
+    unexpected = [
+        f"{tensor.name} {list(tensor.shape)} ({tensor.file})" for name, tensor in found.items() if name not in expected
+    ]
+    misshaped = [
+        f"{name} (expected {list(shape)}, found {list(found[name].shape)} in {found[name].file})"
+        for name, shape in expected.items()
+        if name in found and found[name].shape != shape
+    ]
+    mistyped = [
+        f"{tensor.name} ({tensor.dtype}, {tensor.file})"
+        for name, tensor in found.items()
+        if name not in types and tensor.dtype not in FLOATS
+    ]
+    misquantised = [
+        f"{name} (expected {dtype}, found {found[name].dtype} in {found[name].file})"
+        for name, dtype in types.items()
+        if name in found and found[name].dtype != dtype
+    ]
+    if missing or unexpected or misshaped:
+        yield from _causes(config, {name: tensor.shape for name, tensor in found.items()}, set(expected))
+    for kind, names in (
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("misshaped", misshaped),
+        (f"of another type than {', '.join(FLOATS)}", mistyped),
+        ("quantised to another type", misquantised),
+        ("there twice", twice),
+    ):
+        if names:
+            yield f"{len(names)} {kind}: {first_of(names)}"
+
+
+def type_choices(format: str, tensors: Sequence[TensorInfo]) -> Iterator[str]:
+    """Yields what keeps tensors from being loaded as they are, although not from being converted to another type."""
+    stored = stored_types(tensors)
+    if not stored.keys() <= set(FLOATS):
+        return
+    if len(stored) > 1 and not format.startswith("GGUF"):
+        examples = [f"{name} ({kind})" for kind, name in stored.items()]
+        yield f"the tensors are of several types: {first_of(examples)}; pass dtype= to load them as one"
+    if stored.keys() == {"float64"} and not jax.config.read("jax_enable_x64"):
+        yield "the tensors are float64, which JAX has switched off; pass dtype='float32', or set jax_enable_x64"
+
+
+def stored_types(tensors: Sequence[TensorInfo]) -> dict[str, str]:
+    """Returns the types of those weights that are not quantised, each with a tensor that has it."""
+    named = ((canonical_name(tensor.name), tensor) for tensor in tensors)
+    return {tensor.dtype: tensor.name for name, tensor in named if name is not None and not is_quantised(name)}
+
+
+def _expected(config: MPTConfig, quantization: Quantization | None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of the model's tensors, from one block of each kind: a file may ask for a thousand blocks."""
+    key = jax.random.key(0)
+
+    def shapes(make: type, *args: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        whole = np.dtype(np.float32)
+        return named_leaves(eqx.filter_eval_shape(lambda: with_zeros(make(*args, key=key), quantization, whole)))
+
+    small = shapes(MPT, dataclasses.replace(config, n_layers=1, block_overrides=None))
+    expected = {name: leaf for name, leaf in small.items() if ".blocks." not in name}
+    kinds: dict[tuple[bool, bool], dict[str, jax.ShapeDtypeStruct]] = {}
+    for i, layer in enumerate(config.layers):
+        # Whatever else block_overrides change, it is no tensor.
+        kind = (layer.kv_from is None, layer.kv_x_from is None)
+        if kind not in kinds:
+            leaves = shapes(Block, config, layer)
+            kinds[kind] = {name.removeprefix("transformer."): leaf for name, leaf in leaves.items()}
+        expected |= {f"transformer.blocks.{i}.{name}": leaf for name, leaf in kinds[kind].items()}
+    return expected
+
+
+def _causes(config: MPTConfig, found: Mapping[str, tuple[int, ...]], expected: set[str]) -> Iterator[str]:
+    """Yields which keys of config.json the tensors contradict."""
+    quantised = sum(is_quantised(name) for name in found)
+    if bool(quantised) != any(is_quantised(name) for name in expected):
+        says, hold = ("has no", f"hold {quantised} of") if quantised else ("has a", "hold none of")
+        yield f"config.json {says} {KEY}, the tensors {hold} quantised weights"
+    blocks = [int(match[1]) for name in found if (match := re.match(r"transformer\.blocks\.(\d+)\.", name))]
+    if blocks and max(blocks) + 1 != config.n_layers:
+        yield f"config.json says n_layers {config.n_layers}, the tensors have {max(blocks) + 1} blocks"
+    if (wte := found.get(EMBEDDING)) and len(wte) == 2 and wte != (config.vocab_size, config.d_model):
+        yield (
+            f"config.json says vocab_size {config.vocab_size} and d_model {config.d_model}, "
+            f"the embedding is {wte[0]} by {wte[1]}"
+        )
+    for part, key in (
+        ("norm_1.bias", "no_bias"),
+        ("attn.Wqkv.bias", "attention_bias"),
+        ("attn.q_ln.", "qk_ln or qk_gn"),
+    ):
+        there, wanted = any(part in name for name in found), any(part in name for name in expected)
+        if there != wanted:
+            yield f"config.json's {key} does not fit: there are {'' if there else 'no '}tensors {part.strip('.')}"
+    wpe = "transformer.wpe.weight"
+    if (wpe in found) != (wpe in expected):
+        says, holds = ("asks for", "no") if wpe in expected else ("does not ask for", "a")
+        yield f"config.json {says} learned positions (learned_pos_emb, no alibi, no rope), the tensors have {holds} wpe"
+    if HEAD in expected and HEAD not in found:
+        yield "config.json says tie_word_embeddings false, the tensors have no lm_head"
+    qkv = found.get("transformer.blocks.0.attn.Wqkv.weight")
+    rows = (config.n_heads + 2 * config.kv_heads) * config.head_size
+    if qkv and len(qkv) == 2 and qkv[1] == config.d_model and qkv[0] != rows:
+        kv = (qkv[0] - config.d_model) / 2 / config.head_size
+        yield (
+            f"config.json says {config.n_heads} heads over {config.kv_heads} of keys and values, so {rows} rows of "
+            f"Wqkv; its {qkv[0]} rows would be {kv:g} heads of keys and values (attn_type, kv_n_heads)"
+        )

@@ -1,0 +1,1 @@
+"""The formats of weight files: each file here reads one, without torch."""

@@ -1,0 +1,92 @@
+"""Which format a file has, by its content, and the tensors in it."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mpt_eqx.checkpoint.formats.gguf import read_gguf
+from mpt_eqx.checkpoint.formats.safetensors import read_safetensors
+from mpt_eqx.checkpoint.formats.tensors import MAX_RANK, MAX_TENSORS, TensorInfo
+from mpt_eqx.checkpoint.formats.torch_file import read_torch
+from mpt_eqx.errors import CheckpointError, printable
+
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+MAX_NAME = 200
+
+
+class WeightFile(NamedTuple):
+    """What one file holds.
+
+    Attributes:
+        format: "safetensors", "torch" or "GGUF" with its types.
+        tensors: what is in it, in its order.
+        config: the content of a config.json, where the format carries one.
+    """
+
+    format: str
+    tensors: list[TensorInfo]
+    config: dict[str, Any] | None
+
+
+def read_weight_file(file: Path) -> WeightFile:
+    """Returns the tensors of a file of any supported format, from its headers.
+
+    Raises:
+        CheckpointError: the file has another format, or is damaged.
+    """
+    try:
+        with open(file, "rb") as f:
+            start = f.read(512)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error})") from None
+    if start[:4] == b"GGUF":
+        tensors, config, types = read_gguf(file)
+        return WeightFile(f"GGUF ({types})", _guarded(file, tensors), config)
+    if start[:2] == b"PK" or start[257:262] == b"ustar" or (start[:1] == b"\x80" and start[8:9] != b"{"):
+        return WeightFile("torch", _guarded(file, read_torch(file)), None)
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{file}: expected weights, found a git-lfs pointer to them; run `git lfs pull`")
+    if start[8:9] == b"{" or file.suffix == ".safetensors":
+        return WeightFile("safetensors", _guarded(file, read_safetensors(file)), None)
+    raise CheckpointError(
+        f"{file}: expected safetensors, a torch file or GGUF, found something else that begins with {start[:8]!r}"
+    )
+
+
+def refuse_strange(directory: Path, tensors: Sequence[TensorInfo]) -> None:
+    """Refuses tensors whose descriptions would make messages long or strange, or too many of them.
+
+    Raises:
+        CheckpointError: there are too many, or a name or shape is none of a weight.
+    """
+    if len(tensors) > MAX_TENSORS:
+        raise CheckpointError(f"{directory}: expected at most {MAX_TENSORS} tensors, found {len(tensors)}")
+    for tensor in tensors:
+        if len(tensor.name) > MAX_NAME or not tensor.name.isprintable():
+            raise CheckpointError(
+                f"{directory / tensor.file}: expected names of at most {MAX_NAME} printable characters for tensors, "
+                f"found '{printable(tensor.name)}' of {len(tensor.name)}"
+            )
+        if len(tensor.shape) > MAX_RANK:
+            raise CheckpointError(
+                f"{directory / tensor.file}: {tensor.name}: expected at most {MAX_RANK} dimensions, "
+                f"found {len(tensor.shape)}"
+            )
+
+
+def _guarded(file: Path, tensors: list[TensorInfo]) -> list[TensorInfo]:
+    """Returns the tensors with every error of reading one as a CheckpointError."""
+
+    def guarded(tensor: TensorInfo) -> np.ndarray:
+        try:
+            return tensor.read()
+        except Exception as error:
+            # A header may pass every check and still not fit what a library makes of it.
+            text = printable(" ".join(str(error).split()) or type(error).__name__, limit=200)
+            raise CheckpointError(f"{file}: {tensor.name} cannot be read ({text})") from None
+
+    return [dataclasses.replace(tensor, read=functools.partial(guarded, tensor)) for tensor in tensors]

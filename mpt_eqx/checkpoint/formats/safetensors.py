@@ -1,0 +1,117 @@
+"""safetensors files: reading them in place, and writing them so that they can be."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from mpt_eqx.checkpoint.formats.tensors import TensorInfo
+from mpt_eqx.config.dialects import unique_keys
+from mpt_eqx.errors import CheckpointError, printable
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+# Of quantised weights.
+INTEGERS = {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}
+# A model of a thousand layers has a header of 2 MB; of a longer one the library would make objects by the gigabyte.
+MAX_HEADER = 4 * 2**20
+# What JAX needs to use memory as it is instead of copying it.
+ALIGNMENT = 64
+
+
+class Outgoing(NamedTuple):
+    """A tensor to be written: its numbers are asked for when it is its turn."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def read_safetensors(file: Path) -> list[TensorInfo]:
+    """Returns the tensors of a safetensors file, as views of the file.
+
+    Raises:
+        CheckpointError: the file is damaged or something else.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        data = np.memmap(file, mode="r")
+        length = int.from_bytes(bytes(data[:8]), "little")
+        if length > MAX_HEADER:
+            raise ValueError(f"expected a header of at most {MAX_HEADER} bytes, found {length}")
+        # The library checks the header: its types, and that the parts fill the file without gap or overlap.
+        with safe_open(file, framework="np"):
+            pass
+        header = json.loads(bytes(data[8 : 8 + length]), object_pairs_hook=unique_keys)
+        header.pop("__metadata__", None)
+        return [_tensor_info(name, entry, data[8 + length :], file) for name, entry in header.items()]
+    except (SafetensorError, OSError, ValueError, RecursionError, MemoryError) as error:
+        text = printable(" ".join(str(error).split()) or type(error).__name__, limit=200)
+        raise CheckpointError(
+            f"{file}: expected a safetensors file, found something else or a part ({text}); "
+            f"if it was downloaded, delete it and download it again"
+        ) from None
+
+
+def _tensor_info(name: str, entry: dict, data: np.ndarray, file: Path) -> TensorInfo:
+    shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
+    dtype = (DTYPES | INTEGERS).get(entry["dtype"])
+
+    def read() -> np.ndarray:
+        return data[start:end].view(dtype).reshape(shape)
+
+    return TensorInfo(name, shape, entry["dtype"] if dtype is None else dtype.name, file.name, read)
+
+
+def file_order(tensors: Sequence[Outgoing]) -> list[Outgoing]:
+    """Returns tensors in the order in which a file has them, and asks for them."""
+    return sorted(tensors, key=lambda tensor: tensor.nbytes % ALIGNMENT != 0)
+
+
+def write_safetensors(
+    path: Path, tensors: Sequence[Outgoing], progress: Callable[[int], object] = lambda written: None
+) -> None:
+    """Writes tensors one by one, each at a multiple of 64 bytes where the sizes before it allow, and syncs the file.
+
+    Args:
+        path: the file.
+        tensors: what to write. Their order in the file is another: odd sizes come last, so that they shift no other.
+        progress: is told how many bytes were written, after each tensor.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    names = {dtype: name for name, dtype in (DTYPES | INTEGERS).items()}
+    tensors = file_order(tensors)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for tensor in tensors:
+        offsets = [at, at := at + tensor.nbytes]
+        header[tensor.name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    # Spaces after the JSON are part of the format; they bring the first tensor to a multiple of 64.
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    with open(path, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            # Contiguous, because a transposed view would be written in the order of its memory.
+            array = np.ascontiguousarray(tensor.read()).astype(tensor.dtype, copy=False)
+            f.write(array.reshape(-1).view(np.uint8).data)
+            progress(tensor.nbytes)
+        f.flush()
+        os.fsync(f.fileno())

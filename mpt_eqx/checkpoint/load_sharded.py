@@ -1,0 +1,69 @@
+"""Loading to a mesh: every device gets its part of each tensor, and the host never holds that of another one."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from mpt_eqx.checkpoint.arrays import aligned_copy, byte_bar, finite, kept_dtype, usable
+from mpt_eqx.checkpoint.formats.tensors import TensorInfo
+from mpt_eqx.checkpoint.info import CheckpointInfo
+from mpt_eqx.checkpoint.names import named_leaves
+from mpt_eqx.errors import CheckpointError
+from mpt_eqx.sharding.qkv import section_of
+from mpt_eqx.sharding.shard import named_shardings
+
+
+def placed(
+    info: CheckpointInfo,
+    named: Mapping[str, TensorInfo],
+    skeleton: Any,
+    dtype: np.dtype,
+    mmap: bool,
+    check_finite: bool,
+    progress: bool,
+) -> dict[str, jax.Array]:
+    """Returns the arrays of a model on its mesh by canonical name.
+
+    Args:
+        info: the checkpoint.
+        named: its tensors by canonical name.
+        skeleton: the shapes of the model, with its layout.
+        dtype: the type that weights are to have.
+        mmap: as in `from_pretrained`, like the next two.
+        check_finite: as there.
+        progress: whether to show a bar.
+
+    Raises:
+        CheckpointError: a tensor holds NaN or infinity.
+        ShardingError: rules, mesh and model do not fit together.
+    """
+    leaves, shardings = named_leaves(skeleton), jax.tree.leaves(named_shardings(skeleton))
+
+    def part(
+        index: tuple[slice, ...], of: TensorInfo, view: np.ndarray, dtype: np.dtype, made: dict[str, np.ndarray]
+    ) -> np.ndarray:
+        if str(index) not in made:  # devices that have the same part share the memory of it
+            piece = view[index]
+            if check_finite and not finite(piece):
+                raise CheckpointError(f"{info.directory / of.file}: {of.name} holds NaN or infinity")
+            in_place = mmap and on_cpu and usable(piece, dtype)
+            made[str(index)] = piece if in_place else aligned_copy(piece, dtype)
+        return made[str(index)]
+
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.values())
+    on_cpu = skeleton.layout.mesh.devices.flat[0].platform == "cpu"
+    arrays: dict[str, jax.Array] = {}
+    with byte_bar(f"loading {info.directory.name}", total, progress) as bar:
+        for (name, leaf), sharding in zip(leaves.items(), shardings, strict=True):
+            stored, rows = (name, slice(None)) if name in named else section_of(name, info.config)
+            tensor = named[stored]
+            view, wanted = tensor.read()[rows], kept_dtype(name, tensor, dtype)
+
+            arrays[name] = jax.make_array_from_callback(
+                leaf.shape, sharding, functools.partial(part, of=tensor, view=view, dtype=wanted, made={})
+            )
+            bar.update(leaf.size * leaf.dtype.itemsize)
+    return arrays

@@ -1,0 +1,52 @@
+"""The KV cache: keys and values of the tokens seen so far, as plain arrays."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, DTypeLike, Int
+
+from mpt_eqx.config import MPTConfig
+from mpt_eqx.ops.layer_cache import BLOCK, LayerCache
+
+
+class KVCache(eqx.Module):
+    """Keys and values of every layer, and how many tokens they stand for.
+
+    Rows from `length` on hold anything, even NaN: causality hides them from every query until they are written. A
+    layer that reads another's keys and values has None.
+    """
+
+    layers: tuple[LayerCache | None, ...]
+    length: Int[Array, ""]
+
+    @classmethod
+    def empty(cls, config: MPTConfig, capacity: int, dtype: DTypeLike) -> "KVCache":
+        """Returns a cache that holds no tokens and has room for `capacity`, rounded up to whole blocks."""
+        shape = (config.kv_heads, -(-capacity // BLOCK) * BLOCK, config.head_size)
+        dtype = np.dtype(dtype)
+        # Made by numpy, so that no size of cache costs a compilation; each array is its own, so that it can be donated.
+        stored = np.zeros(shape, np.uint16 if dtype.itemsize == 2 else dtype)
+        return cls(
+            layers=tuple(
+                LayerCache(jnp.array(stored), jnp.array(stored), dtype) if layer.kv_from is None else None
+                for layer in config.layers
+            ),
+            length=jnp.zeros((), jnp.int32),
+        )
+
+    def resized(self, capacity: int) -> "KVCache":
+        """Returns the same tokens with room for `capacity`, rounded up to whole blocks and never less than now."""
+        more = -(-capacity // BLOCK) * BLOCK - self.capacity
+
+        def padded(stored: Array) -> Array:
+            return jnp.pad(stored, [*[(0, 0)] * (stored.ndim - 2), (0, max(more, 0)), (0, 0)])
+
+        return KVCache(layers=jax.tree.map(padded, self.layers), length=self.length)
+
+    @property
+    def capacity(self) -> int:
+        """How many tokens fit."""
+        first = self.layers[0]
+        assert first is not None  # there is no layer before it to read from
+        return first.k.shape[-2]

@@ -1,0 +1,1 @@
+"""What a platform needs: kernels, the order of sums, placement on devices. The formulas stand in `model`."""

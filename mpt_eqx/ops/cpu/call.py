@@ -1,0 +1,85 @@
+"""The compiled kernel as JAX functions."""
+
+import ctypes
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int8, Int32, Shaped, UInt8
+
+from mpt_eqx.ops.cpu.build import LIBRARY
+
+TARGETS = ("mpt_eqx_matvec", "mpt_eqx_attention")
+SWITCH = "MPT_EQX_KERNEL"
+BUILD = "python -m mpt_eqx.ops.cpu.build"
+KINDS = {np.dtype(np.float32): 0, np.dtype(jnp.bfloat16): 1, np.dtype(np.float16): 2}  # as in kernel.h
+
+
+def available() -> bool:
+    """Tells whether there is a compiled kernel, through which steps of decoding go on the CPU."""
+    return missing() is None
+
+
+@functools.cache
+def missing() -> str | None:
+    """Returns why there is no kernel, or None if there is one. The environment is asked once, and the file loaded."""
+    if os.environ.get(SWITCH) == "0":
+        return f"it is switched off by {SWITCH}=0"
+    if not LIBRARY.exists():
+        return f"it was not compiled when mpt_eqx was installed; do so with {BUILD}"
+    try:
+        library = ctypes.cdll.LoadLibrary(str(LIBRARY))
+        for target in TARGETS:
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
+    except Exception as error:  # another machine's file, or another JAX's interface: all works without it
+        return f"{LIBRARY} cannot be used ({error}); make it anew with {BUILD}"
+    return None
+
+
+def matvec(
+    weight: Float[Array, "out in"] | Int8[Array, "out in"] | UInt8[Array, "out half"],
+    scale: Float[Array, "out groups"] | None,
+    x: Float32[Array, "B in"],
+) -> Float32[Array, "B out"]:
+    """Returns W x for each of B vectors, on the CPU. Every sum has the same order for any B.
+
+    Args:
+        weight: W in float32, bfloat16 or float16; or the `values` of a `QuantizedWeight`.
+        scale: the `scale` of that.
+        x: the vectors.
+    """
+    result = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32)
+    none = jnp.zeros(0, jnp.float32)
+    return jax.ffi.ffi_call("mpt_eqx_matvec", result)(weight, none if scale is None else scale, x)
+
+
+def attention(
+    q: Float32[Array, "B K G H"],
+    k: Shaped[Array, "B K S H"],
+    v: Shaped[Array, "B K S H"],
+    slopes: Float32[Array, "K G"],
+    position: Int32[Array, " B"],
+    *,
+    dtype: np.dtype,
+    scale: float,
+    window: int | None,
+) -> Float32[Array, "B K G H"]:
+    """Returns the attention of one query in each head to the keys of a cache, on the CPU; no other keys are read.
+
+    Args:
+        q: queries of B rows, for each of K heads of keys the G heads that read it.
+        k: keys as a `LayerCache` stores them.
+        v: values, likewise.
+        slopes: of ALiBi; zeros for none.
+        position: of each row's query; it sees the keys up to its own.
+        dtype: the type of keys and values, float32, bfloat16 or float16.
+        scale: as in `mpt_eqx.ops.attention`.
+        window: how many keys before its own a query sees; None for all.
+    """
+    call = jax.ffi.ffi_call("mpt_eqx_attention", jax.ShapeDtypeStruct(q.shape, jnp.float32))
+    return call(
+        q, k, v, slopes, position, kind=np.int32(KINDS[dtype]), scale=np.float32(scale),
+        window=np.int64(-1 if window is None else window),
+    )  # fmt: skip
