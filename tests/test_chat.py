@@ -506,7 +506,7 @@ def test_without_the_extra(monkeypatch, tokenizer):
     from mpt_eqx import MPTError
 
     monkeypatch.delitem(sys.modules, "mpt_eqx.text.template_sandbox", raising=False)
-    monkeypatch.delattr(mpt_eqx.text, "sandbox", raising=False)
+    monkeypatch.delattr(mpt_eqx.text, "template_sandbox", raising=False)
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(MPTError, match=r"jinja2 library is needed .* pip install 'mpt_eqx\[text\]'"):
         tokenizer.apply_chat_template([USER], chat_template="chatml")

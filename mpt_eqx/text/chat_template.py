@@ -91,7 +91,7 @@ def chat_pieces(
         CheckpointError, ConfigError: a file of the checkpoint is not what it should be.
     """
     try:
-        from mpt_eqx.text import sandbox
+        from mpt_eqx.text import template_sandbox
     except ImportError as error:
         raise MPTError(
             "the jinja2 library is needed for chat templates; install it with pip install 'mpt_eqx[text]'"
@@ -112,7 +112,7 @@ def chat_pieces(
         "add_generation_prompt": add_generation_prompt,
     }
     try:
-        written = sandbox.render(template, variables, origin=origin)
+        written = template_sandbox.render(template, variables, origin=origin)
     except MPTError as error:
         raise MPTError(_replaced(str(error), stand_ins, back=True)) from None
     _check_unicode(written, f"{origin}: what the template writes")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from mpt_eqx.checkpoint.hub import find_checkpoint
 from mpt_eqx.config.dialects import read_json_object
 from mpt_eqx.errors import CheckpointError, MPTError
-from mpt_eqx.text import chat
+from mpt_eqx.text import chat_template as templates
 
 if TYPE_CHECKING:
     import tokenizers
@@ -92,7 +92,7 @@ class Tokenizer:
             CheckpointError, ConfigError: a file of the checkpoint is not what it should be.
         """
         pieces = self.chat_pieces(messages, chat_template=chat_template, add_generation_prompt=add_generation_prompt)
-        return chat.encode_pieces(self._backend, pieces)
+        return templates.encode_pieces(self._backend, pieces)
 
     def chat_pieces(
         self,
@@ -100,9 +100,9 @@ class Tokenizer:
         *,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
-    ) -> list[chat.Piece]:
+    ) -> list[templates.Piece]:
         """Returns the prompt of `apply_chat_template` as text: (text, id of the control token it is, or None) each."""
-        return chat.chat_pieces(
+        return templates.chat_pieces(
             self._backend, messages,
             directory=self._directory, chat_template=chat_template, add_generation_prompt=add_generation_prompt,
         )  # fmt: skip
