@@ -1,6 +1,8 @@
 """MosaicML's MPT language models in JAX with Equinox."""
 
+from importlib import import_module as _import_module
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING
 
 from mpt_eqx.checkpoint import checkpoint_info as checkpoint_info
 from mpt_eqx.checkpoint import from_pretrained as from_pretrained
@@ -33,5 +35,27 @@ from mpt_eqx.model import MPT as MPT
 from mpt_eqx.model import KVCache as KVCache
 from mpt_eqx.surgery.quantize import quantize as quantize
 
+if TYPE_CHECKING:
+    from mpt_eqx import sharding as sharding
+    from mpt_eqx import surgery as surgery
+    from mpt_eqx import text as text
+    from mpt_eqx import train as train
+
+__version__ = "0.1.0"
+
 SHIPPED_MODEL = _Path(__file__).parent / "pydoc-3m"
 """Directory of the small trained model that ships with the package; its README.md says what it is."""
+
+_SUBMODULES = ("sharding", "surgery", "text", "train")
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        """Imports a submodule when it is first asked for."""
+        if name in _SUBMODULES:
+            return _import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_SUBMODULES})

@@ -38,12 +38,10 @@ def next_token_loss(
         real = real if sequence_ids is None else real & (sequence_ids >= 0)
         labels = jnp.where(real, tokens, IGNORED)
     keys = None if key is None else jax.random.split(key, len(tokens))
-
-    def row(tokens, mask, sequence_ids, key):
-        return model(tokens, mask=mask, sequence_ids=sequence_ids, key=key)
-
     # Arguments that are None have no leaf to be mapped over.
-    logits = jax.vmap(row)(tokens, mask, sequence_ids, keys)
+    logits = jax.vmap(
+        lambda tokens, mask, sequence_ids, key: model(tokens, mask=mask, sequence_ids=sequence_ids, key=key)
+    )(tokens, mask, sequence_ids, keys)
     targets = labels[:, 1:]
     counted = targets != IGNORED
     log_probs = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32), axis=-1)
