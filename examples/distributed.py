@@ -58,9 +58,9 @@ def main() -> None:
     moments = optimizer.init(eqx.filter(model, eqx.is_array))  # outside of jit, so that they lie as the weights do
     random = np.random.default_rng(0)  # the same in every process; the loss shares the rows between devices
     for number in range(args.steps):
-        sharding.agree(step=number)
+        sharding.assert_same_across_processes(step=number)
         tokens = random.integers(0, model.config.vocab_size, (2 * mesh.shape["fsdp"], 128), np.int32)
-        model, moments, loss = step(model, moments, model.layout.everywhere(tokens))
+        model, moments, loss = step(model, moments, model.layout.replicate(tokens))
         say(f"step {number}: loss {float(loss):.4f}")
     result = generate(model, [1, 2, 3], max_new_tokens=8)  # all processes take part, and all have the result
     say(f"tokens: {result.tokens[0].tolist()}")

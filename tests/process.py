@@ -33,7 +33,7 @@ def refused(function) -> dict:
 
 mesh = sharding.make_mesh(fsdp=2, tp=2)
 model = loaded()
-tokens = model.layout.everywhere(TOKENS)
+tokens = model.layout.replicate(TOKENS)
 loss, gradients = gradient(model, tokens)
 trained = eqx.filter_jit(stepped)(model, gradients)
 save_pretrained(trained, Path(DIRECTORY) / "trained")
@@ -56,7 +56,7 @@ answer = {
         "rules": refused(lambda: loaded(rules=other)),
         "file": refused(lambda: from_pretrained(there, mesh=mesh, rules=sharding.FSDP)),
         "dtype": refused(lambda: loaded(dtype="bfloat16" if RANK else "float32")),
-        "step": refused(lambda: sharding.agree(step=10 + RANK)),
+        "step": refused(lambda: sharding.assert_same_across_processes(step=10 + RANK)),
         "prompts": refused(lambda: generate(model, [[1, 2, 3 + RANK]], max_new_tokens=2)),
         "axes": refused(lambda: loaded(mesh=sharding.make_mesh(fsdp=4), rules=other)),
         "invalid": refused(lambda: generate(model, [[RANK * 99]], max_new_tokens=2)),

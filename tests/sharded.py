@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from mpt_eqx import MPT, from_pretrained, generate, prefill, quantize, save_pretrained, sharding, stream
-from mpt_eqx.sharding.qkv import in_sections
+from mpt_eqx.sharding.qkv import split_qkv
 from mpt_eqx.train import next_token_loss
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -95,7 +95,7 @@ def compare(case: str, preset: str, axes: dict[str, int], kind: str = "auto", ba
     model, wanted = alone(case)
     wanted = {"moved": model, **wanted}
     if shared.blocks[0].attn.Wqkv is None and model.blocks[0].attn.Wqkv is not None:
-        wanted |= {name: in_sections(wanted[name]) for name in ("moved", "gradients", "step")}
+        wanted |= {name: split_qkv(wanted[name]) for name in ("moved", "gradients", "step")}
     found = {"moved": sharding.shard(model, mesh, rules), **computed(shared)}
     return {name: largest(found[name], wanted[name]) for name in wanted}
 
@@ -116,7 +116,7 @@ def streamed(preset: str, axes: dict[str, int]) -> dict:
 def collectives(preset: str, axes: dict[str, int]) -> dict:
     """What the devices send each other in a forward pass."""
     shared = sharding.shard(alone("hf_generate")[0], sharding.make_mesh(**axes), rules_of(preset, None))
-    rows = eqx.filter_jit(lambda model, tokens: jax.vmap(model)(model.layout.constrained(tokens, "batch", None)))
+    rows = eqx.filter_jit(lambda model, tokens: jax.vmap(model)(model.layout.constrain(tokens, "batch", None)))
     text = rows.lower(shared, TOKENS).compile().compiled.as_text()
     return dict(Counter(re.findall(COLLECTIVES, text)))
 

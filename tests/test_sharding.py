@@ -139,18 +139,17 @@ def test_wrong_rules_and_meshes(tiny_model, monkeypatch):
         FSDP,
         TENSOR_PARALLEL,
         ShardingRules,
-        agree_on_mesh,
         make_mesh,
         partition_specs,
-        prepared,
     )
+    from mpt_eqx.sharding.shard import assert_same_mesh, with_layout
 
     def refused(message):
         return pytest.raises(ShardingError, match=message)
 
     eight = AbstractMesh((8,), ("tp",))
     with refused(r"rules\.embed: expected an axis of the mesh, tp, found 'fsdp'; name the mesh's axes so"):
-        prepared(tiny_model, eight, FSDP)
+        with_layout(tiny_model, eight, FSDP)
     strict = ShardingRules(heads="tp")
     with refused(
         r"blocks\.0\.attn\.Wq\.weight: dimension 0 \(heads\) has size 4, which the 8 devices of mesh axis tp do"
@@ -166,15 +165,15 @@ def test_wrong_rules_and_meshes(tiny_model, monkeypatch):
         ShardingRules(layers="pp")
     with refused(r"rules\.mlp: expected a mesh axis, a tuple of some, or None, found 3"):
         ShardingRules(mlp=3)
-    with refused(r"rules\.uneven: expected a tuple of names, found \['heads'\]"):
-        ShardingRules(uneven=["heads"])
+    with refused(r"rules\.allow_replicated: expected a tuple of names, found \['heads'\]"):
+        ShardingRules(allow_replicated=["heads"])
     with refused(r"expected different mesh axes for batch, kv_heads, head_dim, which stand .* found 'tp' twice"):
         ShardingRules(batch="tp", kv_heads="tp")
     with monkeypatch.context() as patched, refused("mesh: expected devices of all 3 processes, or of one, found none"):
         patched.setattr(jax, "process_count", lambda: 3)
-        agree_on_mesh(SimpleNamespace(is_multi_process=True, devices=np.array(jax.devices()[:1])))
-    with refused(r"rules\.uneven: expected some of vocab, .*, found 'head'"):
-        ShardingRules(uneven=("head",))
+        assert_same_mesh(SimpleNamespace(is_multi_process=True, devices=np.array(jax.devices()[:1])))
+    with refused(r"rules\.allow_replicated: expected some of vocab, .*, found 'head'"):
+        ShardingRules(allow_replicated=("head",))
     with refused(r"mesh: expected at most 1 devices, which there are, found 8 \(fsdp=2 × tp=4\); make it smaller"):
         make_mesh(fsdp=2, tp=4)
     with refused(r"tp: expected a number of devices, ≥ 1, found 0"):

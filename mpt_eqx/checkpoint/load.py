@@ -19,13 +19,13 @@ from mpt_eqx.checkpoint.diagnose import stored_types
 from mpt_eqx.checkpoint.formats.safetensors import DTYPES
 from mpt_eqx.checkpoint.formats.tensors import TensorInfo
 from mpt_eqx.checkpoint.info import CheckpointInfo, read_checkpoint
-from mpt_eqx.checkpoint.load_sharded import placed
+from mpt_eqx.checkpoint.load_sharded import load_sharded
 from mpt_eqx.checkpoint.names import EMBEDDING, HEAD, canonical_name, with_leaves
 from mpt_eqx.config import ShardingRules
 from mpt_eqx.errors import CheckpointError, ShardingError, first_of
 from mpt_eqx.model import MPT
-from mpt_eqx.sharding.multihost import agree, together
-from mpt_eqx.sharding.shard import agree_on, agree_on_mesh, prepared
+from mpt_eqx.sharding.multihost import assert_same_across_processes, run_or_raise_everywhere
+from mpt_eqx.sharding.shard import assert_same_mesh, with_layout
 from mpt_eqx.surgery.quantize import with_zeros
 
 FLOATS = {dtype.name: dtype for dtype in DTYPES.values()}
@@ -98,23 +98,24 @@ def from_pretrained(
 
     several = mesh is not None and mesh.is_multi_process
     if mesh is not None:
-        agree_on_mesh(mesh)
-    info, target = together(looked_at) if several else looked_at()
+        assert_same_mesh(mesh)
+    info, target = run_or_raise_everywhere(looked_at) if several else looked_at()
     shown = sys.stderr.isatty() if progress is None else progress
     key = jax.random.key(0)
     skeleton = eqx.filter_eval_shape(lambda: with_zeros(MPT(info.config, key=key), info.quantization, target))
     if mesh is None or rules is None:
         arrays = _read(info, target, device, mmap, check_finite, shown)
     else:
-        agree_on(info.config, mesh, rules)
         if several:
-            agree(dtype=target.name, quantization=info.quantization)
-        skeleton = prepared(skeleton, mesh, rules)
+            assert_same_across_processes(
+                config=info.config.to_dict(), rules=rules, dtype=target.name, quantization=info.quantization
+            )
+        skeleton = with_layout(skeleton, mesh, rules)
 
         def read() -> dict[str, jax.Array]:
-            return placed(info, weights(info), skeleton, target, mmap, check_finite, shown)
+            return load_sharded(info, weights(info), skeleton, target, mmap, check_finite, shown)
 
-        arrays = together(read) if several else read()
+        arrays = run_or_raise_everywhere(read) if several else read()
     if shown:
         seconds = time.monotonic() - started
         print(f"loaded {info.directory.name}: {summary(info, arrays, seconds)}", file=sys.stderr)

@@ -12,14 +12,14 @@ from mpt_eqx.checkpoint.formats.tensors import TensorInfo
 from mpt_eqx.checkpoint.info import CheckpointInfo
 from mpt_eqx.checkpoint.names import named_leaves
 from mpt_eqx.errors import CheckpointError
-from mpt_eqx.sharding.qkv import section_of
+from mpt_eqx.sharding.qkv import qkv_slice_of
 from mpt_eqx.sharding.shard import named_shardings
 
 
-def placed(
+def load_sharded(
     info: CheckpointInfo,
     named: Mapping[str, TensorInfo],
-    skeleton: Any,
+    model: Any,
     dtype: np.dtype,
     mmap: bool,
     check_finite: bool,
@@ -30,7 +30,7 @@ def placed(
     Args:
         info: the checkpoint.
         named: its tensors by canonical name.
-        skeleton: the shapes of the model, with its layout.
+        model: the shapes of the model, with its layout.
         dtype: the type that weights are to have.
         mmap: as in `from_pretrained`, like the next two.
         check_finite: as there.
@@ -40,7 +40,7 @@ def placed(
         CheckpointError: a tensor holds NaN or infinity.
         ShardingError: rules, mesh and model do not fit together.
     """
-    leaves, shardings = named_leaves(skeleton), jax.tree.leaves(named_shardings(skeleton))
+    leaves, shardings = named_leaves(model), jax.tree.leaves(named_shardings(model))
 
     def part(
         index: tuple[slice, ...], of: TensorInfo, view: np.ndarray, dtype: np.dtype, made: dict[str, np.ndarray]
@@ -54,11 +54,11 @@ def placed(
         return made[str(index)]
 
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.values())
-    on_cpu = skeleton.layout.mesh.devices.flat[0].platform == "cpu"
+    on_cpu = model.layout.mesh.devices.flat[0].platform == "cpu"
     arrays: dict[str, jax.Array] = {}
     with byte_bar(f"loading {info.directory.name}", total, progress) as bar:
         for (name, leaf), sharding in zip(leaves.items(), shardings, strict=True):
-            stored, rows = (name, slice(None)) if name in named else section_of(name, info.config)
+            stored, rows = (name, slice(None)) if name in named else qkv_slice_of(name, info.config)
             tensor = named[stored]
             view, wanted = tensor.read()[rows], kept_dtype(name, tensor, dtype)
 

@@ -23,8 +23,8 @@ from mpt_eqx.config import MPTConfig
 from mpt_eqx.config.quantization import KEY, Quantization
 from mpt_eqx.errors import CheckpointError
 from mpt_eqx.model import MPT
-from mpt_eqx.sharding.multihost import together
-from mpt_eqx.sharding.qkv import in_fused, section_of
+from mpt_eqx.sharding.multihost import run_or_raise_everywhere
+from mpt_eqx.sharding.qkv import is_qkv_slice, qkv_slice_of
 from mpt_eqx.surgery.quantize import quantization_of
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -57,7 +57,7 @@ def save_pretrained(model: MPT, directory: str | Path, *, max_shard_size: int | 
     limit, quantization = parse_size(max_shard_size), quantization_of(model)
     tensors = [_outgoing(stored_name(name, model.config), leaves) for name, leaves in _whole_tensors(model).items()]
     if model.layout is not None and model.layout.several_processes:
-        together(lambda: _by_the_first(Path(directory), model.config, tensors, limit, quantization))
+        run_or_raise_everywhere(lambda: _by_the_first(Path(directory), model.config, tensors, limit, quantization))
     else:
         write_checkpoint(Path(directory), model.config, tensors, limit, quantization=quantization)
 
@@ -125,8 +125,8 @@ def _whole_tensors(model: MPT) -> dict[str, list[jax.Array | np.ndarray]]:
     """Returns the weights by the canonical names of the tensors, a Wqkv perhaps as its three sections."""
     tensors: dict[str, list[jax.Array | np.ndarray]] = {}
     for name, leaf in named_leaves(model).items():
-        fused = model.layout is not None and in_fused(name, model.config)
-        tensors.setdefault(section_of(name, model.config)[0] if fused else name, []).append(leaf)
+        fused = model.layout is not None and is_qkv_slice(name, model.config)
+        tensors.setdefault(qkv_slice_of(name, model.config)[0] if fused else name, []).append(leaf)
     return tensors
 
 

@@ -95,12 +95,12 @@ def by_axes(state: DecodeState, function: Callable[..., Any]) -> DecodeState:
 
 def on_mesh(model: MPT, state: DecodeState) -> DecodeState:
     """Returns the state as it lies on the model's mesh, if it has one."""
-    return state if model.layout is None else by_axes(state, model.layout.constrained)
+    return state if model.layout is None else by_axes(state, model.layout.constrain)
 
 
 def replicated(model: MPT, tree: Any) -> Any:
     """Returns arrays that the host is to read, as all devices of the model's mesh have them, if it has one."""
-    return tree if model.layout is None else model.layout.replicated(tree)
+    return tree if model.layout is None else model.layout.constrain_replicated(tree)
 
 
 @eqx.filter_jit

@@ -14,7 +14,7 @@ from mpt_eqx.generation.choose import SamplingOptions
 from mpt_eqx.generation.decode import Decoded, DecodeState, decode, read, spread
 from mpt_eqx.generation.validate import power_of_two
 from mpt_eqx.model import MPT
-from mpt_eqx.sharding.multihost import agree
+from mpt_eqx.sharding.multihost import assert_same_across_processes
 
 CHUNK = 8
 """Tokens made between two looks of the host."""
@@ -78,7 +78,7 @@ def read_prompts(
 
 def everywhere(model: MPT, tree: Any) -> Any:
     """Returns arrays of the host, or of one device, where the devices of the model can read them."""
-    return jax.device_put(tree) if model.layout is None else model.layout.everywhere(tree)
+    return jax.device_put(tree) if model.layout is None else model.layout.replicate(tree)
 
 
 def agree_on_arguments(arguments: Mapping[str, Any]) -> None:
@@ -95,7 +95,7 @@ def agree_on_arguments(arguments: Mapping[str, Any]) -> None:
     layout = arguments["model"].layout
     if layout is not None and layout.several_processes:
         left_out = ("model", "prefix", "progress")
-        agree(
+        assert_same_across_processes(
             **{name: x for name, x in arguments.items() if name not in left_out and not isinstance(x, Iterator)},
             prefix=len(arguments["prefix"]) if arguments.get("prefix") is not None else 0,
         )

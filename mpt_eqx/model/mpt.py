@@ -176,7 +176,7 @@ class MPT(eqx.Module):
 
     def _shared(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """Returns the residual stream as it lies on a mesh, if the model does."""
-        return x if self.layout is None else self.layout.constrained_row(x, "seq", None)
+        return x if self.layout is None else self.layout.constrain_batched(x, "seq", None)
 
     def _run(
         self,

@@ -20,15 +20,15 @@ class Layout(eqx.Module):
     mesh: Mesh | AbstractMesh = eqx.field(static=True)
     rules: ShardingRules = eqx.field(static=True)
 
-    def constrained(self, x: Shaped[jax.Array, "..."], *names: str | None) -> Shaped[jax.Array, "..."]:
+    def constrain(self, x: Shaped[jax.Array, "..."], *names: str | None) -> Shaped[jax.Array, "..."]:
         """Returns an array of which each axis is shared as the rules have it for its logical name; under vmap, too.
 
         An axis that the mesh does not divide stays whole.
         """
         return jax.lax.with_sharding_constraint(x, self.sharding(x.shape, *names))
 
-    def constrained_row(self, x: Shaped[jax.Array, "..."], *names: str | None) -> Shaped[jax.Array, "..."]:
-        """Returns what `constrained` does for the array of one row of a batch: vmap's axis is that of the batch.
+    def constrain_batched(self, x: Shaped[jax.Array, "..."], *names: str | None) -> Shaped[jax.Array, "..."]:
+        """Returns what `constrain` does for the array of one row of a batch: vmap's axis is that of the batch.
 
         Otherwise XLA would be free to share the width of activations instead, as the weights of FSDP are, and to add up
         parts of every product where it should gather weights.
@@ -36,11 +36,11 @@ class Layout(eqx.Module):
 
         @jax.custom_batching.custom_vmap
         def shared(x: jax.Array) -> jax.Array:
-            return self.constrained(x, *names)
+            return self.constrain(x, *names)
 
         @shared.def_vmap
         def _(size: int, batched: list[bool], x: jax.Array) -> tuple[jax.Array, bool]:
-            return self.constrained(x, "batch", *names), True
+            return self.constrain(x, "batch", *names), True
 
         @jax.custom_jvp  # because the above cannot be transposed
         def differentiable(x: jax.Array) -> jax.Array:
@@ -48,11 +48,11 @@ class Layout(eqx.Module):
 
         @differentiable.defjvp
         def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-            return shared(*primals), self.constrained(*tangents, *names)
+            return shared(*primals), self.constrain(*tangents, *names)
 
         return differentiable(x)
 
-    def everywhere(self, tree: PyTree[Shaped[jax.Array | np.ndarray, "..."]]) -> PyTree[Shaped[jax.Array, "..."]]:
+    def replicate(self, tree: PyTree[Shaped[jax.Array | np.ndarray, "..."]]) -> PyTree[Shaped[jax.Array, "..."]]:
         """Returns arrays of the host that all devices have; in several processes, each hands over the same."""
         sharding = NamedSharding(self.mesh, PartitionSpec())
         if not self.several_processes:
@@ -66,7 +66,7 @@ class Layout(eqx.Module):
 
         return jax.tree.map(one, tree)
 
-    def replicated(self, tree: PyTree[Shaped[jax.Array, "..."]]) -> PyTree[Shaped[jax.Array, "..."]]:
+    def constrain_replicated(self, tree: PyTree[Shaped[jax.Array, "..."]]) -> PyTree[Shaped[jax.Array, "..."]]:
         """Returns computed arrays that all devices have, so that every process can read them; under jit."""
         return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, PartitionSpec()))
 
@@ -76,20 +76,20 @@ class Layout(eqx.Module):
         return isinstance(self.mesh, Mesh) and self.mesh.is_multi_process
 
     def sharding(self, shape: tuple[int, ...], *names: str | None) -> NamedSharding:
-        """Returns how an array of activations lies, as `constrained` has it."""
+        """Returns how an array of activations lies, as `constrain` has it."""
         shared = []
         for size, name in zip(shape, names, strict=True):
             axes = self.rules.axes(name)
             shared.append(axes if axes and size % _size(self.mesh, axes) == 0 else None)
-        return NamedSharding(self.mesh, spec(shared))
+        return NamedSharding(self.mesh, make_spec(shared))
 
 
-def spec(shared: list[tuple[str, ...] | None]) -> PartitionSpec:
+def make_spec(shared: list[tuple[str, ...] | None]) -> PartitionSpec:
     """Returns a PartitionSpec, in which a single axis stands alone."""
     return PartitionSpec(*(axes[0] if axes and len(axes) == 1 else axes or None for axes in shared))
 
 
-def automatic(mesh: Mesh) -> Mesh:
+def with_auto_axes(mesh: Mesh) -> Mesh:
     """Returns the mesh with axes over which XLA decides what is not said, which is how the model is written."""
     return Mesh(mesh.devices, mesh.axis_names)
 
@@ -97,7 +97,7 @@ def automatic(mesh: Mesh) -> Mesh:
 def check_axes(rules: ShardingRules, mesh: Mesh | AbstractMesh) -> None:
     """Refuses rules with an axis that the mesh has not."""
     for field in dataclasses.fields(rules):
-        for axis in () if field.name == "uneven" else rules.axes(field.name):
+        for axis in () if field.name == "allow_replicated" else rules.axes(field.name):
             if axis not in mesh.shape:
                 raise ShardingError(
                     f"rules.{field.name}: expected an axis of the mesh, {' or '.join(mesh.shape)}, found {axis!r}; "
@@ -105,7 +105,7 @@ def check_axes(rules: ShardingRules, mesh: Mesh | AbstractMesh) -> None:
                 )
 
 
-def resolved(
+def resolve_spec(
     name: str, sizes: tuple[int, ...], names: tuple[str | None, ...], rules: ShardingRules, mesh: Mesh | AbstractMesh
 ) -> PartitionSpec:
     """Returns how a weight lies on a mesh.
@@ -126,15 +126,15 @@ def resolved(
         parts = _size(mesh, axes)
         if size % parts == 0:
             shared.append(axes)
-        elif axis in rules.uneven:
+        elif axis in rules.allow_replicated:
             shared.append(None)
         else:
             raise ShardingError(
                 f"{name}: dimension {dimension} ({axis}) has size {size}, which the {parts} devices of mesh axis "
                 f"{'×'.join(axes)} do not divide; choose another mesh, or leave it whole with dataclasses.replace("
-                f"rules, uneven=(*rules.uneven, {axis!r}))"
+                f"rules, allow_replicated=(*rules.allow_replicated, {axis!r}))"
             )
-    return spec(shared)
+    return make_spec(shared)
 
 
 def _size(mesh: Mesh | AbstractMesh, axes: tuple[str, ...]) -> int:

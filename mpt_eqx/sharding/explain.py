@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh
 from mpt_eqx.config import MPTConfig, ShardingRules
 from mpt_eqx.config.sharding_rules import mesh_axes
 from mpt_eqx.model import MPT
-from mpt_eqx.sharding.shard import _arrays, _is_spec, _name, _resolved_specs, prepared, skeleton, weight_axes
+from mpt_eqx.sharding.shard import _arrays, _is_spec, _name, _resolved_specs, abstract_model, weight_axes, with_layout
 
 
 def explain(model: MPT | MPTConfig, mesh: Mesh | AbstractMesh, rules: ShardingRules) -> str:
@@ -26,7 +26,7 @@ def explain(model: MPT | MPTConfig, mesh: Mesh | AbstractMesh, rules: ShardingRu
     Raises:
         ShardingError: as `shard`.
     """
-    tree = prepared(skeleton(model, jax.numpy.bfloat16), mesh, rules)
+    tree = with_layout(abstract_model(model, jax.numpy.bfloat16), mesh, rules)
     specs = jax.tree.leaves(_resolved_specs(tree), is_leaf=_is_spec)
     rows: collections.Counter[tuple[str, ...]] = collections.Counter()
     total = share = 0

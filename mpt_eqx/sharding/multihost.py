@@ -1,8 +1,11 @@
-"""What several processes agree on before they compute together, where one would otherwise wait for ever for others."""
+"""Several processes on one mesh: checks that they compute the same, since otherwise one waits for ever."""
 
+import dataclasses
+import functools
+import inspect
 import json
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import numpy as np
@@ -11,16 +14,18 @@ from jax.experimental import multihost_utils
 from mpt_eqx.errors import ShardingError, printable
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
-def agree(**what: Any) -> None:
-    """Refuses to go on where processes differ: all call it at the same place, and all raise then.
+def assert_same_across_processes(**what: Any) -> None:
+    """Raises in every process unless all pass the same; all must call it, at the same place.
 
-    `shard`, `from_pretrained` and `generate` do it for configurations, rules, prompts and options; agree(step=step) is
-    for what only you know.
+    `shard`, `from_pretrained` and `generate` do this for configurations, rules, prompts and options. Call it for what
+    only your program knows: `assert_same_across_processes(step=step)`.
 
     Args:
-        **what: things that JSON can tell apart; of others their repr counts. A mapping is compared key by key.
+        **what: values by name, compared as JSON, or by their repr where JSON has no such type. Mappings and dataclasses
+            are compared field by field, arrays by value, functions by name.
 
     Raises:
         ShardingError: one of them is not the same in all processes.
@@ -38,8 +43,38 @@ def agree(**what: Any) -> None:
             )
 
 
-def together(function: Callable[[], T]) -> T:
-    """Returns function(), which needs no other process, or raises in every process what it raised in one.
+def check_same_arguments(function: Callable[P, T]) -> Callable[P, T]:
+    """Makes a function of a model raise in all processes of its mesh unless all call it with the same arguments.
+
+    The comparison comes before the function's own checks, which would end one process and leave the others waiting. It
+    costs nothing where the mesh belongs to one process. Of a prefix the length is compared; `progress`, which may
+    differ, and iterators, which can be read only once, are not.
+
+    Args:
+        function: its first parameter is called `model`. Of a generator function the arguments are compared at the call.
+
+    Raises:
+        ShardingError: (the decorated function) an argument differs; the message says which and in which process.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        bound = signature.bind(*args, **kwargs)
+        layout = bound.arguments["model"].layout
+        if layout is not None and layout.several_processes:
+            bound.apply_defaults()
+            given = {name: x for name, x in bound.arguments.items() if name not in ("model", "progress")}
+            if given.get("prefix") is not None:
+                given["prefix"] = len(given["prefix"])
+            assert_same_across_processes(**{n: x for n, x in given.items() if not isinstance(x, Iterator)})
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def run_or_raise_everywhere(function: Callable[[], T]) -> T:
+    """Returns function(), or raises in every process if it raised in one; the function itself waits for no other.
 
     Raises:
         ShardingError: it failed in another process.
@@ -68,20 +103,30 @@ def _from_the_difference(*texts: str) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    """Returns something that JSON can tell apart for what it does not know."""
+    """Returns a value that JSON has for one that it has not; the same in every process."""
     if isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
         value = jax.random.key_data(value)
-    return value.tolist() if isinstance(value, jax.Array | np.ndarray | np.generic) else repr(value)
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        return value.tolist()
+    if inspect.isroutine(value):  # whose repr may hold an address
+        return f"{value.__module__}.{value.__qualname__}"
+    return _flat(_fields(value)) if dataclasses.is_dataclass(value) else repr(value)
 
 
 def _flat(what: Mapping[str, Any], before: str = "") -> dict[str, str]:
     flat: dict[str, str] = {}
     for name, value in what.items():
+        if dataclasses.is_dataclass(value):
+            value = _fields(value)
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{before}{name}.")
         else:
             flat[before + str(name)] = json.dumps(value, default=_plain)
     return flat
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
 
 
 def _of_all(text: str) -> list[str]:

@@ -7,19 +7,19 @@ from mpt_eqx.config.sharding_rules import ShardingRules
 # What is counted and not measured: a vocabulary of 97 or six heads on four devices stay whole.
 COUNTED = ("vocab", "heads", "kv_heads", "experts")
 
-DATA_PARALLEL = ShardingRules(batch="dp", uneven=COUNTED)
+DATA_PARALLEL = ShardingRules(batch="dp", allow_replicated=COUNTED)
 """Every device has all weights and a part of the batch. Mesh axis: dp."""
 
-FSDP = ShardingRules(batch="fsdp", embed="fsdp", uneven=COUNTED)
+FSDP = ShardingRules(batch="fsdp", embed="fsdp", allow_replicated=COUNTED)
 """Every device has a part of each weight and of the batch; weights are gathered when they are used. Mesh axis: fsdp."""
 
-TENSOR_PARALLEL = ShardingRules(vocab="tp", heads="tp", kv_heads="tp", mlp="tp", experts="tp", uneven=COUNTED)
+TENSOR_PARALLEL = ShardingRules(vocab="tp", heads="tp", kv_heads="tp", mlp="tp", experts="tp", allow_replicated=COUNTED)
 """Every device has some of the heads, of the hidden numbers, experts and of the vocabulary. Mesh axis: tp."""
 
 FSDP_TP = dataclasses.replace(TENSOR_PARALLEL, batch="fsdp", embed="fsdp")
 """Both. Mesh axes: fsdp and tp."""
 
-SEQUENCE_PARALLEL = ShardingRules(batch="dp", seq="sp", uneven=COUNTED)
+SEQUENCE_PARALLEL = ShardingRules(batch="dp", seq="sp", allow_replicated=COUNTED)
 """Every device has all weights and a part of the positions of each sequence, for long prompts. Mesh axes: dp and sp."""
 
 # The logical axes of each weight: the pattern of its path → the names.

@@ -4,7 +4,6 @@
 losses, gradients and tokens are then computed by all devices of the mesh.
 """
 
-import dataclasses
 import math
 import re
 from typing import Any
@@ -18,9 +17,9 @@ from mpt_eqx.config import MPTConfig, ShardingRules
 from mpt_eqx.errors import ShardingError
 from mpt_eqx.model import MPT
 from mpt_eqx.model.moe import MoE
-from mpt_eqx.ops.layout import Layout, automatic, check_axes, resolved, spec
-from mpt_eqx.sharding.multihost import agree
-from mpt_eqx.sharding.qkv import in_sections
+from mpt_eqx.ops.layout import Layout, check_axes, make_spec, resolve_spec, with_auto_axes
+from mpt_eqx.sharding.multihost import assert_same_across_processes
+from mpt_eqx.sharding.qkv import split_qkv
 from mpt_eqx.sharding.rules import WEIGHT_AXES
 
 
@@ -54,11 +53,13 @@ def partition_specs(model: MPT | MPTConfig, rules: ShardingRules) -> Any:
         ShardingError: two axes of a weight would be shared by the same axis of the mesh, a leaf is none of an MPT's, or
             the rules match nothing in the model.
     """
-    tree = skeleton(model)
+    tree = abstract_model(model)
 
     def one(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
         name = _name(path)
-        return spec([rules.axes(axis) for axis in _unshared_twice(name, weight_axes(name, leaf, tree.config), rules)])
+        return make_spec(
+            [rules.axes(axis) for axis in _unshared_twice(name, weight_axes(name, leaf, tree.config), rules)]
+        )
 
     _refuse_useless(tree, rules)
     return _map_arrays(one, tree)
@@ -80,9 +81,10 @@ def shard(model: MPT, mesh: Mesh, rules: ShardingRules) -> MPT:
             `partition_specs`.
     """
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(model)):
-        agree_on_mesh(mesh)
-        agree_on(model.config, mesh, rules)
-    placed = prepared(model, mesh, rules)
+        assert_same_mesh(mesh)
+        if mesh.is_multi_process:
+            assert_same_across_processes(config=model.config.to_dict(), rules=rules)
+    placed = with_layout(model, mesh, rules)
     shardings = named_shardings(placed)
     return jax.tree.map(
         lambda leaf, sharding: leaf if sharding is None else _placed(leaf, sharding), placed, shardings,
@@ -98,11 +100,11 @@ def _placed(leaf: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(leaf.shape, sharding, lambda part: np.asarray(leaf[part]))
 
 
-def prepared(model: Any, mesh: Mesh | AbstractMesh, rules: ShardingRules) -> Any:
+def with_layout(model: Any, mesh: Mesh | AbstractMesh, rules: ShardingRules) -> Any:
     """Returns the model, or its shapes, as it lies on a mesh, with its layout, and nothing moved yet."""
     check_axes(rules, mesh)
-    tree = in_sections(model) if rules.heads or rules.kv_heads else model
-    layout = Layout(automatic(mesh) if isinstance(mesh, Mesh) else mesh, rules)
+    tree = split_qkv(model) if rules.heads or rules.kv_heads else model
+    layout = Layout(with_auto_axes(mesh) if isinstance(mesh, Mesh) else mesh, rules)
 
     def told(model: Any) -> list[Any]:
         experts = [block.ffn.experts.mlp for block in model.blocks if isinstance(block.ffn, MoE)]
@@ -112,7 +114,7 @@ def prepared(model: Any, mesh: Mesh | AbstractMesh, rules: ShardingRules) -> Any
     return eqx.tree_at(told, tree, [layout, *[layout if rules.experts else None] * count], is_leaf=_is_layout)
 
 
-def agree_on_mesh(mesh: Mesh) -> None:
+def assert_same_mesh(mesh: Mesh) -> None:
     """Refuses a mesh of several processes that is not one of all, or not the same in all."""
     if not mesh.is_multi_process:
         return
@@ -122,13 +124,7 @@ def agree_on_mesh(mesh: Mesh) -> None:
             f"mesh: expected devices of all {jax.process_count()} processes, or of one, found none of process "
             f"{missing[0]}; make it of all of jax.devices()"
         )
-    agree(mesh=dict(mesh.shape), devices=[device.id for device in mesh.devices.flat])
-
-
-def agree_on(config: MPTConfig, mesh: Mesh, rules: ShardingRules) -> None:
-    """Refuses what is not the same in all processes of a mesh."""
-    if mesh.is_multi_process:
-        agree(config=config.to_dict(), rules=dataclasses.asdict(rules))
+    assert_same_across_processes(mesh=dict(mesh.shape), devices=[device.id for device in mesh.devices.flat])
 
 
 def named_shardings(model: Any) -> Any:
@@ -137,7 +133,7 @@ def named_shardings(model: Any) -> Any:
     return jax.tree.map(lambda s: NamedSharding(model.layout.mesh, s), specs, is_leaf=_is_spec)
 
 
-def skeleton(model: MPT | MPTConfig, dtype: Any = np.float32) -> Any:
+def abstract_model(model: MPT | MPTConfig, dtype: Any = np.float32) -> Any:
     """Returns the shapes of a model, or those of that of a configuration, whose weights have a type."""
     if not isinstance(model, MPTConfig):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if _is_array(x) else x, model)
@@ -183,7 +179,7 @@ def _resolved_specs(tree: Any) -> Any:
     def one(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
         name = _name(path)
         axes = _unshared_twice(name, weight_axes(name, leaf, tree.config), rules)
-        return resolved(name, _sizes(leaf, axes, tree.config), axes, rules, mesh)
+        return resolve_spec(name, _sizes(leaf, axes, tree.config), axes, rules, mesh)
 
     return _map_arrays(one, tree)
 

@@ -32,7 +32,7 @@ def next_token_loss(
     Source: llm-foundry 8c8dd48, llmfoundry/models/mpt/modeling_mpt.py, compute_loss_from_logits.
     """
     if model.layout is not None:
-        tokens = model.layout.constrained(tokens, "batch", None)
+        tokens = model.layout.constrain(tokens, "batch", None)
     if labels is None:
         real = jnp.ones_like(tokens, bool) if mask is None else mask.astype(bool)
         real = real if sequence_ids is None else real & (sequence_ids >= 0)
