@@ -1,4 +1,4 @@
-"""`mpt-eqx chat`: a conversation in a process of its own, and in a terminal."""
+"""`mpt-eqx chat`: a conversation, also in a terminal."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from test_cli import run
+from command import run, run_process
 
 CHATML = ("--template", "chatml")
 
@@ -94,7 +94,7 @@ def test_commands():
     assert run("chat", "--seed", -1).stderr.startswith("mpt-eqx: error: --seed: expected a whole number from 0 to 2^63")
     done = run("chat", stdin="/help\n/frobnicate\n\n/quit\nnever read\n")
     assert done.returncode == 0 and done.stdout == ""
-    assert "/reset         forget what was said" in done.stderr and "/frobnicate is no command" in done.stderr
+    assert "/reset         start a new conversation" in done.stderr and "/frobnicate is no command" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_commands():
         (
             ["--max-new-tokens", "1100"],
             "word " * 1018 + "\n",
-            "leaves no room for an answer; /reset begins",
+            "leaves no room for an answer; start a new one with /reset",
         ),
         (["--model", "./none"], "x\n", "./none: no such directory"),
         (["--compile-cache", "/dev/null/x"], "x\n", "--compile-cache: expected a directory, found none"),
@@ -190,9 +190,9 @@ def test_ctrl_c_as_json(monkeypatch, capsys):
 
 def test_what_is_compiled_can_be_kept(tmp_path):
     cache = tmp_path / "cache"
-    first = run("generate", "The", "--max-new-tokens", 4, "--temperature", 0, "--compile-cache", cache)
+    first = run_process("generate", "The", "--max-new-tokens", 4, "--temperature", 0, "--compile-cache", cache)
     kept = {path.name for path in cache.iterdir()}
-    second = run("generate", "The", "--max-new-tokens", 4, "--temperature", 0, "--compile-cache", cache)
+    second = run_process("generate", "The", "--max-new-tokens", 4, "--temperature", 0, "--compile-cache", cache)
     assert first.returncode == second.returncode == 0 and first.stdout == second.stdout
     assert kept and {path.name for path in cache.iterdir() if path.name.endswith("-cache")} <= kept
 

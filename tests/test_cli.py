@@ -1,28 +1,17 @@
-"""The command line, in processes of its own: text on stdout, the rest on stderr, exit codes, one line for an error."""
+"""The command line: results on stdout, the rest on stderr, exit codes, one line for an error."""
 
+import argparse
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
+from command import run, run_process
 from conftest import GOLDEN
 
 
-def run(*args, stdin="", **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "mpt_eqx", *map(str, args)],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
-    )
-
-
 def test_generate_writes_text_and_speed():
-    done = run("generate", "The zip() function", "--max-new-tokens", 24, "--seed", 3)
+    """In a process of its own, as users run it."""
+    done = run_process("generate", "The zip() function", "--max-new-tokens", 24, "--seed", 3)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("The zip() function ") and done.stdout.endswith("\n")
     *before, last = done.stderr.splitlines()
@@ -85,7 +74,7 @@ def test_inspect():
         ("f_rope_theta", "rotary, rope_theta 500, max_seq_len 64"),
         ("f_learned_pos", "learned, max_seq_len 32"),
         ("f_no_pos", "none, max_seq_len 64"),
-        ("f_gqa_kv2", "4 heads over 2 of keys and values, mptmlp 128"),
+        ("f_gqa_kv2", "4 heads, 2 KV heads, mptmlp 128"),
     ],
 )
 def test_inspect_shows_what_is_special(case, text):
@@ -146,7 +135,7 @@ def test_a_config_that_is_not_json(tmp_path):
     (tmp_path / "config.json").write_text("not json")
     done = run("inspect", tmp_path)
     assert done.returncode == 1 and "config.json: expected JSON, found something else" in done.stderr
-    assert "Traceback" in run("inspect", tmp_path, "--debug").stderr
+    assert "Traceback" in run_process("inspect", tmp_path, "--debug").stderr
 
 
 def test_bad_use_is_exit_code_2():
@@ -155,7 +144,33 @@ def test_bad_use_is_exit_code_2():
         assert done.returncode == 2 and done.stderr.startswith("usage: mpt-eqx")
 
 
-def test_help_teaches():
+def test_an_unknown_flag_shows_the_usage_of_its_command():
+    for command in ("generate", "chat", "inspect", "convert", "bench"):
+        done = run(command, *(["a", "b"] if command == "convert" else []), "--nope")
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr.startswith(f"usage: mpt-eqx {command} ")
+        assert done.stderr.endswith(f"mpt-eqx {command}: error: unrecognized arguments: --nope\n")
+
+
+def test_the_version():
+    from mpt_eqx import __version__
+
+    done = run("--version")
+    assert (done.returncode, done.stdout) == (0, f"mpt-eqx {__version__}\n")
+
+
+def test_help_has_examples():
     assert "mpt-eqx generate" in run("--help").stdout
     for text in ("--temperature T", "generation_config.json", "--seed S"):
         assert text in run("generate", "--help").stdout
+
+
+def test_help_states_every_default():
+    from mpt_eqx.cli import _parser
+
+    (commands,) = (a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
+    for name, parser in commands.choices.items():
+        for action in parser._actions:
+            optional = action.option_strings or action.nargs == "?"
+            if optional and action.dest not in ("help", "reference_size"):
+                assert "default: " in action.help, f"{name}: {action.dest}"

@@ -59,7 +59,7 @@ def test_the_command_lines_word_is_the_last(tmp_path):
     """Over the file's: another length than its least one, and all of it with --no-defaults."""
     import shutil
 
-    from test_cli import run
+    from command import run
 
     from mpt_eqx import SHIPPED_MODEL
 

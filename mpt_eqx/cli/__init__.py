@@ -1,9 +1,10 @@
-"""The command line `mpt-eqx`. One module per command; text goes to stdout, everything else to stderr."""
+"""The command line `mpt-eqx`: one module per command. Results go to stdout, everything else to stderr."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
+from mpt_eqx import __version__
 from mpt_eqx.cli import bench, chat, convert, generate, inspect
 from mpt_eqx.errors import MPTError
 
@@ -11,21 +12,24 @@ COMMANDS = (generate, chat, inspect, convert, bench)  # one module each, in the 
 
 EXAMPLES = """examples:
   mpt-eqx generate "The zip() function"                      the small model that ships with mpt_eqx
-  mpt-eqx generate "Once" --model ./mpt-7b --temperature 0    a local checkpoint, likeliest tokens
-  echo "json.dumps(obj" | mpt-eqx generate --seed 3           the prompt from stdin, another draw
+  mpt-eqx generate "Once" --model ./mpt-7b --temperature 0    a local checkpoint, greedy decoding
+  echo "json.dumps(obj" | mpt-eqx generate --seed 3           the prompt from stdin, another seed
   mpt-eqx chat --model ./mpt-7b-chat --template chatml         a conversation
-  mpt-eqx inspect ./mpt-7b                                    what a checkpoint holds, and what is wrong with it
-  mpt-eqx convert ./mpt-7b ./mpt-7b-aligned                   torch files or GGUF to safetensors that load at once
+  mpt-eqx inspect ./mpt-7b                                    what a checkpoint contains, and what is wrong with it
+  mpt-eqx convert ./mpt-7b ./mpt-7b-aligned                   torch files or GGUF to memory-mapped safetensors
   mpt-eqx bench --model ./mpt-7b --forms bfloat16,int8        how fast that is here, beside other libraries
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0 ok, 1 failure with one line on stderr, 2 bad use."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    """Runs one command and returns its exit code: 0 success, 1 failure (one line on stderr), 2 invalid usage."""
+    # parse_args would answer an unknown flag with the usage of the main parser, whichever command was given.
+    args, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        return args.run(args)
+        code: int = args.run(args)
+        return code
     except MPTError as error:
         if args.debug:
             raise
@@ -33,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read our text has had enough
+    except BrokenPipeError:  # the reader of a pipe has closed it
         sys.stderr.close()
         return 0
 
@@ -45,10 +49,13 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"mpt-eqx {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    shared.add_argument("--revision", metavar="R", help="branch, tag or commit of a Hub repository")
+    shared.add_argument("--debug", action="store_true", help="show the traceback of an error (default: one line)")
+    shared.add_argument("--revision", metavar="R", help="branch, tag or commit of a Hub repository (default: main)")
     for command in COMMANDS:
         command.add_to(commands, shared)
+    for subparser in commands.choices.values():
+        subparser.set_defaults(parser=subparser)
     return parser

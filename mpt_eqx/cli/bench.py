@@ -71,7 +71,9 @@ def add_to(commands: Any, shared: argparse.ArgumentParser) -> None:
     ):
         least = 8 if flag == "--prompt" else 1
         parser.add_argument(flag, type=count(least), default=value, metavar="N", help=f"{text} (default: {value})")
-    parser.add_argument("--output", metavar="DIR", help="write speed.json, speed.md and speed.png here")
+    parser.add_argument(
+        "--output", metavar="DIR", help="write speed.json, speed.md and speed.png here (default: not written)"
+    )
     parser.set_defaults(run=run)
 
 

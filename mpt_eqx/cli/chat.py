@@ -14,74 +14,75 @@ if TYPE_CHECKING:
     from mpt_eqx.generation import Prefix
     from mpt_eqx.model import MPT
 
-COMMANDS = """/reset         forget what was said
-/system TEXT   begin anew, with TEXT as the system's message
-/help          these lines
-/quit          leave; Ctrl-D does too
-A line that begins with a space is a message, whatever follows.
-Ctrl-C ends an answer; what there is of it stays in the conversation."""
+COMMANDS = """/reset         start a new conversation
+/system TEXT   start a new conversation with TEXT as the system message
+/help          show this help
+/quit          quit; so does Ctrl-D
+A line that begins with a space is always a message.
+Ctrl-C stops the answer; the part that was printed stays in the conversation."""
 
-LEAST = 16  # tokens that must be left for an answer
-ENDS = ("<|im_end|>", "<|endoftext|>")  # what llm-foundry's chat ends an answer at, where the tokenizer has them
+MIN_ANSWER = 16  # tokens that must be left for an answer
+# Where llm-foundry's chat ends an answer, if the tokenizer has them.
+END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 
 def add_to(commands: Any, shared: argparse.ArgumentParser) -> None:
     """Adds the command to the subparsers `commands`; `shared` holds the options of every command."""
     parser = commands.add_parser(
-        "chat", parents=[shared], help="talk with a model",
-        description="Reads a message a line from stdin and writes the answers to stdout.",
-        epilog=f"in the conversation:\n{COMMANDS}", formatter_class=argparse.RawDescriptionHelpFormatter,
+        "chat", parents=[shared], help="chat with a model",
+        description="Reads one message per line from stdin and writes the answers to stdout.",
+        epilog=f"commands in a conversation:\n{COMMANDS}", formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    add_options(parser)
-    parser.add_argument("--system", metavar="TEXT", help="the system's message")
+    add_options(parser, max_new_tokens=512)
+    parser.add_argument("--system", metavar="TEXT", help="system message (default: none)")
     parser.add_argument(
         "--template", metavar="T",
-        help="chatml (MosaicML's chat models), mpt-instruct (its instruct models) or the file of a Jinja template "
+        help="chatml (MosaicML's chat models), mpt-instruct (its instruct models) or a file with a Jinja template "
         "(default: the checkpoint's own)",
     )  # fmt: skip
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answers each line of stdin until it ends; the whole conversation so far is the prompt."""
+    """Answers each line of stdin; the prompt is the whole conversation so far."""
     from mpt_eqx.generation import stream
     from mpt_eqx.text import until_stop
 
     template = _template(args.template)
     place, tokenizer, options = read_options(args)
-    most = options.pop("max_new_tokens", 512)
-    ends = {*options.pop("eos_token_ids"), *tokenizer.ids_of(ENDS)}
+    max_new_tokens = options.pop("max_new_tokens")
+    end_ids = {*options.pop("eos_token_ids"), *tokenizer.ids_of(END_TOKENS)}
     start = [] if args.system is None else [{"role": "system", "content": args.system}]
-    # A template that cannot be used is told at once, not after the first message.
+    # Fail on an unusable template now, not after the first message.
     tokenizer.apply_chat_template([*start, {"role": "user", "content": "?"}], chat_template=template)
     model = load(place, args, tokenizer, options)
-    said, prefix, note = list(start), None, Note()
+    messages, prefix, note = list(start), None, Note()
     for line in _lines():
         command, _, rest = line.partition(" ")
         if command in ("/reset", "/system"):
             if command == "/system":
                 start = [{"role": "system", "content": rest}] if rest else []
-            said, prefix = list(start), None
+            messages, prefix = list(start), None
             continue
         if command == "/quit":
             break
         if line.startswith("/"):
             print(COMMANDS if command == "/help" else f"{command} is no command\n{COMMANDS}", file=sys.stderr)
             continue
-        said.append({"role": "user", "content": line})
+        messages.append({"role": "user", "content": line})
         answer: list[str] = []
         try:
-            note.show("reading …")
-            tokens = tokenizer.apply_chat_template(said, chat_template=template)
-            room = min(most, model.config.max_seq_len - len(tokens))
-            if room < min(most, LEAST):
+            note.show("prefill …")
+            tokens = tokenizer.apply_chat_template(messages, chat_template=template)
+            room = min(max_new_tokens, model.config.max_seq_len - len(tokens))
+            if room < min(max_new_tokens, MIN_ANSWER):
                 raise GenerationError(
                     f"the conversation has {len(tokens)} tokens of max_seq_len={model.config.max_seq_len}, which "
-                    f"leaves no room for an answer; /reset begins a new one"
+                    f"leaves no room for an answer; start a new one with /reset"
                 )
-            prefix = _read(model, prefix, tokens)
-            made = stream(model, [], prefix=prefix, max_new_tokens=room, eos_token_ids=tuple(ends), **options)
-            for piece in until_stop(tokenizer.decode_stream(_before(made, ends)), args.stop):
+            prefix = _extend(model, prefix, tokens)
+            new = stream(model, [], prefix=prefix, max_new_tokens=room, eos_token_ids=tuple(end_ids), **options)
+            for piece in until_stop(tokenizer.decode_stream(_before(new, end_ids)), args.stop):
                 note.clear()
                 answer.append(piece)
                 print(piece, end="", flush=True)
@@ -92,19 +93,19 @@ def run(args: argparse.Namespace) -> int:
                 raise
             note.clear()
             print(f"mpt-eqx: {error}", file=sys.stderr)
-            said.pop()
+            messages.pop()
             continue
         note.clear()
         print(flush=True)
         if answer:
-            said.append({"role": "assistant", "content": "".join(answer)})
-        else:  # interrupted before the first word, or ended with none
-            said.pop()
+            messages.append({"role": "assistant", "content": "".join(answer)})
+        else:  # interrupted before the first token, or an empty answer
+            messages.pop()
     return 0
 
 
 def _lines() -> Iterator[str]:
-    """Yields the lines of stdin that are not empty; in a terminal with a sign to write at, and line editing."""
+    """Yields the non-empty lines of stdin; a terminal gets a prompt and line editing."""
     if sys.stdin.isatty():
         importlib.import_module("readline")  # gives input() its editing and history
     while True:
@@ -116,8 +117,8 @@ def _lines() -> Iterator[str]:
             yield line
 
 
-def _read(model: "MPT", prefix: "Prefix | None", tokens: list[int]) -> "Prefix":
-    """Returns tokens read, of which those that the earlier prefix holds are not read again."""
+def _extend(model: "MPT", prefix: "Prefix | None", tokens: list[int]) -> "Prefix":
+    """Returns the prefix of `tokens`; tokens that the earlier prefix has cached are not computed again."""
     from mpt_eqx.generation import prefill
 
     if prefix is not None and prefix.tokens.tolist() == tokens[: len(prefix)]:
@@ -125,9 +126,9 @@ def _read(model: "MPT", prefix: "Prefix | None", tokens: list[int]) -> "Prefix":
     return prefill(model, tokens)
 
 
-def _before(tokens: Iterator[int], ends: set[int]) -> Iterator[int]:
+def _before(tokens: Iterator[int], end_ids: set[int]) -> Iterator[int]:
     for token in tokens:
-        if token in ends:
+        if token in end_ids:
             return
         yield token
 

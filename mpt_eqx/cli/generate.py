@@ -1,4 +1,4 @@
-"""`mpt-eqx generate`: how a prompt goes on."""
+"""`mpt-eqx generate`: continues a prompt."""
 
 import argparse
 import json
@@ -14,22 +14,24 @@ from mpt_eqx.errors import GenerationError
 def add_to(commands: Any, shared: argparse.ArgumentParser) -> None:
     """Adds the command to the subparsers `commands`; `shared` holds the options of every command."""
     parser = commands.add_parser(
-        "generate", parents=[shared], help="continue a prompt", description="Writes how a prompt goes on, to stdout."
+        "generate",
+        parents=[shared],
+        help="continue a prompt",
+        description="Continues a prompt and streams the text to stdout.",
     )
-    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="text to continue; from stdin when left out")
-    add_options(parser)
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of streamed text")
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="text to continue (default: read from stdin)")
+    add_options(parser, max_new_tokens=128)
+    parser.add_argument("--json", action="store_true", help="print one JSON object (default: streamed text)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the text to stdout as it is made, its speed to stderr; after Ctrl-C what there is, and returns 130."""
+    """Streams the text to stdout and prints its speed to stderr; Ctrl-C ends the text, and 130 is returned."""
     from mpt_eqx.generation import stream
     from mpt_eqx.text import until_stop
 
     prompt = args.prompt if args.prompt is not None else sys.stdin.read().removesuffix("\n")
     place, tokenizer, options = read_options(args)
-    options.setdefault("max_new_tokens", 128)
     tokens = tokenizer.encode(prompt)
     if not tokens:
         raise GenerationError("PROMPT: expected some text, found an empty prompt")
@@ -39,24 +41,24 @@ def run(args: argparse.Namespace) -> int:
     note.show("compiling …")
     started = time.monotonic()
     new_tokens: list[int] = []
-    moments: list[float] = []
+    times: list[float] = []
 
-    def noted() -> Iterator[int]:
+    def recorded() -> Iterator[int]:
         for token in stream(model, tokens, **options):
             note.clear()
-            moments.append(time.monotonic())
+            times.append(time.monotonic())
             new_tokens.append(token)
             yield token
 
     text, interrupted = "", False
     try:
-        for piece in until_stop(tokenizer.decode_stream(noted()), args.stop):
+        for piece in until_stop(tokenizer.decode_stream(recorded()), args.stop):
             text += piece
             if not args.json:
                 print(prompt + piece if text == piece else piece, end="", flush=True)
     except KeyboardInterrupt:
         interrupted = True
-        # Of what was held back, because it could have become a stop or half a character, nothing is lost.
+        # Print what was held back because it could have become a stop string or half a character.
         rest = tokenizer.decode(new_tokens).removesuffix("\ufffd")[len(text) :]
         text += rest
         if not args.json:
@@ -76,15 +78,15 @@ def run(args: argparse.Namespace) -> int:
     else:
         print("" if text else prompt)
     if new_tokens:
-        print(speed(len(tokens), started, moments), file=sys.stderr)
+        print(speed(len(tokens), started, times), file=sys.stderr)
     return 130 if interrupted else 0
 
 
-def speed(prompt_tokens: int, started: float, moments: list[float]) -> str:
-    """Returns a line on how fast it went: after the first chunk, or over all where that one was the only one."""
+def speed(prompt_tokens: int, started: float, times: list[float]) -> str:
+    """Returns a line on the speed: without the first chunk, which includes compilation, if there are others."""
     from mpt_eqx.generation.loop import CHUNK
 
-    counts = f"{prompt_tokens} prompt tokens, {len(moments)} new tokens"
-    if len(moments) > CHUNK:
-        return f"{counts}, {(len(moments) - CHUNK) / (moments[-1] - moments[0]):.1f} tokens/s"
-    return f"{counts}, {len(moments) / (time.monotonic() - started):.1f} tokens/s with compilation"
+    counts = f"{prompt_tokens} prompt tokens, {len(times)} new tokens"
+    if len(times) > CHUNK:
+        return f"{counts}, {(len(times) - CHUNK) / (times[-1] - times[0]):.1f} tokens/s"
+    return f"{counts}, {len(times) / (time.monotonic() - started):.1f} tokens/s with compilation"

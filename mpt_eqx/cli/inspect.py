@@ -1,4 +1,4 @@
-"""`mpt-eqx inspect`: what a checkpoint holds, and what is wrong with it."""
+"""`mpt-eqx inspect`: shows what a checkpoint contains and what is wrong with it."""
 
 import argparse
 import sys
@@ -12,25 +12,26 @@ from mpt_eqx.config.quantization import Quantization
 def add_to(commands: Any, shared: argparse.ArgumentParser) -> None:
     """Adds the command to the subparsers `commands`; `shared` holds the options of every command."""
     parser = commands.add_parser(
-        "inspect", parents=[shared], help="show what a checkpoint holds",
-        description="Reads a checkpoint's headers and shows what it holds; exit code 1 if it cannot be loaded.",
+        "inspect", parents=[shared], help="show what a checkpoint contains",
+        description="Reads a checkpoint's headers and shows its contents; exit code 1 if it cannot be loaded.",
     )  # fmt: skip
     parser.add_argument(
-        "model", nargs="?", default=str(SHIPPED_MODEL), metavar="M", help="directory, weight file or Hub repository id"
-    )
+        "model", nargs="?", default=str(SHIPPED_MODEL), metavar="M",
+        help="directory, weight file or Hub repository id (default: the small model that ships with mpt_eqx)",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes what the checkpoint holds to stdout, its problems to stderr; exit code 1 if there are any."""
+    """Prints the contents to stdout and problems to stderr; returns 1 if there are problems."""
     from mpt_eqx.checkpoint import checkpoint_info
     from mpt_eqx.checkpoint.names import HEAD, canonical_name
 
     info = checkpoint_info(args.model, revision=args.revision)
     config, files = info.config, sorted({tensor.file for tensor in info.tensors})
-    # Whether it is the embedding again, as it should be, is not in the headers.
+    # The headers do not say whether it equals the embedding, as it should.
     heads = [tensor.name for tensor in info.tensors if canonical_name(tensor.name) == HEAD]
-    tied = "tied" + (f" ({heads[0]} is there too; that it is the same shows when it is loaded)" if heads else "")
+    tied = "tied" + (f" ({heads[0]} is stored, too; loading checks that it is the same)" if heads else "")
     rows = [
         ("directory", info.directory),
         ("format", f"{info.format}, {len(files)} file{'s' * (len(files) != 1)}, {info.bytes / 1e6:,.1f} MB"),
@@ -39,12 +40,12 @@ def run(args: argparse.Namespace) -> int:
         *([("quantised", _quantised(info.quantization))] if info.quantization else []),
         (
             "layers",
-            f"{config.n_layers} of width {config.d_model}, {config.n_heads} heads over {config.kv_heads} of keys and "
-            f"values, {config.ffn_config.ffn_type} {config.ffn_hidden_size}",
+            f"{config.n_layers}, d_model {config.d_model}, {config.n_heads} heads, {config.kv_heads} KV heads, "
+            f"{config.ffn_config.ffn_type} {config.ffn_hidden_size}",
         ),
         (
             "vocabulary",
-            f"{config.vocab_size:,}, output matrix {tied if config.tie_word_embeddings else 'of its own'}",
+            f"{config.vocab_size:,}, lm_head {tied if config.tie_word_embeddings else 'untied'}",
         ),
         ("positions", f"{_positions(config)}, max_seq_len {config.max_seq_len:,}"),
         ("tokenizer", "tokenizer.json" if (Path(info.directory) / "tokenizer.json").is_file() else "none"),
@@ -59,9 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _quantised(quantization: Quantization) -> str:
-    return (
-        f"matrices in {quantization.scheme}, {'the embedding, too' if quantization.embeddings else 'but the embedding'}"
-    )
+    return f"{quantization.scheme} weights, embedding {'included' if quantization.embeddings else 'not quantised'}"
 
 
 def _positions(config: MPTConfig) -> str:

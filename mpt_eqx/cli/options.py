@@ -1,4 +1,4 @@
-"""What the commands that write text have in common: their options, the model, and a word on stderr meanwhile."""
+"""Options, model loading and the status line that `generate` and `chat` share."""
 
 import argparse
 import sys
@@ -12,48 +12,56 @@ if TYPE_CHECKING:
     from mpt_eqx.model import MPT
     from mpt_eqx.text import Tokenizer
 
+# Flag, type, metavar, help, and the default where the checkpoint's generation_config.json has none.
 SAMPLING = (
-    ("--temperature", float, "T", "0 for the likeliest tokens, more for variety"),
-    ("--top-k", int, "K", "draw from the K likeliest tokens only"),
-    ("--top-p", float, "P", "draw from the likeliest tokens of probability P only"),
-    ("--min-p", float, "P", "draw only from tokens at least P times as likely as the likeliest"),
-    ("--typical-p", float, "P", "draw from the most typical tokens of probability P only"),
-    ("--repetition-penalty", float, "R", "above 1: tokens that were there come less likely"),
-    ("--no-repeat-ngram-size", int, "N", "no sequence of N tokens comes twice"),
-    ("--min-new-tokens", int, "N", "at least so many tokens"),
+    ("--temperature", float, "T", "sampling temperature; 0 is greedy decoding", "0"),
+    ("--top-k", int, "K", "sample from the K most probable tokens", "off"),
+    ("--top-p", float, "P", "sample from the smallest set of tokens with total probability P (nucleus)", "off"),
+    ("--min-p", float, "P", "drop tokens less probable than P times the most probable one", "off"),
+    ("--typical-p", float, "P", "sample from the most typical tokens with total probability P", "off"),
+    ("--repetition-penalty", float, "R", "values above 1 make tokens that occurred before less probable", "off"),
+    ("--no-repeat-ngram-size", int, "N", "never repeat a sequence of N tokens", "off"),
+    ("--min-new-tokens", int, "N", "minimum number of new tokens", "0"),
 )
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options on the model and on how its tokens are chosen."""
+def add_options(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
+    """Adds the options for the model and for sampling; `max_new_tokens` is the command's default."""
     parser.add_argument(
         "--model", default=str(SHIPPED_MODEL), metavar="M",
         help="directory, weight file or Hub repository id (default: the small model that ships with mpt_eqx)",
     )  # fmt: skip
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="at most so many tokens")
-    chosen = parser.add_argument_group(
-        "how tokens are chosen", "defaults: the checkpoint's generation_config.json, else the likeliest token"
+    parser.set_defaults(default_max_new_tokens=max_new_tokens)
+    sampling = parser.add_argument_group(
+        "sampling", "Values in the checkpoint's generation_config.json replace the defaults below."
     )
-    for flag, kind, metavar, text in SAMPLING:
-        chosen.add_argument(flag, type=kind, metavar=metavar, help=text)
-    chosen.add_argument(
-        "--no-defaults", action="store_true", help="pay no attention to the checkpoint's generation_config.json"
+    sampling.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help=f"maximum number of new tokens (default: {max_new_tokens})"
     )
-    chosen.add_argument("--seed", type=int, default=0, metavar="S", help="another seed, another text (default: 0)")
-    chosen.add_argument(
-        "--stop", action="append", default=[], metavar="S", help="end before this text; may be repeated"
+    for flag, kind, metavar, text, default in SAMPLING:
+        sampling.add_argument(flag, type=kind, metavar=metavar, help=f"{text} (default: {default})")
+    sampling.add_argument(
+        "--no-defaults", action="store_true", help="ignore the checkpoint's generation_config.json (default: use it)"
     )
+    sampling.add_argument("--seed", type=int, default=0, metavar="S", help="random seed (default: %(default)s)")
+    sampling.add_argument(
+        "--stop", action="append", default=[], metavar="S",
+        help="stop before this text; may be repeated (default: none)",
+    )  # fmt: skip
     parser.add_argument("--dtype", metavar="D", help="float32, bfloat16 or float16 (default: as stored)")
     parser.add_argument(
-        "--compile-cache", metavar="DIR", help="keep what is compiled here, so that the next start is quicker"
-    )
+        "--compile-cache", metavar="DIR",
+        help="keep compiled programs in this directory, which makes the next start faster (default: not kept)",
+    )  # fmt: skip
 
 
 def read_options(args: argparse.Namespace) -> tuple[Path, "Tokenizer", dict[str, Any]]:
-    """Returns where the checkpoint is, its tokenizer, and the arguments of `stream`: the call's, else the checkpoint's.
+    """Returns the checkpoint's path, its tokenizer, and the arguments of `stream`.
+
+    An option on the command line wins over the checkpoint's generation_config.json, which wins over the default.
 
     Raises:
-        MPTError: an option is not valid, or there is no checkpoint with a tokenizer.
+        MPTError: an option is invalid, or there is no checkpoint with a tokenizer.
     """
     import jax
 
@@ -70,19 +78,22 @@ def read_options(args: argparse.Namespace) -> tuple[Path, "Tokenizer", dict[str,
     place = find_checkpoint(args.model, revision=args.revision)
     tokenizer = load_tokenizer(place)
     defaults = {} if args.no_defaults else generation_defaults(place)
-    options = {"temperature": 0.0, **defaults, "eos_token_ids": tokenizer.eos_token_ids}
+    options = {
+        "temperature": 0.0, "max_new_tokens": args.default_max_new_tokens, **defaults,
+        "eos_token_ids": tokenizer.eos_token_ids,
+    }  # fmt: skip
     for flag, *_ in (*SAMPLING, ("--max-new-tokens",)):
         name = flag.removeprefix("--").replace("-", "_")
         if (given := getattr(args, name)) is not None:
             options[name] = given
-    options.pop("num_return_sequences", None)  # here is one
+    options.pop("num_return_sequences", None)  # the commands return one sequence
     if args.max_new_tokens is not None and args.min_new_tokens is None and "min_new_tokens" in options:
-        options["min_new_tokens"] = min(options["min_new_tokens"], args.max_new_tokens)  # the call's word is the last
+        options["min_new_tokens"] = min(options["min_new_tokens"], args.max_new_tokens)
     return place, tokenizer, {**options, "key": jax.random.key(args.seed)}
 
 
 def load(place: Path, args: argparse.Namespace, tokenizer: "Tokenizer", options: dict[str, Any]) -> "MPT":
-    """Returns the model; where it has more ids than its tokenizer, `options` bars them."""
+    """Returns the model; where its vocabulary is larger than the tokenizer's, `options` masks the extra ids."""
     from mpt_eqx.checkpoint import from_pretrained
 
     model = from_pretrained(place, dtype=args.dtype)
@@ -92,10 +103,10 @@ def load(place: Path, args: argparse.Namespace, tokenizer: "Tokenizer", options:
 
 
 def keep_compiled(directory: str) -> None:
-    """Makes JAX keep all that it compiles from here on.
+    """Turns on JAX's persistent compilation cache for every program compiled from here on.
 
     Raises:
-        GenerationError: the directory cannot be made.
+        GenerationError: the directory cannot be created.
     """
     import jax
 
@@ -109,19 +120,19 @@ def keep_compiled(directory: str) -> None:
 
 
 class Note:
-    """A word on stderr while nothing else is to be seen; nothing when stderr is not a terminal."""
+    """A status line on stderr while there is no output yet; silent when stderr is not a terminal."""
 
     def __init__(self) -> None:
         self._length = 0
 
     def show(self, text: str) -> None:
-        """Writes the word."""
+        """Shows the status."""
         if sys.stderr.isatty():
             self._length = len(text)
             print(text, end="", file=sys.stderr, flush=True)
 
     def clear(self) -> None:
-        """Takes the word away again."""
+        """Erases the status."""
         if self._length:
             print("\r" + " " * self._length + "\r", end="", file=sys.stderr, flush=True)
             self._length = 0
