@@ -324,14 +324,15 @@ PARTS = ("attn_config", "ffn_config", "init_config")
 
 def all_keys():
     """The path of each key that config.json may have, and of an unknown one in each place."""
-    from mpt_eqx import config, config_dialects
+    from mpt_eqx import config
+    from mpt_eqx.config import dialects
 
     def fields(part):
         return [field.name for field in dataclasses.fields(part)]
 
-    top = config_dialects.TAKEN[""] | config_dialects.BOOKKEEPING[""] | set(config_dialects.ALIASES)
+    top = dialects.TAKEN[""] | dialects.BOOKKEEPING[""] | set(dialects.ALIASES)
     keys = [(key,) for key in sorted(top - set(PARTS))]
-    for known in (config_dialects.TAKEN, config_dialects.BOOKKEEPING, config_dialects.PLAIN_ONLY):
+    for known in (dialects.TAKEN, dialects.BOOKKEEPING, dialects.PLAIN_ONLY):
         keys += [(part, key) for part in PARTS for key in sorted(known[part])]
     inner = {
         ("attn_config", "rope_hf_config"): [*fields(config.RopeHFConfig), "trained_max_seq_len"],
@@ -599,10 +600,10 @@ def test_the_gradient_of_sea_lions_embedding():
     assert abs(0.9 * from_input) > 0.1 * abs(found)
 
 
-def traced(config, how, *, length=12):
+def traced(config, how, *, length=132):
     """The operations of a full forward pass ("forward"), or of `extend` with a small cache, and the arrays given.
 
-    Of more positions than `linear.FEW`, so that one product stands for each, whether or not there is a kernel.
+    Of more positions than `MAX_PREFILL_ROWS`, so that one product stands for each, on whatever platform.
     """
     from mpt_eqx import MPT, KVCache
 
@@ -643,27 +644,12 @@ PLUMBING = {
 }
 
 
-def halved(eqn, made):
-    """What an addition adds the two halves of, which is a step of `row_sum`; None for any other operation."""
-    if eqn is None or eqn.primitive.name != "add":
-        return None
-    sides = [made.get(side) for side in eqn.invars if not hasattr(side, "val")]
-    if len(sides) < 2 or any(side is None or side.primitive.name != "slice" for side in sides):
-        return None
-    first, second = (side.invars[0] for side in sides)
-    return first if first is second else None
-
-
 def operations(config, how):
     """How often each operation on real numbers and on masks stands in the program, and how many arrays are weights."""
     trace, arrays = traced(config, how)
     found = Counter(weights=len(jax.tree.leaves(arrays)))
     for jaxpr in jaxprs(trace.jaxpr):
-        made = {out: eqn for eqn in jaxpr.eqns for out in eqn.outvars}
         for eqn in jaxpr.eqns:
-            if whole := halved(eqn, made):
-                found["row_sum"] += not halved(made.get(whole), made)
-                continue
             out = eqn.outvars[0].aval if eqn.outvars else None
             real = out is not None and jnp.issubdtype(out.dtype, jnp.floating)
             mask = out is not None and out.dtype == bool and out.ndim > 1
@@ -677,7 +663,7 @@ def total(*parts):
 
 
 # (x − mean) / √(variance + eps) · weight. The sums are divided by the width.
-NORM = {"row_sum": 2, "div": 2, "sub": 1, "mul": 3, "add": 1, "rsqrt": 1, "weights": 1}
+NORM = {"reduce_sum": 2, "div": 2, "sub": 1, "mul": 3, "add": 1, "rsqrt": 1, "weights": 1}
 # q kᵀ; scale; slope · distance, added; key ≤ query, and where it is not.
 SCORES = {"dot_general": 1, "mul": 2, "add": 1, "le": 1, "select_n": 1}
 # Wqkv, the mix of values and out_proj.
@@ -687,7 +673,7 @@ SOFTMAX = {"reduce_max": 1, "max": 1, "sub": 1, "exp": 1, "reduce_sum": 1, "div"
 CACHE = {"scatter": 2, "dynamic_slice": 4}
 # A running maximum and sum, scaled down when it grows; then the weights, for values that anything sees, added up.
 ONLINE = {
-    "reduce_max": 1, "max": 1, "sub": 3, "exp": 3, "mul": 1, "row_sum": 1, "add": 2, "div": 1, "select_n": 1,
+    "reduce_max": 1, "max": 1, "sub": 3, "exp": 3, "mul": 1, "reduce_sum": 1, "add": 2, "div": 1, "select_n": 1,
 }  # fmt: skip
 # down(gelu(up(x))); gelu is x · ½ · erfc(−x · √½).
 MLP = {"dot_general": 2, "mul": 3, "neg": 1, "erfc": 1, "weights": 2}
@@ -746,7 +732,7 @@ FEATURES = {
         {}, attn(attn_temperature_tuning={"attn_scale": 0.5}),
         {"div": 1, "floor": 1, "add": 2, "log": 1, "mul": 2}, {},
     ),
-    "rmsnorm": ({}, {"norm_type": "rmsnorm"}, times(2, RMS := {"row_sum": -1, "div": -1, "sub": -1}), RMS),
+    "rmsnorm": ({}, {"norm_type": "rmsnorm"}, times(2, RMS := {"reduce_sum": -1, "div": -1, "sub": -1}), RMS),
     "GLU": ({}, ffn(ffn_type="mptglu"), {"dot_general": 1, "mul": 1, "weights": 1}, {}),
     "mixture of experts": (
         {}, ffn(**MOE),

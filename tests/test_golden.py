@@ -319,7 +319,7 @@ def attention(change):
 
         return formula
 
-    return replaced("multihead", "attention", changed)
+    return replaced("attend", "attention", changed, room="ops")
 
 
 def but(**new):
@@ -485,42 +485,42 @@ def labels_not_shifted(original):
 
 
 MUTATIONS = [
-    ("hf_default", "slope sign", replaced("positions", "alibi_slopes", lambda f: lambda *a: -f(*a))),
+    ("hf_default", "slope sign", replaced("alibi", "alibi_slopes", lambda f: lambda *a: -f(*a))),
     ("hf_default", "no scale", attention(but(scale=lambda a: 1.0))),
     ("hf_default", "q and k swapped", attention(but(q=lambda a: a["k"], k=lambda a: a["q"]))),
     ("hf_default", "no causality", attention(but(mask=lambda a: jnp.ones_like(a["mask"])))),
     ("hf_default", "shifted norm", replaced("norms", "LayerNorm.__call__", lambda f: lambda n, x: f(n, x) + 0.01)),
     ("hf_default", "tanh gelu", replaced("activations", "jax.nn.gelu", lambda f: lambda x, approximate: f(x))),
-    ("hf_clip_qkv", "no clip", replaced("multihead", "Attention._clipped", lambda f: lambda self, x: x)),
+    ("hf_clip_qkv", "no clip", replaced("attention", "Attention._clip", lambda f: lambda self, x: x)),
     ("f_bias", "no bias", replaced("linear", "Linear.__call__", lambda f: lambda w, x: f(type(w)(w.weight), x))),
     ("f_rmsnorm", "mean removed", replaced("norms", "RMSNorm.__call__", without_mean)),
     ("f_lp_rmsnorm", "divided by rsqrt", replaced("norms", "jax.lax.rsqrt", lambda f: jnp.sqrt)),
-    ("f_gqa_kv2", "heads interleaved", replaced("multihead", "Attention.__call__", heads_interleaved)),
-    ("f_qk_ln", "k not normed", replaced("multihead", "Attention._heads", only("q_ln"))),
-    ("f_qk_gn", "q not normed", replaced("multihead", "Attention._heads", only("k_ln"))),
+    ("f_gqa_kv2", "heads interleaved", replaced("attention", "Attention.__call__", heads_interleaved)),
+    ("f_qk_ln", "k not normed", replaced("attention", "Attention._heads", only("q_ln"))),
+    ("f_qk_gn", "q not normed", replaced("attention", "Attention._heads", only("k_ln"))),
     ("f_attn_softcap", "no cap", attention(but(softcap=lambda a: None))),
     ("f_attn_softcap", "cap on the bias too", attention(cap_after_the_bias)),
-    ("f_final_softcap", "no cap", replaced("mpt", "softcapped", lambda f: lambda x, cap: x)),
-    ("f_final_softcap_scale", "no scale", replaced("mpt", "scaled", lambda f: lambda x, factor: x)),
+    ("f_final_softcap", "no cap", replaced("mpt", "softcap", lambda f: lambda x, cap: x)),
+    ("f_final_softcap_scale", "no scale", replaced("mpt", "scale", lambda f: lambda x, factor: x)),
     ("f_rope", "half the angle", replaced("rotary", "rotate", lambda f: lambda x, angles: f(x, angles / 2))),
     ("f_rope", "neighbours paired", replaced("rotary", "rotate", paired_with_neighbours)),
     ("f_rope_llama3", "no blend", replaced("rotary", "np.clip", lambda f: lambda x, low, high: (x > 0.5) * 1.0)),
-    ("f_temp_tuning", "late", replaced("multihead", "Temperature.__call__", lambda f: lambda t, q, p: f(t, q, p - 1))),
-    ("f_sliding_window", "one key fewer", replaced("multihead", "Attention.__call__", window_one_shorter)),
+    ("f_temp_tuning", "late", replaced("attention", "Temperature.__call__", lambda f: lambda t, q, p: f(t, q, p - 1))),
+    ("f_sliding_window", "one key fewer", replaced("attention", "Attention.__call__", window_one_shorter)),
     ("f_learned_pos", "late", replaced("linear", "Embedding.__call__", positions_one_late)),
     ("f_glu_silu", "gate and up swapped", replaced("ffn", "GLU.__call__", gate_and_up_swapped)),
-    ("f_act_quick_gelu", "1.7", replaced("activations", "scaled", lambda f: lambda x, factor: f(x, 1.7))),
-    ("f_act_leaky_relu", "another slope", replaced("activations", "scaled", lambda f: lambda x, factor: f(x, 0.21))),
+    ("f_act_quick_gelu", "1.7", replaced("activations", "scale", lambda f: lambda x, factor: f(x, 1.7))),
+    ("f_act_leaky_relu", "another slope", replaced("activations", "scale", lambda f: lambda x, factor: f(x, 0.21))),
     ("f_torch_dmoe", "weights not normed", replaced("moe", "Router.__init__", weights_not_normed)),
     ("f_torch_dmoe", "second expert dropped", replaced("moe", "jax.lax.top_k", second_expert_dropped)),
-    ("f_reuse_kv_x", "own input", replaced("blocks", "Block.__call__", own_input)),
+    ("f_reuse_kv_x", "own input", replaced("block", "Block.__call__", own_input)),
     ("f_sequence_id", "one sequence", replaced("positions", "Positions.__init__", one_sequence)),
-    ("f_logit_scale", "no scale", replaced("mpt", "scaled", lambda f: lambda x, factor: x)),
-    ("f_rope_linear", "stretched the other way", replaced("multihead", "make_rotary", stretched_the_other_way)),
-    ("hf_heads6", "slopes in order of size", replaced("positions", "alibi_slopes", slopes_in_order_of_size)),
-    ("f_overrides_sw_nope", "never nope", replaced("multihead", "Attention.__init__", never_nope)),
-    ("f_reuse_kv", "keys one late", replaced("multihead", "Attention.__call__", reused_keys_one_late)),
-    ("f_reuse_kv", "values of its own", replaced("multihead", "Attention.__call__", values_of_its_own)),
+    ("f_logit_scale", "no scale", replaced("mpt", "scale", lambda f: lambda x, factor: x)),
+    ("f_rope_linear", "stretched the other way", replaced("attention", "make_rotary", stretched_the_other_way)),
+    ("hf_heads6", "slopes in order of size", replaced("alibi", "alibi_slopes", slopes_in_order_of_size)),
+    ("f_overrides_sw_nope", "never nope", replaced("attention", "Attention.__init__", never_nope)),
+    ("f_reuse_kv", "keys one late", replaced("attention", "Attention.__call__", reused_keys_one_late)),
+    ("f_reuse_kv", "values of its own", replaced("attention", "Attention.__call__", values_of_its_own)),
 ]
 
 # With it embedding_fraction and pad_token_id have no effect: both hold gradients back.

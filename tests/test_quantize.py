@@ -52,10 +52,10 @@ def least_error(groups):
     return np.min(errors, axis=0)
 
 
-def check(weight, scheme, to_int8, to_int4, dequantized):
+def check(weight, scheme, to_int8, to_int4, dequantize):
     """Asserts that a weight is quantised as well as it should be, and comes back as it was written."""
     values, scale = (to_int8 if scheme == "int8" else to_int4)(weight)
-    back = np.asarray(dequantized(values, scale), np.float64)
+    back = np.asarray(dequantize(values, scale), np.float64)
     values, scale, w = np.asarray(values), np.asarray(scale), np.asarray(weight.astype(jnp.float32), np.float64)
     numbers, wide = numbers_of(values), scale.astype(np.float64)
     per_column = np.repeat(wide, w.shape[1] // wide.shape[1], axis=1)
@@ -94,22 +94,22 @@ def weights_of(seed, shape, exponent, dtype):
 )  # fmt: skip
 def test_the_error_of_a_weight_is_bounded(scheme, seed, rows, groups, exponent, dtype):
     """int8: half a scale. int4: a quarter of the group's largest, and the least square of all candidates."""
-    from mpt_eqx.ops.quantized import dequantized
+    from mpt_eqx.ops.quantized import dequantize
     from mpt_eqx.surgery.quantize import to_int4, to_int8
 
     columns = 32 * groups + (groups if scheme == "int8" else 0)
-    check(weights_of(seed, (rows, columns), exponent, np.dtype(dtype)), scheme, to_int8, to_int4, dequantized)
+    check(weights_of(seed, (rows, columns), exponent, np.dtype(dtype)), scheme, to_int8, to_int4, dequantize)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("value", [0.0, 1e-45, 3e38, -3e38])
 def test_rows_of_one_number(scheme, value):
     """Nothing that is finite becomes NaN."""
-    from mpt_eqx.ops.quantized import dequantized
+    from mpt_eqx.ops.quantized import dequantize
     from mpt_eqx.surgery.quantize import quantized
 
     made = quantized("w", np.full((2, 64), value, np.float32), scheme)
-    back = dequantized(made.values, made.scale)
+    back = dequantize(made.values, made.scale)
     np.testing.assert_allclose(back, np.full((2, 64), value), rtol=0.004, atol=TINY)
 
 
@@ -134,8 +134,8 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_the_bounds_notice_a_mutation(name):
-    from mpt_eqx import quantization
-    from mpt_eqx.model import quantized
+    from mpt_eqx.ops import quantized
+    from mpt_eqx.surgery import quantize as _
 
     scheme, part, other = MUTATIONS[name]
     functions = {}
@@ -150,14 +150,14 @@ def test_the_bounds_notice_a_mutation(name):
         for seed in range(4):
             check(
                 weights_of(seed, (8, 96), 0, np.dtype(np.float32)).at[5].set(0), scheme,
-                *(functions[function] for function in ("to_int8", "to_int4", "dequantized")),
+                *(functions[function] for function in ("to_int8", "to_int4", "dequantize")),
             )  # fmt: skip
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_large_weight_is_quantised_in_parts(monkeypatch, scheme):
     """Whatever the parts are, and where the weight is: on a device, in memory, or in a file."""
-    from mpt_eqx import quantization
+    import mpt_eqx.surgery.quantize as quantization
 
     weight = weights_of(0, (10, 64), 0, np.dtype(ml_dtypes.bfloat16))
     whole = quantization.quantized("w", weight, scheme)
@@ -177,13 +177,13 @@ def assert_same(one, other):
 
 def whole(model):
     """The model with the weights that its quantised ones stand for."""
-    from mpt_eqx.ops.quantized import QuantizedWeight, dequantized
+    from mpt_eqx.ops.quantized import QuantizedWeight, dequantize
 
     def is_quantised(node):
         return isinstance(node, QuantizedWeight)
 
     return jax.tree.map(
-        lambda w: dequantized(w.values, w.scale).astype(w.dtype) if is_quantised(w) else w, model, is_leaf=is_quantised
+        lambda w: dequantize(w.values, w.scale).astype(w.dtype) if is_quantised(w) else w, model, is_leaf=is_quantised
     )
 
 

@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from mpt_eqx.ops.numerics import wide
+from mpt_eqx.ops.numerics import accum_dtype
 
 
 def temperature(logits: Float[Array, " V"], t: float | Float32[Array, ""]) -> Float[Array, " V"]:
     """Returns logits / t, for a temperature t > 0; 1 is neutral."""
-    computed = wide(logits.dtype)
+    computed = accum_dtype(logits.dtype)
     return (logits.astype(computed) / jnp.asarray(t, computed)).astype(logits.dtype)
 
 
@@ -108,7 +108,7 @@ def repetition_penalty(
 
     Source: Keskar et al. 2019, "CTRL", arXiv:1909.05858; the case of a negative logit as in transformers 5.23.
     """
-    computed = wide(logits.dtype)
+    computed = accum_dtype(logits.dtype)
     wider, factor = logits.astype(computed), jnp.asarray(penalty, computed)
     penalised = jnp.where(wider < 0, wider * factor, wider / factor).astype(logits.dtype)
     return jnp.where(_among(tokens, mask, logits.shape[0]), penalised, logits)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Key, PRNGKeyArray
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.errors import GenerationError
 from mpt_eqx.generation.choose import SamplingOptions
-from mpt_eqx.model.mpt import longer
+from mpt_eqx.model.mpt import max_len_hint
 
 
 def check_options(
@@ -145,7 +145,7 @@ def check_prompts(
             prefix = f"a prefix of {before} tokens, " if before else ""
             raise GenerationError(
                 f"{name}: {prefix}{len(row)} tokens and max_new_tokens={max_new_tokens} exceed "
-                f"max_seq_len={config.max_seq_len}; {longer(config, total)}"
+                f"max_seq_len={config.max_seq_len}; {max_len_hint(config, total)}"
             )
     return rows
 

@@ -8,24 +8,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mpt_eqx.config import ActFnConfig, MPTConfig
-from mpt_eqx.ops.numerics import scaled, wide
+from mpt_eqx.ops.numerics import accum_dtype, scale
 
 Activation = Callable[[Float[Array, "*shape"]], Float[Array, "*shape"]]
 
 
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Returns x·Φ(x) with the exact Φ (erf)."""
-    return jax.nn.gelu(x.astype(wide(x.dtype)), approximate=False).astype(x.dtype)
+    return jax.nn.gelu(x.astype(accum_dtype(x.dtype)), approximate=False).astype(x.dtype)
 
 
 def gelu_tanh(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Returns x·Φ(x) with the tanh approximation of Φ."""
-    return jax.nn.gelu(x.astype(wide(x.dtype)), approximate=True).astype(x.dtype)
+    return jax.nn.gelu(x.astype(accum_dtype(x.dtype)), approximate=True).astype(x.dtype)
 
 
 def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Returns x·sigmoid(1.702·x), rounded after each step, as the reference does."""
-    return x * jax.nn.sigmoid(scaled(x, 1.702).astype(wide(x.dtype))).astype(x.dtype)
+    return x * jax.nn.sigmoid(scale(x, 1.702).astype(accum_dtype(x.dtype))).astype(x.dtype)
 
 
 def relu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -35,7 +35,7 @@ def relu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 def silu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Returns x·sigmoid(x)."""
-    return jax.nn.silu(x.astype(wide(x.dtype))).astype(x.dtype)
+    return jax.nn.silu(x.astype(accum_dtype(x.dtype))).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class LeakyReLU:
 
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """Returns the activation of x."""
-        return jnp.where(x >= 0, x, scaled(x, self.negative_slope))
+        return jnp.where(x >= 0, x, scale(x, self.negative_slope))
 
 
 def make_activation(config: MPTConfig) -> Activation:

@@ -1,11 +1,12 @@
-"""ALiBi: a bias on the attention scores that grows with distance."""
+"""ALiBi: a bias on the attention scores, slope · (key − query), that grows with distance.
+
+Here are the slopes; `ops.attention.alibi_bias` makes the bias of them.
+"""
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int
-
-from mpt_eqx.ops.attention import alibi_bias as alibi_bias
+from jaxtyping import Array, Float32
 
 
 def alibi_slopes(n_heads: int, alibi_bias_max: float) -> Float32[Array, " N"]:
@@ -27,14 +28,10 @@ def alibi_slopes(n_heads: int, alibi_bias_max: float) -> Float32[Array, " N"]:
 
 
 class ALiBi(eqx.Module):
-    """The bias of ALiBi for a number of heads; computed for the positions at hand, never as a table."""
+    """ALiBi's slopes for a number of heads; they follow from the configuration and are no weights."""
 
     n_heads: int = eqx.field(static=True)
     bias_max: float = eqx.field(static=True)
-
-    def __call__(self, query_pos: Int[Array, " T"], key_pos: Int[Array, " S"]) -> Float32[Array, "N T S"]:
-        """Returns the bias to add to the scores."""
-        return alibi_bias(self.slopes(), query_pos, key_pos)
 
     def slopes(self) -> Float32[Array, " N"]:
         """Returns the slope of each head."""

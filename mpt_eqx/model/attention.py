@@ -1,9 +1,9 @@
-"""The module that holds the weights of attention, and makes queries, keys and values for the formula."""
+"""Self-attention: projections to queries, keys and values, what is done to them, and the way back."""
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mpt_eqx.config import LayerConfig, MPTConfig, TemperatureTuning
 from mpt_eqx.model.alibi import ALiBi
@@ -12,10 +12,9 @@ from mpt_eqx.model.linear import Linear
 from mpt_eqx.model.norms import LayerNorm
 from mpt_eqx.model.positions import Positions
 from mpt_eqx.model.rotary import DynamicRotary, Rotary, make_rotary
-from mpt_eqx.ops.attention import attention, cached_attention
-from mpt_eqx.ops.decode_attention import kernel_takes, step_attention
+from mpt_eqx.ops.attend import attend
 from mpt_eqx.ops.layer_cache import KeysValues, LayerCache
-from mpt_eqx.ops.numerics import wide
+from mpt_eqx.ops.numerics import accum_dtype
 
 
 class Temperature(eqx.Module):
@@ -36,7 +35,7 @@ class Temperature(eqx.Module):
         """Returns the queries sharpened."""
         steps = jnp.floor((query_pos + 1).astype(jnp.float32) / self.floor_scale)
         factor = jnp.log(steps + 1) * self.attn_scale + 1
-        return (q.astype(wide(q.dtype)) * factor[:, None].astype(wide(q.dtype))).astype(q.dtype)
+        return (q.astype(accum_dtype(q.dtype)) * factor[:, None].astype(accum_dtype(q.dtype))).astype(q.dtype)
 
 
 class Attention(eqx.Module):
@@ -128,38 +127,19 @@ class Attention(eqx.Module):
             kv = kv.write(own, positions.query) if isinstance(kv, LayerCache) else own
         assert kv is not None  # the model gives it to a block that has no keys of its own
 
-        shape = q.shape
-        # The queries that share a key head stand as more positions of that head.
-        q = q.reshape(self.kv_heads, -1, self.head_size)
-
-        def bias_and_mask(keys: Int[Array, " S"]) -> tuple[Float32[Array, "K GT S"] | None, Bool[Array, "GT S"]]:
-            return self._bias_and_mask(positions, keys)
-
-        if isinstance(kv, LayerCache) and kernel_takes(q, kv, x.shape[0], self.softcap):
-            slopes = None if self.alibi is None else self.alibi.slopes().reshape(self.kv_heads, -1)
-            h = step_attention(q, kv, slopes, positions.query[0], self.scale, self.sliding_window)
-        elif isinstance(kv, LayerCache):
-            h = cached_attention(q, kv, bias_and_mask, positions.query[-1] + 1, self.scale, softcap=self.softcap)
-        else:
-            bias, mask = bias_and_mask(positions.query)
-            h = attention(q, kv.k, kv.v, bias, mask, self.scale, softcap=self.softcap, dropout=self.dropout, key=key)
-        h = jnp.swapaxes(h.reshape(shape), 0, 1).reshape(x.shape[0], -1)
-        return self.out_proj(h), kv
-
-    def _bias_and_mask(
-        self, positions: Positions, keys: Int[Array, " S"]
-    ) -> tuple[Float32[Array, "K GT S"] | None, Bool[Array, "GT S"]]:
-        """Returns the bias and who sees whom, for the T queries of the G heads over each key head and S keys."""
-        bias = None if self.alibi is None else self.alibi(positions.query, keys)
-        mask = keys[None, :] <= positions.query[:, None]
-        if positions.allowed is not None:
-            mask &= positions.allowed
-        if self.sliding_window is not None:
-            mask &= keys[None, :] >= positions.query[:, None] - self.sliding_window
-        if (groups := self.n_heads // self.kv_heads) > 1:
-            bias = None if bias is None else bias.reshape(self.kv_heads, -1, bias.shape[-1])
-            mask = jnp.tile(mask, (groups, 1))
-        return bias, mask
+        h = attend(
+            q,
+            kv,
+            positions.query,
+            scale=self.scale,
+            slopes=None if self.alibi is None else self.alibi.slopes(),
+            allowed=positions.allowed,
+            window=self.sliding_window,
+            softcap=self.softcap,
+            dropout=self.dropout,
+            key=key,
+        )
+        return self.out_proj(jnp.swapaxes(h, 0, 1).reshape(x.shape[0], -1)), kv
 
     def _project(
         self, x: Float[Array, "T D"], x_kv: Float[Array, "T D"]
@@ -167,15 +147,15 @@ class Attention(eqx.Module):
         """Returns q, k and v with all heads in a row, clipped; k and v are None where they are another block's."""
         if self.Wqkv is not None:
             ends = (self.n_heads * self.head_size, (self.n_heads + self.kv_heads) * self.head_size)
-            q, k, v = jnp.split(self._clipped(self.Wqkv(x)), ends, axis=-1)
+            q, k, v = jnp.split(self._clip(self.Wqkv(x)), ends, axis=-1)
             return q, k, v
         assert self.Wq is not None
-        q = self._clipped(self.Wq(x))
+        q = self._clip(self.Wq(x))
         if self.Wk is None or self.Wv is None:
             return q, None, None
-        return q, self._clipped(self.Wk(x_kv)), self._clipped(self.Wv(x_kv))
+        return q, self._clip(self.Wk(x_kv)), self._clip(self.Wv(x_kv))
 
-    def _clipped(self, x: Float[Array, "T O"]) -> Float[Array, "T O"]:
+    def _clip(self, x: Float[Array, "T O"]) -> Float[Array, "T O"]:
         return x if self.clip_qkv is None else jnp.clip(x, -self.clip_qkv, self.clip_qkv)
 
     def _heads(self, x: Float[Array, "T NH"], n: int, norm: LayerNorm | None) -> Float[Array, "N T H"]:

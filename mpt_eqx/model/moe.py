@@ -11,9 +11,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.model.activations import Activation, make_activation
 from mpt_eqx.model.init import init_experts, init_linear
-from mpt_eqx.model.linear import Linear, product_by_xla
+from mpt_eqx.model.linear import Linear
 from mpt_eqx.ops.layout import Layout
-from mpt_eqx.ops.numerics import wide
+from mpt_eqx.ops.matmul import expert_matmul
+from mpt_eqx.ops.numerics import accum_dtype
 
 
 class Jitter(eqx.Module):
@@ -51,11 +52,11 @@ class Router(eqx.Module):
         if self.jitter is not None and key is not None:
             x = self.jitter(x, key=key)
         logits = self.layer(x)
-        scores = jax.nn.softmax(logits.astype(wide(x.dtype)), axis=-1).astype(x.dtype)
+        scores = jax.nn.softmax(logits.astype(accum_dtype(x.dtype)), axis=-1).astype(x.dtype)
         weights, experts = jax.lax.top_k(scores, self.top_k)
         if self.norm_order is not None:
             order = self.norm_order
-            norm = jnp.sum(weights.astype(wide(x.dtype)) ** order, axis=-1, keepdims=True) ** (1 / order)
+            norm = jnp.sum(weights.astype(accum_dtype(x.dtype)) ** order, axis=-1, keepdims=True) ** (1 / order)
             weights = (weights.astype(norm.dtype) / norm.astype(x.dtype).astype(norm.dtype)).astype(x.dtype)
         return weights, experts
 
@@ -87,24 +88,12 @@ class ExpertMLP(eqx.Module):
             weights: how much each expert counts for each token; 0 where it does not.
         """
 
-        def up(x: Float[Array, "T D"], w: Float[Array, "F D"]) -> Float[Array, "T F"]:
-            return product_by_xla(w, x).astype(x.dtype)
-
-        def down(h: Float[Array, "T F"], w: Float[Array, "F D"]) -> Float[Array, "T D"]:
-            if h.dtype != jnp.bfloat16:
-                return product_by_xla(w.T, h).astype(h.dtype)
-            # XLA's CPU backend cannot run that under vmap, but here it sums in the same order for any number of rows
-            # above one.
-            rows = h if h.shape[0] > 1 else jnp.concatenate([h, h])
-            y = jnp.einsum("TF,FD->TD", rows, w, preferred_element_type=wide(h.dtype))
-            return y[: h.shape[0]].astype(h.dtype)
-
         def expert(this: tuple) -> Float[Array, "T D"]:
             w1, v1, w2, weight = this
-            h = self.act(up(x, w1))
+            h = self.act(expert_matmul(x, w1.T))
             if v1 is not None:
-                h = h * up(x, v1)
-            return down(h, w2) * weight[:, None]
+                h = h * expert_matmul(x, v1.T)
+            return expert_matmul(h, w2) * weight[:, None]
 
         def per_expert(w: Float[Array, "EF D"] | None) -> Float[Array, "E F D"] | None:
             return None if w is None else w.reshape(self.n_experts, -1, w.shape[-1])

@@ -18,7 +18,7 @@ from mpt_eqx.model.norms import LayerNorm, RMSNorm, make_norm
 from mpt_eqx.model.positions import Positions, token_positions
 from mpt_eqx.ops.layer_cache import KeysValues, LayerCache
 from mpt_eqx.ops.layout import Layout
-from mpt_eqx.ops.numerics import apply_dropout, scaled, softcapped
+from mpt_eqx.ops.numerics import apply_dropout, scale, softcap
 
 
 class MPT(eqx.Module):
@@ -155,9 +155,9 @@ class MPT(eqx.Module):
         head = Linear(self.wte.weight) if self.lm_head is None else self.lm_head
         logits = head(x)
         if self.logit_scale is not None:
-            logits = scaled(logits, self.logit_scale)
+            logits = scale(logits, self.logit_scale)
         if self.config.final_logit_softcapping is not None:
-            logits = softcapped(logits, self.config.final_logit_softcapping)
+            logits = softcap(logits, self.config.final_logit_softcapping)
         return logits
 
     def _embed(
@@ -171,10 +171,10 @@ class MPT(eqx.Module):
             x = x + self.wpe(token)
         if (fraction := self.config.embedding_fraction) != 1:
             # The value stays, the gradient shrinks: arXiv:2210.02414, page 7.
-            x = scaled(x, fraction) + scaled(jax.lax.stop_gradient(x), 1 - fraction)
-        return self._shared(apply_dropout(x, self.emb_dropout, key))
+            x = scale(x, fraction) + scale(jax.lax.stop_gradient(x), 1 - fraction)
+        return self._constrain(apply_dropout(x, self.emb_dropout, key))
 
-    def _shared(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    def _constrain(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """Returns the residual stream as it lies on a mesh, if the model does."""
         return x if self.layout is None else self.layout.constrain_batched(x, "seq", None)
 
@@ -193,7 +193,7 @@ class MPT(eqx.Module):
             kv = own if layer.kv_from is None else read[layer.kv_from]
             x_kv = None if layer.kv_x_from is None else inputs[layer.kv_x_from]
             x, kv = block(x, positions, kv, x_kv, key=key)
-            x = self._shared(x)
+            x = self._constrain(x)
             read.append(kv)
         return inputs, x, read
 
@@ -225,7 +225,8 @@ class MPT(eqx.Module):
         config = self.config
         if total > config.max_seq_len:
             raise MPTError(
-                f"tokens: expected at most max_seq_len={config.max_seq_len}, found {total}; {longer(config, total)}"
+                f"tokens: expected at most max_seq_len={config.max_seq_len}, found {total}; "
+                f"{max_len_hint(config, total)}"
             )
         if not isinstance(tokens, jax.core.Tracer) and len(tokens):
             # By numpy, because under jit even a constant's minimum would be traced.
@@ -240,7 +241,7 @@ class MPT(eqx.Module):
         return not all(getattr(module, "inference", True) for module in modules)
 
 
-def longer(config: MPTConfig, n: int) -> str:
+def max_len_hint(config: MPTConfig, n: int) -> str:
     """Returns what to do about an input of n tokens, which is more than max_seq_len."""
     if config.learned_pos_emb:
         return "learned positions end there; shorten the input"

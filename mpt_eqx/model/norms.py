@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mpt_eqx.config import LAYERNORMS, MPTConfig
-from mpt_eqx.ops.numerics import row_sum, wide
+from mpt_eqx.ops.numerics import accum_dtype, mean
 
 
 class LayerNorm(eqx.Module):
@@ -26,9 +26,9 @@ class LayerNorm(eqx.Module):
 
     def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
         """Returns x normed, position by position."""
-        h = x.astype(wide(x.dtype))
-        h = h - row_sum(h)[..., None] / h.shape[-1]
-        h = h * jax.lax.rsqrt(row_sum(h * h)[..., None] / h.shape[-1] + self.eps)
+        h = x.astype(accum_dtype(x.dtype))
+        h = h - mean(h)
+        h = h * jax.lax.rsqrt(mean(h * h) + self.eps)
         h = h * self.weight.astype(h.dtype)
         if self.bias is not None:
             h = h + self.bias.astype(h.dtype)
@@ -51,8 +51,8 @@ class RMSNorm(eqx.Module):
 
     def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
         """Returns x normed, position by position."""
-        h = x.astype(wide(x.dtype))
-        h = h * jax.lax.rsqrt(row_sum(h * h)[..., None] / h.shape[-1] + self.eps)
+        h = x.astype(accum_dtype(x.dtype))
+        h = h * jax.lax.rsqrt(mean(h * h) + self.eps)
         return (h * self.weight.astype(h.dtype)).astype(x.dtype)
 
 

@@ -1,4 +1,4 @@
-"""cuDNN's fused attention, for reading prompts on a GPU."""
+"""cuDNN's fused attention, for prefill on a GPU."""
 
 from typing import Literal
 
@@ -6,14 +6,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-FEWEST = 32
+from mpt_eqx.ops.platform import has_cudnn_attention, on_mesh
+
+MIN_QUERIES = 32
 """Queries from which on it is used; for fewer, the bias would cost more than the blocks of keys that are read."""
 
-LARGEST_BIAS = 2**27
+MAX_BIAS_SIZE = 2**27
 """Numbers that the bias of one row may have: it is an array, of heads × queries × keys."""
 
 
-def cudnn_takes(q: Float[Array, "N T H"], n_keys: int, softcap: float | None) -> bool:
+def supports_cudnn(q: Float[Array, "N T H"], n_keys: int, softcap: float | None) -> bool:
     """Tells whether cuDNN computes attention for such queries on a GPU of this machine.
 
     Args:
@@ -24,16 +26,12 @@ def cudnn_takes(q: Float[Array, "N T H"], n_keys: int, softcap: float | None) ->
     Source: jax 0.10.2, jax/_src/cudnn/fused_attention_stablehlo.py, check_is_flash_attention.
     """
     n, t, h = q.shape
-    # On a mesh it asks for queries, keys and values that are shared alike, and whole along their positions.
-    alone = jax.typeof(q).sharding.mesh.empty and jax.sharding.get_abstract_mesh().empty
-    fits = alone and q.dtype.itemsize == 2 and h % 8 == 0 and h <= 128 and softcap is None
-    if not fits or t < FEWEST or n * t * n_keys > LARGEST_BIAS or jax.default_backend() != "gpu":
-        return False
-    gpu = jax.local_devices(backend="gpu")[0]
-    return "cuda" in gpu.client.platform_version and float(gpu.compute_capability) >= 8.0
+    # On a mesh it asks for queries, keys and values that are sharded alike, and whole along their positions.
+    fits = q.dtype.itemsize == 2 and h % 8 == 0 and h <= 128 and softcap is None and not on_mesh(q)
+    return fits and t >= MIN_QUERIES and n * t * n_keys <= MAX_BIAS_SIZE and has_cudnn_attention()
 
 
-def fused_attention(
+def cudnn_attention(
     q: Float[Array, "N T H"],
     k: Float[Array, "N S H"],
     v: Float[Array, "N S H"],

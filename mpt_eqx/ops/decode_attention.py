@@ -1,23 +1,24 @@
-"""Attention of a step of decoding: one query to a cache, by the CPU kernel where there is one."""
+"""Attention of a decode step: one query to a cache, by the CPU kernel where there is one."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
 from mpt_eqx.ops import cpu
-from mpt_eqx.ops.attention import alibi_bias, blockwise_attention
-from mpt_eqx.ops.cpu.call import KINDS
+from mpt_eqx.ops.attention import alibi_bias, visible
+from mpt_eqx.ops.blockwise_attention import blockwise_attention
+from mpt_eqx.ops.cpu.call import DTYPES
 from mpt_eqx.ops.layer_cache import LayerCache
+from mpt_eqx.ops.platform import by_platform, on_mesh
 
 
-def kernel_takes(q: Float[Array, "K GT H"], cache: LayerCache, queries: int, softcap: float | None) -> bool:
-    """Tells whether the kernel computes this attention: of one query, without a cap, on one device."""
-    meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(array).sharding.mesh for array in (q, cache.k))]
-    suits = queries == 1 and softcap is None and cache.dtype in KINDS and q.dtype == cache.dtype
-    return suits and cpu.available() and all(mesh.empty for mesh in meshes)
+def supports_cpu_kernel(q: Float[Array, "K GT H"], cache: LayerCache, queries: int, softcap: float | None) -> bool:
+    """Whether the kernel computes this attention: of one query, without a cap, on one device."""
+    suits = queries == 1 and softcap is None and cache.dtype in DTYPES and q.dtype == cache.dtype
+    return suits and cpu.available() and not on_mesh(q, cache.k)
 
 
-def step_attention(
+def decode_attention(
     q: Float[Array, "K G H"],
     cache: LayerCache,
     slopes: Float32[Array, "K G"] | None,
@@ -45,11 +46,8 @@ def step_attention(
         position: Int[Array, ""],
     ) -> Float[Array, "K G H"]:
         def bias_and_mask(keys: Int[Array, " S"]) -> tuple[Float32[Array, "K G S"], Bool[Array, "G S"]]:
-            mask = keys <= position
-            if window is not None:
-                mask &= keys >= position - window
             bias = alibi_bias(slopes.reshape(-1), position[None], keys).reshape(*slopes.shape, -1)
-            return bias, jnp.broadcast_to(mask, (slopes.shape[1], mask.shape[0]))
+            return bias, jnp.tile(visible(position[None], keys, window), (slopes.shape[1], 1))
 
         return blockwise_attention(q, LayerCache(k, v, cache.dtype), bias_and_mask, position + 1, scale)
 
@@ -67,7 +65,7 @@ def step_attention(
             return found.astype(q.dtype)
 
         by_rows = jax.vmap(by_xla, in_axes=(0, 0, 0, None, 0))
-        return jax.lax.platform_dependent(q, k, v, slopes, position, cpu=by_kernel, default=by_rows)
+        return by_platform(q, k, v, slopes, position, cpu=by_kernel, default=by_rows)
 
     @jax.custom_batching.custom_vmap
     def one(*arrays: Array) -> Float[Array, "K G H"]:

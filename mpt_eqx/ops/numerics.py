@@ -1,4 +1,4 @@
-"""The order of rounding in low precision: as the references have it, each function rounds once, to the type of x.
+"""Rounding and sums. Each function rounds once, to the type of x, as the references do.
 
 Under jit XLA may leave a rounding out and keep more precision.
 """
@@ -9,18 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
+from mpt_eqx.ops import cpu
+from mpt_eqx.ops.platform import MAX_DECODE_ROWS, by_platform, on_mesh
 
-def wide(dtype: DTypeLike) -> np.dtype:
+
+def accum_dtype(dtype: DTypeLike) -> np.dtype:
     """Returns the type that sums and functions are computed in: float32, or float64 for float64."""
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
-def scaled(x: Float[Array, "*shape"], factor: float) -> Float[Array, "*shape"]:
+def scale(x: Float[Array, "*shape"], factor: float) -> Float[Array, "*shape"]:
     """Returns factor · x; the factor itself is not rounded to the type of x."""
-    return (x.astype(wide(x.dtype)) * factor).astype(x.dtype)
+    return (x.astype(accum_dtype(x.dtype)) * factor).astype(x.dtype)
 
 
-def softcapped(x: Float[Array, "*shape"], cap: float) -> Float[Array, "*shape"]:
+def softcap(x: Float[Array, "*shape"], cap: float) -> Float[Array, "*shape"]:
     """Returns cap · tanh(x / cap), rounded after each of the three steps.
 
     Args:
@@ -29,26 +32,31 @@ def softcapped(x: Float[Array, "*shape"], cap: float) -> Float[Array, "*shape"]:
 
     Source: llm-foundry 0.22, llmfoundry/models/layers/attention.py, scaled_multihead_dot_product_attention.
     """
-    h = (x.astype(wide(x.dtype)) / cap).astype(x.dtype)
-    h = jnp.tanh(h.astype(wide(x.dtype))).astype(x.dtype)
-    return scaled(h, cap)
+    h = (x.astype(accum_dtype(x.dtype)) / cap).astype(x.dtype)
+    h = jnp.tanh(h.astype(accum_dtype(x.dtype))).astype(x.dtype)
+    return scale(h, cap)
 
 
-@jax.jit  # so that it is one operation outside of jit, too
-def row_sum(x: Float[Array, "*T D"]) -> Float[Array, "*T"]:
-    """Returns the sum over the last axis, half upon half, in an order that does not depend on how many rows there are.
+def mean(x: Float[Array, "*T D"]) -> Float[Array, "*T 1"]:
+    """Returns the mean over the last axis, which stays as an axis of size 1.
 
-    XLA's CPU backend splits a reduction over few rows otherwise than one over many, so that a token would be rounded
-    otherwise in a batch than alone. On a mesh it is a reduction: halves of a shared axis would be sent about.
+    In a decode step on a CPU with the kernel it is summed in a fixed order, because there a row's result does not
+    depend on the rest of the batch, and XLA would sum few rows in another order than many.
     """
-    if not jax.typeof(x).sharding.mesh.empty:
-        return jnp.sum(x, axis=-1)
+    rows = x.shape[-2] if x.ndim > 1 else 1
+    if rows <= MAX_DECODE_ROWS and cpu.available() and not on_mesh(x):
+        return _decode_mean(x)
+    return _mean(x)
+
+
+def tree_sum(x: Float[Array, "*T D"]) -> Float[Array, "*T 1"]:
+    """Returns the sum over the last axis, half upon half: the same order for any number of rows."""
     while x.shape[-1] > 1:
         if x.shape[-1] % 2:
             x = jnp.concatenate([x, jnp.zeros_like(x[..., :1])], axis=-1)
         half = x.shape[-1] // 2
         x = x[..., :half] + x[..., half:]
-    return x[..., 0]
+    return x
 
 
 def apply_dropout(
@@ -58,3 +66,18 @@ def apply_dropout(
     if dropout is None or key is None or dropout.inference:
         return x
     return jnp.zeros_like(x) if dropout.p == 1 else dropout(x, key=key)
+
+
+def _mean(x: Float[Array, "*T D"]) -> Float[Array, "*T 1"]:
+    return jnp.mean(x, axis=-1, keepdims=True)
+
+
+@jax.jit  # traced and lowered once for all norms of a model
+@jax.custom_jvp
+def _decode_mean(x: Float[Array, "*T D"]) -> Float[Array, "*T 1"]:
+    return by_platform(x, cpu=lambda x: tree_sum(x) / x.shape[-1], default=_mean)
+
+
+@_decode_mean.__wrapped__.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return jax.jvp(_mean, primals, tangents)

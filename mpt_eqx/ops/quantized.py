@@ -28,10 +28,10 @@ class QuantizedWeight(eqx.Module):
 
     def rows(self, numbers: Int[Array, " T"]) -> Float[Array, "T in"]:
         """Returns some rows of W."""
-        return dequantized(self.values[numbers], self.scale[numbers]).astype(self.dtype)
+        return dequantize(self.values[numbers], self.scale[numbers]).astype(self.dtype)
 
 
-def dequantized(
+def dequantize(
     values: Int8[Array, "out in"] | UInt8[Array, "out half"], scale: Float[Array, "out groups"]
 ) -> Float32[Array, "out in"]:
     """Returns scale · values."""

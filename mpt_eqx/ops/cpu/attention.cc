@@ -60,7 +60,7 @@ inline Floats columns(const float* row, int64_t at, int64_t size) {
 }
 
 template <typename Number>
-void head(const Heads& p, int64_t number, std::vector<float>& scores) {
+void head(const AttentionArgs& p, int64_t number, std::vector<float>& scores) {
   const int64_t position = std::min<int64_t>(p.position[number / p.heads], p.capacity - 1);
   const int64_t first = p.window < 0 ? 0 : std::max<int64_t>(position - p.window, 0);
   const int64_t keys = position + 1 - first;
@@ -130,14 +130,14 @@ void head(const Heads& p, int64_t number, std::vector<float>& scores) {
 }
 
 template <typename Number>
-void run(const Heads& p, int64_t first, int64_t last) {
+void run(const AttentionArgs& p, int64_t first, int64_t last) {
   std::vector<float> scores;
   for (int64_t number = first; number < last; number++) head<Number>(p, number, scores);
 }
 
 }  // namespace
 
-void MPT_EQX_NAME(heads)(const Heads& p, int64_t first, int64_t last) {
+void MPT_EQX_NAME(attention)(const AttentionArgs& p, int64_t first, int64_t last) {
   switch (p.kind) {
     case Kind::kBFloat16: return run<BFloat16>(p, first, last);
     case Kind::kFloat16: return run<Float16>(p, first, last);

@@ -11,14 +11,14 @@ from jaxtyping import Array, Float, Float32, Int8, Int32, Shaped, UInt8
 
 from mpt_eqx.ops.cpu.build import LIBRARY
 
-TARGETS = ("mpt_eqx_matvec", "mpt_eqx_attention")
+TARGETS = ("mpt_eqx_matmul", "mpt_eqx_attention")
 SWITCH = "MPT_EQX_KERNEL"
 BUILD = "python -m mpt_eqx.ops.cpu.build"
-KINDS = {np.dtype(np.float32): 0, np.dtype(jnp.bfloat16): 1, np.dtype(np.float16): 2}  # as in kernel.h
+DTYPES = {np.dtype(np.float32): 0, np.dtype(jnp.bfloat16): 1, np.dtype(np.float16): 2}  # as in kernel.h
 
 
 def available() -> bool:
-    """Tells whether there is a compiled kernel, through which steps of decoding go on the CPU."""
+    """Tells whether there is a compiled kernel, through which decode steps go on the CPU."""
     return missing() is None
 
 
@@ -38,7 +38,7 @@ def missing() -> str | None:
     return None
 
 
-def matvec(
+def matmul(
     weight: Float[Array, "out in"] | Int8[Array, "out in"] | UInt8[Array, "out half"],
     scale: Float[Array, "out groups"] | None,
     x: Float32[Array, "B in"],
@@ -52,7 +52,7 @@ def matvec(
     """
     result = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32)
     none = jnp.zeros(0, jnp.float32)
-    return jax.ffi.ffi_call("mpt_eqx_matvec", result)(weight, none if scale is None else scale, x)
+    return jax.ffi.ffi_call("mpt_eqx_matmul", result)(weight, none if scale is None else scale, x)
 
 
 def attention(
@@ -80,6 +80,6 @@ def attention(
     """
     call = jax.ffi.ffi_call("mpt_eqx_attention", jax.ShapeDtypeStruct(q.shape, jnp.float32))
     return call(
-        q, k, v, slopes, position, kind=np.int32(KINDS[dtype]), scale=np.float32(scale),
+        q, k, v, slopes, position, kind=np.int32(DTYPES[dtype]), scale=np.float32(scale),
         window=np.int64(-1 if window is None else window),
     )  # fmt: skip

@@ -27,11 +27,11 @@ bool has_v4() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 bool has_v3() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-RowsFunction* const rows_function = has_v4() ? rows_v4 : has_v3() ? rows_v3 : rows_default;
-HeadsFunction* const heads_function = has_v4() ? heads_v4 : has_v3() ? heads_v3 : heads_default;
+MatmulFunction* const matmul_function = has_v4() ? matmul_v4 : has_v3() ? matmul_v3 : matmul_default;
+AttentionFunction* const attention_function = has_v4() ? attention_v4 : has_v3() ? attention_v3 : attention_default;
 #else
-RowsFunction* const rows_function = rows_default;
-HeadsFunction* const heads_function = heads_default;
+MatmulFunction* const matmul_function = matmul_default;
+AttentionFunction* const attention_function = attention_default;
 #endif
 
 void pause() {
@@ -112,7 +112,7 @@ ffi::Error shared(ffi::ThreadPool& pool, std::function<void(int64_t, int64_t)> f
 
 ffi::Error product(ffi::ThreadPool pool, ffi::AnyBuffer weight, ffi::AnyBuffer scale, ffi::Buffer<ffi::F32> x,
                    ffi::ResultBuffer<ffi::F32> y) {
-  Rows rows;
+  MatmulArgs rows;
   switch (weight.element_type()) {
     case ffi::F32: rows.kind = Kind::kFloat32; break;
     case ffi::BF16: rows.kind = Kind::kBFloat16; break;
@@ -129,14 +129,14 @@ ffi::Error product(ffi::ThreadPool pool, ffi::AnyBuffer weight, ffi::AnyBuffer s
   rows.in = x.dimensions()[1];
   rows.out = weight.dimensions()[0];
   const int64_t row_bytes = std::max<int64_t>(weight.size_bytes() / std::max<int64_t>(rows.out, 1), 1);
-  const auto function = [rows](int64_t first, int64_t last) { rows_function(rows, first, last); };
+  const auto function = [rows](int64_t first, int64_t last) { matmul_function(rows, first, last); };
   return shared(pool, function, rows.out, std::max<int64_t>(kShareBytes / row_bytes / 8 * 8, 8));
 }
 
 ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                      ffi::Buffer<ffi::F32> slopes, ffi::Buffer<ffi::S32> position, ffi::ResultBuffer<ffi::F32> y,
                      int32_t kind, float scale, int64_t window) {
-  Heads heads;
+  AttentionArgs heads;
   heads.kind = static_cast<Kind>(kind);
   heads.q = q.typed_data();
   heads.k = k.untyped_data();
@@ -150,13 +150,13 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuff
   heads.capacity = k.dimensions()[2];
   heads.window = window;
   heads.scale = scale;
-  const auto function = [heads](int64_t first, int64_t last) { heads_function(heads, first, last); };
+  const auto function = [heads](int64_t first, int64_t last) { attention_function(heads, first, last); };
   return shared(pool, function, q.dimensions()[0] * heads.heads, 1);
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(mpt_eqx_matvec, product,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mpt_eqx_matmul, product,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()

@@ -7,7 +7,7 @@
 enum class Kind : int32_t { kFloat32, kBFloat16, kFloat16, kInt8, kInt4 };
 
 // y[v, o] = scale · Σ weight[o, i] x[v, i].
-struct Rows {
+struct MatmulArgs {
   Kind kind;
   const void* weight;  // [out, in], in 4 bits two columns in a byte as mpt_eqx/ops/quantized.py has them
   const void* scale;   // in 8 bits float32 [out], in 4 bits bfloat16 [out, in / 32], else null
@@ -19,7 +19,7 @@ struct Rows {
 // Attention of one query in each of `groups` heads to the keys of a cache, from max(position − window, 0) to position.
 // As in mpt_eqx/ops/attention.py, scores are rounded to the type of the cache before the bias, and weights before they
 // meet the values.
-struct Heads {
+struct AttentionArgs {
   Kind kind;              // of keys and values, and of what is rounded
   const float* q;         // [rows, heads, groups, size]
   const void* k;          // [rows, heads, capacity, size]
@@ -31,8 +31,8 @@ struct Heads {
   float scale;
 };
 
-// Computes the rows of y from `first` up to `last`; of Heads, a row stands for one head of keys of one row.
-using RowsFunction = void(const Rows&, int64_t first, int64_t last);
-using HeadsFunction = void(const Heads&, int64_t first, int64_t last);
-extern "C" RowsFunction rows_default, rows_v3, rows_v4;
-extern "C" HeadsFunction heads_default, heads_v3, heads_v4;
+// Computes the rows of y from `first` up to `last`; of AttentionArgs, a row stands for one head of keys of one row.
+using MatmulFunction = void(const MatmulArgs&, int64_t first, int64_t last);
+using AttentionFunction = void(const AttentionArgs&, int64_t first, int64_t last);
+extern "C" MatmulFunction matmul_default, matmul_v3, matmul_v4;
+extern "C" AttentionFunction attention_default, attention_v3, attention_v4;

@@ -13,7 +13,7 @@ namespace {
 // kRows rows, `apart` from one another, times kVectors vectors of x. What is left over after the last sixteen columns is
 // added at the end.
 template <typename Weight, int kRows, int kVectors>
-inline void tile(const Rows& p, int64_t row, int64_t apart, int64_t vector) {
+inline void tile(const MatmulArgs& p, int64_t row, int64_t apart, int64_t vector) {
   const int64_t whole = p.in / kLanes * kLanes;
   const uint8_t* w[kRows];
   for (int r = 0; r < kRows; r++) {
@@ -51,7 +51,7 @@ inline void tile(const Rows& p, int64_t row, int64_t apart, int64_t vector) {
 struct Int4 {};
 
 template <int kRows, int kVectors>
-inline void tile4(const Rows& p, int64_t row, int64_t apart, int64_t vector) {
+inline void tile4(const MatmulArgs& p, int64_t row, int64_t apart, int64_t vector) {
   const int64_t groups = p.in / 32;
   const uint8_t* w = static_cast<const uint8_t*>(p.weight) + row * groups * 16;
   const uint16_t* scales = static_cast<const uint16_t*>(p.scale) + row * groups;
@@ -79,7 +79,7 @@ inline void tile4(const Rows& p, int64_t row, int64_t apart, int64_t vector) {
 }
 
 template <typename Weight, int kRows, int kVectors>
-inline void any_tile(const Rows& p, int64_t row, int64_t apart, int64_t vector) {
+inline void any_tile(const MatmulArgs& p, int64_t row, int64_t apart, int64_t vector) {
   if constexpr (std::is_same_v<Weight, Int4>) {
     tile4<kRows, kVectors>(p, row, apart, vector);
   } else {
@@ -90,7 +90,7 @@ inline void any_tile(const Rows& p, int64_t row, int64_t apart, int64_t vector) 
 // A share is read as four streams, each of one row after the other: the processor's prefetchers follow streams across
 // rows, and lose what jumps with every tile, which halves the speed of short rows.
 template <typename Weight, int kVectors>
-void vectors(const Rows& p, int64_t first, int64_t last, int64_t vector) {
+void vectors(const MatmulArgs& p, int64_t first, int64_t last, int64_t vector) {
   constexpr int kRows = 4;
   const int64_t apart = (last - first) / kRows;
   for (int64_t row = first; row < first + apart; row++) any_tile<Weight, kRows, kVectors>(p, row, apart, vector);
@@ -98,7 +98,7 @@ void vectors(const Rows& p, int64_t first, int64_t last, int64_t vector) {
 }
 
 template <typename Weight>
-void run(const Rows& p, int64_t first, int64_t last) {
+void run(const MatmulArgs& p, int64_t first, int64_t last) {
   int64_t vector = 0;
   for (; vector + 4 <= p.vectors; vector += 4) vectors<Weight, 4>(p, first, last, vector);
   switch (p.vectors - vector) {
@@ -110,7 +110,7 @@ void run(const Rows& p, int64_t first, int64_t last) {
 
 }  // namespace
 
-extern "C" void MPT_EQX_NAME(rows)(const Rows& p, int64_t first, int64_t last) {
+extern "C" void MPT_EQX_NAME(matmul)(const MatmulArgs& p, int64_t first, int64_t last) {
   switch (p.kind) {
     case Kind::kFloat32: return run<Float32>(p, first, last);
     case Kind::kBFloat16: return run<BFloat16>(p, first, last);

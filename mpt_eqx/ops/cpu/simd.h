@@ -9,7 +9,7 @@
 #include <immintrin.h>
 #endif
 
-// A name for each instruction set, so that all copies can be linked: rows becomes rows_v4.
+// A name for each instruction set, so that all copies can be linked: rows becomes matmul_v4.
 #define MPT_EQX_JOIN(name, isa) name##_##isa
 #define MPT_EQX_EXPAND(name, isa) MPT_EQX_JOIN(name, isa)
 #define MPT_EQX_NAME(name) MPT_EQX_EXPAND(name, MPT_EQX_ISA)

@@ -1,0 +1,152 @@
+"""Products of a weight, floating or quantised, with the positions of a sequence: y = W x."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
+
+from mpt_eqx.ops import cpu
+from mpt_eqx.ops.numerics import accum_dtype
+from mpt_eqx.ops.platform import MAX_DECODE_ROWS, by_platform, on_mesh
+from mpt_eqx.ops.quantized import QuantizedWeight, dequantize
+
+MAX_PREFILL_ROWS = 128
+"""Positions of one sequence up to which XLA's CPU product is faster with the weight as its left operand."""
+
+PART_SIZE = 2**18
+"""Numbers of a weight that are widened at a time, where XLA's CPU backend has no product in its type."""
+
+Weight = Float[Array, "out in"] | QuantizedWeight
+
+
+def matmul(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
+    """Returns W x for each of T positions, summed in float32 (float64 for float64) and not rounded.
+
+    In a decode step on one CPU the kernel computes it, if there is one; a position's result is then the same to the bit
+    for any number of positions, and of rows under vmap. Derivatives always go through XLA.
+    """
+    rows = x.shape[0]
+    if rows > MAX_PREFILL_ROWS or on_mesh(*jax.tree.leaves(weight), x):
+        return _matmul(weight, x)
+    return _decode_matmul(weight, x) if rows <= MAX_DECODE_ROWS else _prefill_matmul(weight, x)
+
+
+def expert_matmul(x: Float[Array, "T in"], w: Float[Array, "in out"]) -> Float[Array, "T out"]:
+    """Returns x w for the weight of one expert, summed in float32 (float64) and rounded to the type of x.
+
+    It never goes through the kernel, for which an expert's part of the weights would be copied.
+    """
+    return jnp.einsum("Ti,io->To", x, w, preferred_element_type=accum_dtype(x.dtype)).astype(x.dtype)
+
+
+def take_rows(weight: Weight, tokens: Int[Array, " T"]) -> Float[Array, "T in"]:
+    """Returns the rows of `tokens` of a weight."""
+    if tokens.shape[0] > MAX_DECODE_ROWS or on_mesh(*jax.tree.leaves(weight), tokens):
+        return _take_rows(weight, tokens)
+    return _decode_take_rows(weight, tokens)
+
+
+def _matmul(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
+    """Returns W x: the formula."""
+    if not isinstance(weight, QuantizedWeight):
+        return jnp.einsum("Ti,oi->To", x, weight, preferred_element_type=accum_dtype(x.dtype))
+    # Numbers of 8 bits are exact in every type of x; those of 4 bits are scaled before, and rounded to it.
+    if weight.values.dtype != jnp.int8:
+        return _matmul(dequantize(weight.values, weight.scale).astype(x.dtype), x)
+    y = _matmul(weight.values.astype(x.dtype), x)
+    return y * weight.scale.astype(y.dtype).T
+
+
+def _take_rows(weight: Weight, tokens: Int[Array, " T"]) -> Float[Array, "T in"]:
+    return weight.rows(tokens) if isinstance(weight, QuantizedWeight) else weight[tokens]
+
+
+# From here on: what CPUs need. Each function computes one of the formulas above, and is differentiated as that.
+
+
+@jax.custom_jvp
+def _prefill_matmul(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
+    return by_platform(weight, x, cpu=_weight_first, default=_matmul)
+
+
+@jax.custom_jvp
+def _decode_matmul(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
+    return _decode_rows(weight, x)
+
+
+@_prefill_matmul.defjvp
+@_decode_matmul.defjvp
+def _(primals: tuple, tangents: tuple) -> tuple[Float[Array, "T out"], Float[Array, "T out"]]:
+    return jax.jvp(_matmul, primals, tangents)
+
+
+@jax.custom_batching.custom_vmap
+def _decode_rows(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
+    on_cpu = _by_kernel if cpu.available() and x.dtype != jnp.float64 else _by_xla
+    return by_platform(weight, x, cpu=on_cpu, default=_matmul)
+
+
+@_decode_rows.def_vmap
+def _(size: int, batched: list, weight: Any, x: Array) -> tuple[Float[Array, "B T out"], bool]:
+    """The rows of a batch become more positions; with a weight for each row, XLA has the product."""
+    weight_batched, x_batched = batched
+    if any(jax.tree.leaves(weight_batched)):
+        axes = (jax.tree.map(lambda there: 0 if there else None, weight_batched), 0 if x_batched else None)
+        return jax.vmap(_matmul, in_axes=axes)(weight, x), True
+    return _decode_rows(weight, x.reshape(-1, x.shape[-1])).reshape(size, x.shape[1], -1), True
+
+
+def _by_kernel(weight: Weight, x: Float[Array, "T in"]) -> Float32[Array, "T out"]:
+    values, scale = (weight.values, weight.scale) if isinstance(weight, QuantizedWeight) else (weight, None)
+    return cpu.matmul(values, scale, x.astype(jnp.float32))
+
+
+def _by_xla(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
+    # For a single row XLA would widen the whole weight, outside of the loop over tokens. Of two rows it does not.
+    rows = x if x.shape[0] > 1 else jnp.concatenate([x, x])
+    multiply = _in_parts if isinstance(weight, QuantizedWeight) or weight.dtype == jnp.float16 else _weight_first
+    return multiply(weight, rows)[: x.shape[0]]
+
+
+def _weight_first(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
+    """Returns W x with the weight as the left operand, which is up to three times as fast."""
+    if isinstance(weight, QuantizedWeight):
+        return _matmul(weight, x)
+    y = jnp.einsum("oi,Ti->oT", weight, x, preferred_element_type=accum_dtype(x.dtype))
+    # Without the barrier XLA would exchange the operands to spare the transposition, and copy the weight for that.
+    return jax.lax.optimization_barrier(y).T
+
+
+def _in_parts(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
+    """Returns W x with some rows of W after the other, widened to float32.
+
+    XLA would widen all of W, and keep all weights of a model widened over the steps of a loop.
+    """
+    rows = (weight.values if isinstance(weight, QuantizedWeight) else weight).shape[0]
+    count = min(max(PART_SIZE // x.shape[1], 1), rows)
+    x = x.astype(accum_dtype(x.dtype))
+
+    def part(number: Int[Array, ""], y: Float[Array, "out T"]) -> Float[Array, "out T"]:
+        first = jnp.minimum(number * count, rows - count)
+        # Behind a barrier that the index passes as well, the weight stays in the loop.
+        here, first = jax.lax.optimization_barrier((weight, first))
+        some = jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, first, count), here)
+        widened = dequantize(some.values, some.scale) if isinstance(some, QuantizedWeight) else some
+        return jax.lax.dynamic_update_slice_in_dim(y, jnp.einsum("oi,Ti->oT", widened.astype(x.dtype), x), first, 0)
+
+    return jax.lax.fori_loop(0, -(-rows // count), part, jnp.zeros((rows, x.shape[0]), x.dtype)).T
+
+
+@jax.custom_jvp
+def _decode_take_rows(weight: Weight, tokens: Int[Array, " T"]) -> Float[Array, "T in"]:
+    def on_cpu(weight: Weight, tokens: Int[Array, " T"]) -> Float[Array, "T in"]:
+        # XLA would keep a copy of a 16-bit table in float32 beside the loop over tokens.
+        return _take_rows(*jax.lax.optimization_barrier((weight, tokens)))
+
+    return by_platform(weight, tokens, cpu=on_cpu, default=_take_rows)
+
+
+@_decode_take_rows.defjvp
+def _(primals: tuple, tangents: tuple) -> tuple[Float[Array, "T in"], Float[Array, "T in"]]:
+    return jax.jvp(_take_rows, primals, tangents)
