@@ -42,7 +42,7 @@ def numbers_of(values):
 
 def least_error(groups):
     """The least squared error of groups over the candidates for a scale, with the numbers rounded by numpy."""
-    from mpt_eqx.surgery.quantize import DIVISORS
+    from mpt_eqx.surgery.quantization import DIVISORS
 
     largest = np.take_along_axis(groups, np.abs(groups).argmax(-1)[..., None], -1)
     errors = []
@@ -95,7 +95,7 @@ def weights_of(seed, shape, exponent, dtype):
 def test_the_error_of_a_weight_is_bounded(scheme, seed, rows, groups, exponent, dtype):
     """int8: half a scale. int4: a quarter of the group's largest, and the least square of all candidates."""
     from mpt_eqx.ops.quantized import dequantize
-    from mpt_eqx.surgery.quantize import to_int4, to_int8
+    from mpt_eqx.surgery.quantization import to_int4, to_int8
 
     columns = 32 * groups + (groups if scheme == "int8" else 0)
     check(weights_of(seed, (rows, columns), exponent, np.dtype(dtype)), scheme, to_int8, to_int4, dequantize)
@@ -106,7 +106,7 @@ def test_the_error_of_a_weight_is_bounded(scheme, seed, rows, groups, exponent, 
 def test_rows_of_one_number(scheme, value):
     """Nothing that is finite becomes NaN."""
     from mpt_eqx.ops.quantized import dequantize
-    from mpt_eqx.surgery.quantize import quantized
+    from mpt_eqx.surgery.quantization import quantized
 
     made = quantized("w", np.full((2, 64), value, np.float32), scheme)
     back = dequantize(made.values, made.scale)
@@ -135,7 +135,7 @@ MUTATIONS = {
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_the_bounds_notice_a_mutation(name):
     from mpt_eqx.ops import quantized
-    from mpt_eqx.surgery import quantize as _
+    from mpt_eqx.surgery import quantization
 
     scheme, part, other = MUTATIONS[name]
     functions = {}
@@ -157,7 +157,7 @@ def test_the_bounds_notice_a_mutation(name):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_large_weight_is_quantised_in_parts(monkeypatch, scheme):
     """Whatever the parts are, and where the weight is: on a device, in memory, or in a file."""
-    import mpt_eqx.surgery.quantize as quantization
+    from mpt_eqx.surgery import quantization
 
     weight = weights_of(0, (10, 64), 0, np.dtype(ml_dtypes.bfloat16))
     whole = quantization.quantized("w", weight, scheme)
@@ -227,7 +227,7 @@ def test_a_quantised_model_computes_what_its_weights_stand_for(golden, name, sch
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_type_of_computations_stays(tiny_model, scheme, dtype):
     from mpt_eqx import quantize
-    from mpt_eqx.surgery.quantize import quantization_of
+    from mpt_eqx.surgery.quantization import quantization_of
 
     model = jax.tree.map(lambda x: x.astype(dtype), tiny_model)
     made = quantize(model, scheme, embeddings=True)

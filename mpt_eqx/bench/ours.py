@@ -20,7 +20,7 @@ from mpt_eqx.generation.loop import CHUNK, bar, capacity_for, chunk_for, make_to
 from mpt_eqx.generation.validate import check_options
 from mpt_eqx.model import MPT
 from mpt_eqx.ops import cpu
-from mpt_eqx.surgery.quantize import quantization_of
+from mpt_eqx.surgery.quantization import quantization_of
 
 
 def kernel_is_used() -> bool:

@@ -24,7 +24,7 @@ from mpt_eqx.config.quantization import Quantization, check_quantization
 from mpt_eqx.errors import CheckpointError, ConfigError
 from mpt_eqx.model import MPT
 from mpt_eqx.ops.quantized import QuantizedWeight
-from mpt_eqx.surgery.quantize import quantized, with_zeros
+from mpt_eqx.surgery.quantization import quantized, with_zeros
 
 COMPANIONS = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),

@@ -17,7 +17,7 @@ from mpt_eqx.config.quantization import KEY, Quantization
 from mpt_eqx.errors import first_of
 from mpt_eqx.model import MPT
 from mpt_eqx.model.block import Block
-from mpt_eqx.surgery.quantize import with_zeros
+from mpt_eqx.surgery.quantization import with_zeros
 
 FLOATS = tuple(dtype.name for dtype in DTYPES.values())
 

@@ -26,7 +26,7 @@ from mpt_eqx.errors import CheckpointError, ShardingError, first_of
 from mpt_eqx.model import MPT
 from mpt_eqx.sharding.multihost import assert_same_across_processes, run_or_raise_everywhere
 from mpt_eqx.sharding.shard import assert_same_mesh, with_layout
-from mpt_eqx.surgery.quantize import with_zeros
+from mpt_eqx.surgery.quantization import with_zeros
 
 FLOATS = {dtype.name: dtype for dtype in DTYPES.values()}
 READERS = 4  # tensors that are copied at the same time

@@ -25,7 +25,7 @@ from mpt_eqx.errors import CheckpointError
 from mpt_eqx.model import MPT
 from mpt_eqx.sharding.multihost import run_or_raise_everywhere
 from mpt_eqx.sharding.qkv import is_qkv_slice, qkv_slice_of
-from mpt_eqx.surgery.quantize import quantization_of
+from mpt_eqx.surgery.quantization import quantization_of
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 

@@ -1,3 +1,3 @@
 """From a model to a changed model."""
 
-from mpt_eqx.surgery.quantize import quantize as quantize
+from mpt_eqx.surgery.quantization import quantize as quantize
