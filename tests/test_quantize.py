@@ -1,12 +1,11 @@
 """Weights in 8 and 4 bits: what is quantised and how well, that such a model is one like any other, and its files."""
 
-import inspect
+import ast
 import json
 import os
 import re
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import equinox as eqx
@@ -18,9 +17,11 @@ import pytest
 from conftest import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mutation import argument, call, in_comparisons, left, mutated, reversed_list, right, unsigned
 from safetensors.numpy import load_file, save_file
 
 SCHEMES = ["int8", "int4"]
+DIVISORS = (-8.0, -7.0, -7.25, -7.5, -7.75, -8.25, -8.5, -8.75, -9.0)  # of the candidates for a scale in 4 bits
 TINY = 2e-36  # 127 times what is below float32's normal numbers, which processors may take for 0
 TOKENS = jnp.asarray([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8], jnp.int32)
 
@@ -42,8 +43,6 @@ def numbers_of(values):
 
 def least_error(groups):
     """The least squared error of groups over the candidates for a scale, with the numbers rounded by numpy."""
-    from mpt_eqx.surgery.quantization import DIVISORS
-
     largest = np.take_along_axis(groups, np.abs(groups).argmax(-1)[..., None], -1)
     errors = []
     for divisor in DIVISORS:
@@ -113,23 +112,50 @@ def test_rows_of_one_number(scheme, value):
     np.testing.assert_allclose(back, np.full((2, 64), value), rtol=0.004, atol=TINY)
 
 
+def low_and_high_swapped(node):
+    """numbers[:, :, 0] and numbers[:, :, 1] in each other's place."""
+    if isinstance(node, ast.Subscript) and (end := re.search(r", ([01])\]$", ast.unparse(node))):
+        return ast.parse(f"{ast.unparse(node)[: end.start()]}, {1 - int(end[1])}]", mode="eval").body
+    return None
+
+
+def neighbours_in_a_byte(node):
+    """Columns 2b and 2b + 1 share a byte."""
+    if isinstance(node, ast.Call) and len(node.args) == 4 and ast.unparse(node.args[2]) == "2":
+        first, second, two, half = map(ast.unparse, node.args)
+        text = f"{ast.unparse(node.func)}({first}, {second}, {half}, {two}).swapaxes(2, 3)"
+        return ast.parse(text, mode="eval").body
+    return None
+
+
+def scale_of_the_first_row(node):
+    if isinstance(node, ast.Subscript) and ast.unparse(node.slice) == "(..., None)":
+        return ast.parse(f"{ast.unparse(node.value)}[:1, :, None]", mode="eval").body
+    return None
+
+
 MUTATIONS = {
-    "int8: scale": ("int8", "keepdims=True) / 127", "keepdims=True) / 126"),
-    "int8: sums": ("int8", "jnp.max(jnp.abs(w), axis=1", "jnp.max(w, axis=1"),
-    "int8: cut off": ("int8", "jnp.clip(jnp.round(", "jnp.clip(jnp.trunc("),
-    "int4: zeros": ("int4", "jnp.where(scale == 0, 1, scale)", "scale"),
-    "int4: the largest with its sign": ("int4", "high > -low", "high > low"),
-    "int4: one candidate": ("int4", "for divisor in DIVISORS]", "for divisor in DIVISORS[:1]]"),
-    "int4: the last": ("int4", "jnp.where(error < best[0], scale, best[1])", "scale"),
-    "int4: not squared": ("int4", "jnp.sum(errors**2", "jnp.sum(errors"),
-    "int4: scale rounded too late": ("int4", "jax.lax.reduce_precision(largest / divisor, 8, 7)", "largest / divisor"),
-    "int4: offset": ("int4", "low=-8, high=7) + 8)", "low=-8, high=7) + 7)"),
-    "int4: halves": ("int4", "0] | (numbers[:, :, 1] << 4)", "1] | (numbers[:, :, 0] << 4)"),
-    "int4: neighbours": ("int4", "-1, 2, GROUP // 2)", "-1, GROUP // 2, 2).swapaxes(2, 3)"),
-    "read: offset": ("int4", "astype(jnp.float32) - 8", "astype(jnp.float32) - 7"),
-    "read: halves": ("int4", "[halves & 15, halves >> 4]", "[halves >> 4, halves & 15]"),
-    "read: scale": ("int8", "numbers * scale[..., None]", "numbers * scale[:1, :, None]"),
+    "int8: scale": ("int8", "to_int8", right(ast.Div, 126)),
+    "int8: sums": ("int8", "to_int8", argument("jnp.abs", 0)),
+    "int8: cut off": ("int8", "_rounded", call("jnp.round", "jnp.trunc")),
+    "int4: zeros": ("int4", "_rounded", argument("jnp.where", 2)),
+    "int4: the largest with its sign": ("int4", "to_int4", in_comparisons(unsigned)),
+    "int4: the last": ("int4", "better", argument("jnp.where", 1)),
+    "int4: not squared": ("int4", "better", left(ast.Pow)),
+    "int4: scale rounded too late": ("int4", "to_int4", argument("jax.lax.reduce_precision", 0)),
+    "int4: offset": ("int4", "to_int4", right(ast.Add, 7)),
+    "int4: halves": ("int4", "to_int4", low_and_high_swapped),
+    "int4: neighbours": ("int4", "to_int4", neighbours_in_a_byte),
+    "read: offset": ("int4", "dequantize", right(ast.Sub, 7)),
+    "read: halves": ("int4", "dequantize", reversed_list),
+    "read: scale": ("int8", "dequantize", scale_of_the_first_row),
 }  # fmt: skip
+
+
+def assert_noticed(scheme, *functions):
+    with pytest.raises(AssertionError):
+        for seed in range(4):
+            check(weights_of(seed, (8, 96), 0, np.dtype(np.float32)).at[5].set(0), scheme, *functions)
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
@@ -137,21 +163,21 @@ def test_the_bounds_notice_a_mutation(name):
     from mpt_eqx.ops import quantized
     from mpt_eqx.surgery import quantization
 
-    scheme, part, other = MUTATIONS[name]
-    functions = {}
-    for module in (quantization, quantized):
-        source, mutated = inspect.getsource(module), types.ModuleType("mutated")
-        if (module is quantized) == name.startswith("read"):
-            assert source.count(part) == 1
-            source = source.replace(part, other)
-        exec(source, mutated.__dict__)
-        functions |= mutated.__dict__
-    with pytest.raises(AssertionError):
-        for seed in range(4):
-            check(
-                weights_of(seed, (8, 96), 0, np.dtype(np.float32)).at[5].set(0), scheme,
-                *(functions[function] for function in ("to_int8", "to_int4", "dequantize")),
-            )  # fmt: skip
+    scheme, function, change = MUTATIONS[name]
+    read = name.startswith("read")
+    made = mutated(quantized if read else quantization, function, change)
+    writing, reading = (quantization, made) if read else (made, quantized)
+    assert_noticed(scheme, writing.to_int8, writing.to_int4, reading.dequantize)
+
+
+def test_the_bounds_notice_that_there_is_one_candidate_for_a_scale(monkeypatch):
+    from mpt_eqx.ops.quantized import dequantize
+    from mpt_eqx.surgery import quantization
+
+    monkeypatch.setattr(quantization, "DIVISORS", quantization.DIVISORS[:1])
+    quantization.to_int4.clear_cache()
+    assert_noticed("int4", quantization.to_int8, quantization.to_int4, dequantize)
+    quantization.to_int4.clear_cache()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
