@@ -3,6 +3,8 @@
 Source: llm-foundry 0.22, llmfoundry/models/layers/dmoe.py, which takes the layout from megablocks' dMoE.
 """
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -88,7 +90,7 @@ class ExpertMLP(eqx.Module):
             weights: how much each expert counts for each token; 0 where it does not.
         """
 
-        def expert(this: tuple) -> Float[Array, "T D"]:
+        def expert(this: tuple[Any, ...]) -> Float[Array, "T D"]:
             w1, v1, w2, weight = this
             h = self.act(expert_matmul(x, w1.T))
             if v1 is not None:

@@ -1,5 +1,7 @@
 """Attention of a decode step: one query to a cache, by the CPU kernel where there is one."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
@@ -85,7 +87,7 @@ def decode_attention(
         return one(*arrays)
 
     @step.defjvp
-    def _(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    def _(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
         return jax.jvp(by_xla, primals, tangents)
 
     return step(q, cache.k, cache.v, flat, position.astype(jnp.int32))

@@ -77,7 +77,7 @@ def _decode_matmul(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T o
 
 @_prefill_matmul.defjvp
 @_decode_matmul.defjvp
-def _(primals: tuple, tangents: tuple) -> tuple[Float[Array, "T out"], Float[Array, "T out"]]:
+def _(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Float[Array, "T out"], Float[Array, "T out"]]:
     return jax.jvp(_matmul, primals, tangents)
 
 
@@ -88,7 +88,7 @@ def _decode_rows(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out
 
 
 @_decode_rows.def_vmap
-def _(size: int, batched: list, weight: Any, x: Array) -> tuple[Float[Array, "B T out"], bool]:
+def _(size: int, batched: list[Any], weight: Any, x: Array) -> tuple[Float[Array, "B T out"], bool]:
     """The rows of a batch become more positions; with a weight for each row, XLA has the product."""
     weight_batched, x_batched = batched
     if any(jax.tree.leaves(weight_batched)):
@@ -148,5 +148,5 @@ def _decode_take_rows(weight: Weight, tokens: Int[Array, " T"]) -> Float[Array, 
 
 
 @_decode_take_rows.defjvp
-def _(primals: tuple, tangents: tuple) -> tuple[Float[Array, "T in"], Float[Array, "T in"]]:
+def _(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Float[Array, "T in"], Float[Array, "T in"]]:
     return jax.jvp(_take_rows, primals, tangents)

@@ -72,12 +72,14 @@ def _mean(x: Float[Array, "*T D"]) -> Float[Array, "*T 1"]:
     return jnp.mean(x, axis=-1, keepdims=True)
 
 
-@jax.jit  # traced and lowered once for all norms of a model
 @jax.custom_jvp
-def _decode_mean(x: Float[Array, "*T D"]) -> Float[Array, "*T 1"]:
+def _fixed_order_mean(x: Float[Array, "*T D"]) -> Float[Array, "*T 1"]:
     return by_platform(x, cpu=lambda x: tree_sum(x) / x.shape[-1], default=_mean)
 
 
-@_decode_mean.__wrapped__.defjvp
+@_fixed_order_mean.defjvp
 def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     return jax.jvp(_mean, primals, tangents)
+
+
+_decode_mean = jax.jit(_fixed_order_mean)  # traced and lowered once for all norms of a model
