@@ -4,7 +4,13 @@ from typing import Any
 
 
 class MPTError(ValueError):
-    """Base of every error that a user of mpt_eqx can cause."""
+    """Base of every error that a user of mpt_eqx can cause.
+
+    Its text is its arguments joined by colons: where the problem is, from the outside in, and last what it is.
+    """
+
+    def __str__(self) -> str:
+        return ": ".join(map(str, self.args))
 
 
 class ConfigError(MPTError):

@@ -325,14 +325,14 @@ PARTS = ("attn_config", "ffn_config", "init_config")
 def all_keys():
     """The path of each key that config.json may have, and of an unknown one in each place."""
     from mpt_eqx import config
-    from mpt_eqx.config import dialects
+    from mpt_eqx.config import keys as known_keys
 
     def fields(part):
         return [field.name for field in dataclasses.fields(part)]
 
-    top = dialects.TAKEN[""] | dialects.BOOKKEEPING[""] | set(dialects.ALIASES)
+    top = known_keys.SUPPORTED[""] | known_keys.IGNORED[""] | set(known_keys.ALIASES)
     keys = [(key,) for key in sorted(top - set(PARTS))]
-    for known in (dialects.TAKEN, dialects.BOOKKEEPING, dialects.PLAIN_ONLY):
+    for known in (known_keys.SUPPORTED, known_keys.IGNORED, known_keys.FIXED_VALUE):
         keys += [(part, key) for part in PARTS for key in sorted(known[part])]
     inner = {
         ("attn_config", "rope_hf_config"): [*fields(config.RopeHFConfig), "trained_max_seq_len"],
@@ -355,7 +355,7 @@ CONTRADICTED = {
     "attn_type": {"kv_n_heads"}, "learned_pos_emb": {"nope"}, "order": {"block_overrides"},
     "overrides": {"order"}, "repeat": {"block_overrides"}, "attn_impl": set(),
     "moe_num_experts": {"moe_top_k"}, "ffn_type": {"moe_num_experts", "ffn_act_fn"}, "qk_ln": {"qk_gn"},
-    "name": {"init_std", "approximate", "negative_slope"}, "type": {"low_freq_factor"},
+    "name": {"init_std", "approximate", "negative_slope", "alpha", "min_val", "max_val", "beta", "threshold"}, "type": {"low_freq_factor"},
     "fused_qkv": {"head_dim", "reuse_kv_x_layer_idx"}, "reuse_kv_layer_idx": {"reuse_kv_x_layer_idx"},
     # An unknown key of a small object: the object is named, and the key shown.
     "magic": {"rope_hf_config", "attn_temperature_tuning", "rope_dail_config", "ffn_act_fn", "block_overrides"},
@@ -375,7 +375,7 @@ def with_value(d, path, value):
 @given(configs(), st.sampled_from(all_keys()), json_values)
 def test_any_value_of_any_key_is_taken_or_named(d, path, value):
     from mpt_eqx import ConfigError, MPTConfig
-    from mpt_eqx.config.dialects import ALIASES
+    from mpt_eqx.config.keys import ALIASES
 
     d = {key: value for key, value in d.items() if key != ALIASES.get(path[0])}
     if path[0] == "block_overrides":

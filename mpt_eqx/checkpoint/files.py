@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mpt_eqx.checkpoint.formats.detect import SUFFIXES
-from mpt_eqx.config.dialects import read_json_object
+from mpt_eqx.config.json_file import read_json_object
 from mpt_eqx.config.validation import shown
 from mpt_eqx.errors import CheckpointError, ConfigError, first_of
 

@@ -11,8 +11,10 @@ from mpt_eqx.checkpoint.formats.detect import WeightFile, read_weight_file, refu
 from mpt_eqx.checkpoint.formats.tensors import TensorInfo
 from mpt_eqx.checkpoint.hub import fetch_headers, find_checkpoint
 from mpt_eqx.config import MPTConfig
-from mpt_eqx.config.dialects import override, read_json_object
-from mpt_eqx.config.quantization import Quantization, read_quantization
+from mpt_eqx.config.dialects import override
+from mpt_eqx.config.json_file import read_json_object
+from mpt_eqx.config.mpt_config import read_config
+from mpt_eqx.config.quantization import Quantization
 from mpt_eqx.errors import CheckpointError, ConfigError, MPTError, first_of
 
 
@@ -112,7 +114,7 @@ def _described(
         raise ConfigError(f"config_overrides: expected a dict of keys of config.json, found {config_overrides!r:.80}")
     try:
         content = override(content, config_overrides or {})
-        config, quantization = MPTConfig.from_dict(content), read_quantization(content)
+        config, quantization = read_config(content)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     tensors = tuple(tensor for file in files for tensor in file.tensors)

@@ -1,8 +1,7 @@
 """MPTConfig: the numbers that decide an MPT, under llm-foundry's own names.
 
-This file holds the canonical form, what makes it valid and what follows from it by counting; its nested parts stand in
-`config_parts`, how the dialects of config.json are brought into this form in `config_dialects`, and the configurations
-of known models in `config_presets`.
+This file holds the dataclass, its validation, and what follows from it by counting. Its nested parts are in `parts`,
+reading config.json is in `dialects`, writing it in `write_json`, and known models are in `presets`.
 """
 
 import dataclasses
@@ -11,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mpt_eqx.config.dialects import as_written, from_canonical, read_json_object, to_canonical, to_config_json
+from mpt_eqx.config.dialects import build_parts, to_canonical
+from mpt_eqx.config.json_file import read_json_object
 from mpt_eqx.config.parts import MOE_TYPES
 from mpt_eqx.config.parts import ActFnConfig as ActFnConfig
 from mpt_eqx.config.parts import AttnConfig as AttnConfig
@@ -21,11 +21,32 @@ from mpt_eqx.config.parts import InitConfig as InitConfig
 from mpt_eqx.config.parts import RopeHFConfig as RopeHFConfig
 from mpt_eqx.config.parts import TemperatureTuning as TemperatureTuning
 from mpt_eqx.config.presets import PRESETS
-from mpt_eqx.config.validation import check_bool, check_choice, check_int, check_number, check_part, check_probability
+from mpt_eqx.config.quantization import Quantization
+from mpt_eqx.config.validation import (
+    ANY_NUMBER,
+    BOOLEAN,
+    NULL,
+    PROBABILITY,
+    Check,
+    between,
+    check,
+    check_fields,
+    choice,
+    either,
+    field,
+    number,
+    part,
+    whole,
+)
+from mpt_eqx.config.write_json import to_config_json
 from mpt_eqx.errors import ConfigError
 
 LAYERNORMS = ("low_precision_layernorm", "layernorm")
 RMSNORMS = ("low_precision_rmsnorm", "rmsnorm", "triton_rmsnorm")
+LOGIT_SCALE = Check(
+    "a number, 'inv_sqrt_d_model'", lambda value: value == "inv_sqrt_d_model" or ANY_NUMBER.valid(value)
+)
+OVERRIDES = Check("a tuple of BlockOverride", lambda value: isinstance(value, tuple))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,59 +104,37 @@ class MPTConfig:
         ConfigError: a value is out of range, contradicts another, or asks for what is not supported.
     """
 
-    d_model: int = 2048
-    n_heads: int = 16
-    n_layers: int = 24
-    head_dim: int | None = None
-    expansion_ratio: float = 4
-    max_seq_len: int = 2048
-    vocab_size: int = 50368
-    resid_pdrop: float = 0.0
-    emb_pdrop: float = 0.0
-    learned_pos_emb: bool = True
-    logit_scale: float | str | None = None
-    final_logit_softcapping: float | None = None
-    no_bias: bool = False
-    attention_bias: bool | None = None
-    embedding_fraction: float = 1.0
-    pad_token_id: int | None = None
-    norm_type: str = "low_precision_layernorm"
-    norm_eps: float = 1e-5
-    tie_word_embeddings: bool = True
-    block_overrides: tuple[BlockOverride, ...] | None = None
-    attn_config: AttnConfig = dataclasses.field(default_factory=AttnConfig)
-    ffn_config: FFNConfig = dataclasses.field(default_factory=FFNConfig)
-    init_config: InitConfig = dataclasses.field(default_factory=InitConfig)
+    d_model: int = field(2048, whole())
+    n_heads: int = field(16, whole())
+    # Every block is an object in memory: a hostile file must not make us build 10⁹.
+    n_layers: int = field(24, whole(high=1024))
+    head_dim: int | None = field(None, whole())
+    expansion_ratio: float = field(4, number())
+    max_seq_len: int = field(2048, whole())
+    vocab_size: int = field(50368, whole())
+    resid_pdrop: float = field(0.0, PROBABILITY)
+    emb_pdrop: float = field(0.0, PROBABILITY)
+    learned_pos_emb: bool = field(True, BOOLEAN)
+    logit_scale: float | str | None = field(None, LOGIT_SCALE)
+    final_logit_softcapping: float | None = field(None, number())
+    no_bias: bool = field(False, BOOLEAN)
+    attention_bias: bool | None = field(None, BOOLEAN)
+    embedding_fraction: float = field(1.0, between(math.ulp(0), 1, "a number with 0 < f ≤ 1"))
+    pad_token_id: int | None = field(None, whole(low=0))
+    norm_type: str = field("low_precision_layernorm", choice(*LAYERNORMS, *RMSNORMS))
+    norm_eps: float = field(1e-5, number())
+    tie_word_embeddings: bool = field(True, BOOLEAN)
+    block_overrides: tuple[BlockOverride, ...] | None = field(None, OVERRIDES)
+    attn_config: AttnConfig = field(AttnConfig(), part(AttnConfig))
+    ffn_config: FFNConfig = field(FFNConfig(), part(FFNConfig))
+    init_config: InitConfig = field(InitConfig(), part(InitConfig))
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "n_heads", "max_seq_len", "vocab_size"):
-            check_int(name, getattr(self, name))
-        # A bound of its own, because every block is an object in memory: a hostile file must not make us build 10⁹.
-        check_int("n_layers", self.n_layers, high=1024)
-        for name, part in (("attn_config", AttnConfig), ("ffn_config", FFNConfig), ("init_config", InitConfig)):
-            check_part(name, getattr(self, name), part)
-        check_probability("resid_pdrop", self.resid_pdrop)
-        check_probability("emb_pdrop", self.emb_pdrop)
-        for name in ("learned_pos_emb", "no_bias", "tie_word_embeddings"):
-            check_bool(name, getattr(self, name))
+        check_fields(self)
         if self.attn_config.alibi or self.attn_config.rope:
             # As llm-foundry does, whatever a file says: mpt-7b's own says true and has no such tensor.
             object.__setattr__(self, "learned_pos_emb", False)
-        if self.attention_bias is not None:
-            check_bool("attention_bias", self.attention_bias)
-        if self.logit_scale != "inv_sqrt_d_model":
-            if isinstance(self.logit_scale, str):
-                raise ConfigError(
-                    f"logit_scale: expected a number, 'inv_sqrt_d_model' or null, found {self.logit_scale!r}"
-                )
-            check_number("logit_scale", self.logit_scale, low=-math.inf, optional=True)
-        check_number("final_logit_softcapping", self.final_logit_softcapping, optional=True)
-        check_number("embedding_fraction", self.embedding_fraction)
-        if self.embedding_fraction > 1:
-            raise ConfigError(f"embedding_fraction: expected a number with 0 < f ≤ 1, found {self.embedding_fraction}")
-        check_int("pad_token_id", self.pad_token_id, low=0, high=self.vocab_size - 1, optional=True)
-        check_number("norm_eps", self.norm_eps)
-        check_choice("norm_type", self.norm_type, (*LAYERNORMS, *RMSNORMS))
+        check("pad_token_id", self.pad_token_id, either(whole(0, self.vocab_size - 1), NULL))
         self._check_sizes()
         if self.block_overrides is not None:
             self._check_overrides(self.block_overrides)
@@ -143,52 +142,48 @@ class MPTConfig:
     def _check_sizes(self) -> None:
         attn = self.attn_config
         if self.d_model % self.n_heads:
-            raise ConfigError(f"d_model: expected a multiple of n_heads={self.n_heads}, found {self.d_model}")
-        check_int("head_dim", self.head_dim, optional=True)
+            raise ConfigError("d_model", f"expected a multiple of n_heads={self.n_heads}, found {self.d_model}")
         if self.head_dim not in (None, self.d_model // self.n_heads):
+            expected = f"expected d_model/n_heads={self.d_model // self.n_heads} or null"
             if attn.fused_qkv:
-                raise ConfigError(
-                    f"head_dim: expected d_model/n_heads={self.d_model // self.n_heads} or null with fused_qkv, "
-                    f"found {self.head_dim}"
-                )
+                raise ConfigError("head_dim", f"{expected} with fused_qkv, found {self.head_dim}")
             if attn.rope and attn.rope_impl == "dail":
                 raise ConfigError(
-                    f"head_dim: expected d_model/n_heads={self.d_model // self.n_heads} or null with rope_impl 'dail', "
-                    f"found {self.head_dim}; rope_impl 'hf' takes others"
+                    "head_dim", f"{expected} with rope_impl 'dail', found {self.head_dim}; rope_impl 'hf' takes others"
                 )
-        if attn.kv_n_heads is not None and (attn.kv_n_heads > self.n_heads or self.n_heads % attn.kv_n_heads):
+        if attn.kv_n_heads is not None and self.n_heads % attn.kv_n_heads:
             raise ConfigError(
-                f"attn_config.kv_n_heads: expected a divisor of n_heads={self.n_heads}, found {attn.kv_n_heads}"
+                "attn_config.kv_n_heads", f"expected a divisor of n_heads={self.n_heads}, found {attn.kv_n_heads}"
             )
         if attn.rope and self.head_size % 2:
-            raise ConfigError(f"attn_config.rope: expected an even head_dim, found {self.head_size}")
-        check_number("expansion_ratio", self.expansion_ratio)
+            raise ConfigError("attn_config.rope", f"expected an even head_dim, found {self.head_size}")
         if self.ffn_config.ffn_hidden_size is None:
             width = self.d_model * self.expansion_ratio
             if not 1 <= width < 2**31 or width != int(width):
                 raise ConfigError(
-                    f"expansion_ratio: expected d_model·expansion_ratio to be a whole number, "
-                    f"found {self.d_model}·{self.expansion_ratio}"
+                    "expansion_ratio",
+                    f"expected d_model·expansion_ratio to be a whole number, "
+                    f"found {self.d_model}·{self.expansion_ratio}",
                 )
 
     def _check_overrides(self, overrides: tuple[BlockOverride, ...]) -> None:
-        if not isinstance(overrides, tuple) or len(overrides) != self.n_layers:
-            found = len(overrides) if isinstance(overrides, tuple) else type(overrides).__name__
-            raise ConfigError(f"block_overrides: expected one entry for each of {self.n_layers} blocks, found {found}")
+        if len(overrides) != self.n_layers:
+            raise ConfigError(
+                "block_overrides", f"expected one entry for each of {self.n_layers} blocks, found {len(overrides)}"
+            )
         for i, override in enumerate(overrides):
-            check_part(f"block_overrides[{i}]", override, BlockOverride)
+            path = f"block_overrides[{i}]"
+            check(path, override, part(BlockOverride))
             if override.nope and self.learned_pos_emb:
-                raise ConfigError(f"block_overrides[{i}]: nope: expected false with learned positions, found true")
+                raise ConfigError(path, "nope: expected false with learned positions, found true")
             for name in ("reuse_kv_layer_idx", "reuse_kv_x_layer_idx"):
-                if (getattr(override, name) or 0) + i < 0:
+                if ((back := getattr(override, name)) or 0) + i < 0:
                     raise ConfigError(
-                        f"block_overrides[{i}]: {name}: expected at least {-i}, found {getattr(override, name)}: "
-                        f"there is no block before the first"
+                        path, f"{name}: expected at least {-i}, found {back}: there is no block before the first"
                     )
             if override.reuse_kv_x_layer_idx is not None and self.attn_config.fused_qkv:
                 raise ConfigError(
-                    f"block_overrides[{i}]: reuse_kv_x_layer_idx: expected attn_config.fused_qkv false with it, "
-                    f"found true"
+                    path, "reuse_kv_x_layer_idx: expected attn_config.fused_qkv false with it, found true"
                 )
 
     @property
@@ -279,7 +274,7 @@ class MPTConfig:
             ConfigError: there is no preset of that name.
         """
         if name not in PRESETS:
-            raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, found {name!r}")
+            raise ConfigError("preset", f"expected one of {', '.join(PRESETS)}, found {name!r}")
         return cls.from_dict(PRESETS[name])
 
     @classmethod
@@ -290,10 +285,7 @@ class MPTConfig:
             ConfigError: a key is unknown and could change the maths, or its value is wrong or not supported. The
                 message names the key as the file spells it.
         """
-        try:
-            return cls(**from_canonical(to_canonical(d)))
-        except ConfigError as error:
-            raise ConfigError(as_written(str(error), d)) from None
+        return read_config(d)[0]
 
     @classmethod
     def from_json_file(cls, path: str | Path) -> "MPTConfig":
@@ -306,18 +298,33 @@ class MPTConfig:
         try:
             return cls.from_dict(d)
         except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from None
+            raise ConfigError(str(path), *error.args) from None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the content of a config.json that llm-foundry, transformers and `from_dict` read alike."""
         return to_config_json(dataclasses.asdict(self))
 
 
-def count_flops(config: MPTConfig, seq_len: int) -> int:
-    """Returns the floating-point operations of one training step on one sequence, by llm-foundry's formula.
+def read_config(d: Mapping[str, Any]) -> tuple[MPTConfig, Quantization | None]:
+    """Returns what the content of a config.json says: the model, and how its weights are quantised, None if not.
 
+    Raises:
+        ConfigError: as by `MPTConfig.from_dict`.
+    """
+    canonical = to_canonical(d)
+    try:
+        return MPTConfig(**build_parts(canonical)), canonical.quantization
+    except ConfigError as error:
+        path, *problem = error.args
+        raise ConfigError(canonical.spelling.get(path, path), *problem) from None
+
+
+def count_flops(config: MPTConfig, seq_len: int) -> int:
+    """Returns the floating-point operations of one training step (forward and backward) on one sequence.
+
+    The forward pass alone, as in inference, is a third of it. The formula is llm-foundry's:
     3·(2·N·T + 4·n_layers·d_model·T²): the backward pass costs twice the forward pass, attention is counted in full as
-    if it were not causal, and N counts all parameters but an embedding that is not also the output matrix; of mb_dmoe
+    if it were not causal, and N counts all parameters but the embedding of a model with an untied lm_head; of mb_dmoe
     only the experts that a token goes to.
 
     Args:
@@ -329,9 +336,9 @@ def count_flops(config: MPTConfig, seq_len: int) -> int:
 
     Source: llm-foundry 0.22, llmfoundry/models/mpt/modeling_mpt.py, flops_per_batch; utils/mpt_param_count.py.
     """
-    check_int("seq_len", seq_len)
+    check("seq_len", seq_len, whole())
     if config.block_overrides is not None:
-        raise ConfigError("block_overrides: expected null; llm-foundry's count of operations does not hold with them")
+        raise ConfigError("block_overrides", "expected null; llm-foundry's count of operations does not hold with them")
     ffn = config.ffn_config
     n = config._count_parameters(ffn.moe_top_k if ffn.ffn_type == "mb_dmoe" else ffn.moe_num_experts)
     if not config.tie_word_embeddings:

@@ -28,11 +28,15 @@ def expand_overrides(d: Any, tuning: Mapping[str, Any]) -> tuple[BlockOverride, 
         ConfigError: it is not of this form, or overrides what may not be overridden.
     """
     if not isinstance(d, Mapping) or not {"order", "overrides"} <= set(d) <= {"order", "overrides", "repeat"}:
-        raise ConfigError(f"block_overrides: expected 'order' and 'overrides' (and perhaps 'repeat'), found {shown(d)}")
+        raise ConfigError(
+            "block_overrides", f"expected 'order' and 'overrides' (and perhaps 'repeat'), found {shown(d)}"
+        )
     if not isinstance(d["overrides"], Mapping) or not all(isinstance(name, str) for name in d["overrides"]):
-        raise ConfigError(f"block_overrides.overrides: expected an object, found {shown(d['overrides'])}")
+        raise ConfigError("block_overrides.overrides", f"expected an object, found {shown(d['overrides'])}")
     if "default" in d["overrides"]:
-        raise ConfigError("block_overrides.overrides: expected an object without the name 'default', which means none")
+        raise ConfigError(
+            "block_overrides.overrides", "expected an object without the name 'default', which means none"
+        )
     blocks = {name: _block(name, override, tuning) for name, override in d["overrides"].items()}
     blocks["default"] = BlockOverride()
     return tuple(blocks[name] for name in _names({"order": d["order"], "repeat": d.get("repeat", 1)}, set(blocks)))
@@ -55,38 +59,40 @@ def collapse_overrides(blocks: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _names(item: Any, known: set[str], depth: int = 0) -> list[str]:
     if depth > MAX_DEPTH:
-        raise ConfigError(f"block_overrides.order: expected at most {MAX_DEPTH} orders within another, found more")
+        raise ConfigError("block_overrides.order", f"expected at most {MAX_DEPTH} orders within another, found more")
     if (
         not isinstance(item, Mapping)
         or ("name" in item) == ("order" in item)
         or set(item) - {"name", "order", "repeat"}
     ):
-        raise ConfigError(f"block_overrides.order: expected items with a 'name' or an 'order', found {shown(item)}")
+        raise ConfigError("block_overrides.order", f"expected items with a 'name' or an 'order', found {shown(item)}")
     repeat = item.get("repeat", 1)
     if isinstance(repeat, bool) or not isinstance(repeat, int) or not 1 <= repeat <= MAX_BLOCKS:
         raise ConfigError(
-            f"block_overrides: repeat: expected a whole number from 1 to {MAX_BLOCKS}, found {shown(repeat)}"
+            "block_overrides", f"repeat: expected a whole number from 1 to {MAX_BLOCKS}, found {shown(repeat)}"
         )
     if "name" in item:
         if not isinstance(item["name"], str) or item["name"] not in known:
-            raise ConfigError(f"block_overrides.order: expected one of {sorted(known)}, found {shown(item['name'])}")
+            raise ConfigError("block_overrides.order", f"expected one of {sorted(known)}, found {shown(item['name'])}")
         names = [item["name"]]
     elif isinstance(item["order"], list):
         names = [name for inner in item["order"] for name in _names(inner, known, depth + 1)]
     else:
-        raise ConfigError(f"block_overrides.order: expected a list, found {shown(item['order'])}")
+        raise ConfigError("block_overrides.order", f"expected a list, found {shown(item['order'])}")
     if len(names) * repeat > MAX_BLOCKS:
-        raise ConfigError(f"block_overrides.order: expected at most {MAX_BLOCKS} blocks, found {len(names) * repeat}")
+        raise ConfigError("block_overrides.order", f"expected at most {MAX_BLOCKS} blocks, found {len(names) * repeat}")
     return names * repeat
 
 
 def _block(name: str, override: Any, tuning: Mapping[str, Any]) -> BlockOverride:
     path = f"block_overrides.overrides.{name}"
     if not isinstance(override, Mapping) or set(override) - {"attn_config"}:
-        raise ConfigError(f"{path}: expected an object with nothing but 'attn_config', found {shown(override)}")
+        raise ConfigError(path, f"expected an object with nothing but 'attn_config', found {shown(override)}")
     attn = override.get("attn_config", {})
     if not isinstance(attn, Mapping) or set(attn) - FIELDS:
-        raise ConfigError(f"{path}.attn_config: expected an object with keys of {sorted(FIELDS)}, found {shown(attn)}")
+        raise ConfigError(
+            f"{path}.attn_config", f"expected an object with keys of {sorted(FIELDS)}, found {shown(attn)}"
+        )
     values = dict(attn)
     if (changed := values.get("attn_temperature_tuning")) is not None:
         values["attn_temperature_tuning"] = as_tuning(
@@ -98,5 +104,7 @@ def _block(name: str, override: Any, tuning: Mapping[str, Any]) -> BlockOverride
 def as_tuning(d: Any) -> TemperatureTuning:
     """Returns `attn_temperature_tuning` of config.json as a TemperatureTuning."""
     if not isinstance(d, Mapping) or set(d) - {"floor_scale", "attn_scale"}:
-        raise ConfigError(f"attn_config.attn_temperature_tuning: expected floor_scale and attn_scale, found {shown(d)}")
+        raise ConfigError(
+            "attn_config.attn_temperature_tuning", f"expected floor_scale and attn_scale, found {shown(d)}"
+        )
     return TemperatureTuning(**d)

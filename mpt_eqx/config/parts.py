@@ -4,16 +4,51 @@ Defaults are those of llm-foundry 0.22, llmfoundry/models/utils/config_defaults.
 """
 
 import dataclasses
-import math
+import sys
 
-from mpt_eqx.config.validation import check_bool, check_choice, check_int, check_number, check_part, check_probability
+from mpt_eqx.config.validation import (
+    ANY_NUMBER,
+    BOOLEAN,
+    PROBABILITY,
+    Check,
+    between,
+    check,
+    check_fields,
+    choice,
+    either,
+    field,
+    number,
+    part,
+    whole,
+)
 from mpt_eqx.errors import ConfigError
 
 ATTN_TYPES = ("multihead_attention", "multiquery_attention", "grouped_query_attention")
 ROPE_TYPES = ("no_scaling", "linear", "dynamic", "llama3")
 MOE_TYPES = ("torch_dmoe", "mb_dmoe")
 FFN_TYPES = ("mptmlp", "mptglu", "te_ln_mlp", *MOE_TYPES)
-ACTIVATIONS = ("gelu", "relu", "silu", "quick_gelu", "leaky_relu")
+MOE_FIELDS = ("moe_num_experts", "moe_top_k", "mlp_type", "moe_jitter_eps", "moe_normalize_expert_weights")
+# Each activation with its arguments, as in torch.nn.functional; quick_gelu is llm-foundry's own.
+ACTIVATIONS: dict[str, tuple[str, ...]] = {
+    "gelu": ("approximate",),
+    "quick_gelu": (),
+    "relu": (),
+    "relu6": (),
+    "leaky_relu": ("negative_slope",),
+    "elu": ("alpha",),
+    "selu": (),
+    "celu": ("alpha",),
+    "silu": (),
+    "mish": (),
+    "softplus": ("beta", "threshold"),
+    "softsign": (),
+    "tanh": (),
+    "sigmoid": (),
+    "logsigmoid": (),
+    "hardtanh": ("min_val", "max_val"),
+    "hardsigmoid": (),
+    "hardswish": (),
+}
 INIT_NAMES = (
     "kaiming_normal_",
     "kaiming_uniform_",
@@ -23,6 +58,11 @@ INIT_NAMES = (
     "xavier_normal_",
     "xavier_uniform_",
     "default_",
+)
+NOT_ZERO = Check("a finite number but 0", lambda value: ANY_NUMBER.valid(value) and value != 0)
+BOUNDS = Check(
+    "one bound or (low, high)",
+    lambda value: all(map(ANY_NUMBER.valid, value if isinstance(value, tuple) and len(value) == 2 else [value])),
 )
 
 
@@ -45,26 +85,24 @@ class RopeHFConfig:
             under this name the reference would not look at it.
     """
 
-    type: str = "no_scaling"
-    factor: float = 1.0
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    original_max_position_embeddings: int | None = None
+    type: str = field("no_scaling", choice(*ROPE_TYPES))
+    factor: float = field(1.0, number())
+    low_freq_factor: float | None = field(None, number())
+    high_freq_factor: float | None = field(None, number())
+    original_max_position_embeddings: int | None = field(None, whole())
 
     def __post_init__(self) -> None:
-        name = "attn_config.rope_hf_config"
-        check_choice(f"{name}.type", self.type, ROPE_TYPES)
-        check_number(f"{name}.factor", self.factor)
-        llama3 = self.type == "llama3"
-        check_number(f"{name}.low_freq_factor", self.low_freq_factor, optional=not llama3)
-        check_number(f"{name}.high_freq_factor", self.high_freq_factor, optional=not llama3)
-        check_int(
-            f"{name}.original_max_position_embeddings", self.original_max_position_embeddings, optional=not llama3
-        )
-        if llama3 and self.low_freq_factor == self.high_freq_factor:
-            raise ConfigError(
-                f"{name}.high_freq_factor: expected another value than low_freq_factor, found {self.high_freq_factor}"
-            )
+        path = "attn_config.rope_hf_config"
+        check_fields(self, f"{path}.")
+        if self.type == "llama3":
+            check(f"{path}.low_freq_factor", self.low_freq_factor, number())
+            check(f"{path}.high_freq_factor", self.high_freq_factor, number())
+            check(f"{path}.original_max_position_embeddings", self.original_max_position_embeddings, whole())
+            if self.low_freq_factor == self.high_freq_factor:
+                raise ConfigError(
+                    f"{path}.high_freq_factor",
+                    f"expected another value than low_freq_factor, found {self.high_freq_factor}",
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,12 +116,11 @@ class TemperatureTuning:
         attn_scale: strength; 0 switches it off.
     """
 
-    floor_scale: float = 8192
-    attn_scale: float = 0.0
+    floor_scale: float = field(8192, number())
+    attn_scale: float = field(0.0, ANY_NUMBER)
 
     def __post_init__(self) -> None:
-        check_number("attn_config.attn_temperature_tuning.floor_scale", self.floor_scale)
-        check_number("attn_config.attn_temperature_tuning.attn_scale", self.attn_scale, low=-math.inf)
+        check_fields(self, "attn_config.attn_temperature_tuning.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,44 +149,33 @@ class AttnConfig:
         rope_hf_config: how rotary positions are stretched.
     """
 
-    attn_type: str = "multihead_attention"
-    kv_n_heads: int | None = None
-    attn_pdrop: float = 0.0
-    fused_qkv: bool = True
-    clip_qkv: float | None = None
-    qk_ln: bool = False
-    qk_gn: bool = False
-    softmax_scale: float | None = None
-    attn_logit_softcapping: float | None = None
-    sliding_window_size: int = -1
-    attn_uses_sequence_id: bool = False
-    attn_temperature_tuning: TemperatureTuning = TemperatureTuning()
-    alibi: bool = False
-    alibi_bias_max: float = 8
-    rope: bool = False
-    rope_theta: float = 10000
-    rope_impl: str = "dail"
-    rope_hf_config: RopeHFConfig = RopeHFConfig()
+    attn_type: str = field("multihead_attention", choice(*ATTN_TYPES))
+    kv_n_heads: int | None = field(None, whole())
+    attn_pdrop: float = field(0.0, PROBABILITY)
+    fused_qkv: bool = field(True, BOOLEAN)
+    clip_qkv: float | None = field(None, number())
+    qk_ln: bool = field(False, BOOLEAN)
+    qk_gn: bool = field(False, BOOLEAN)
+    softmax_scale: float | None = field(None, number())
+    attn_logit_softcapping: float | None = field(None, number())
+    sliding_window_size: int = field(-1, whole(low=-1))
+    attn_uses_sequence_id: bool = field(False, BOOLEAN)
+    attn_temperature_tuning: TemperatureTuning = field(TemperatureTuning(), part(TemperatureTuning))
+    alibi: bool = field(False, BOOLEAN)
+    alibi_bias_max: float = field(8, number())
+    rope: bool = field(False, BOOLEAN)
+    rope_theta: float = field(10000, number())
+    rope_impl: str = field("dail", choice("dail", "hf"))
+    rope_hf_config: RopeHFConfig = field(RopeHFConfig(), part(RopeHFConfig))
 
     def __post_init__(self) -> None:
-        check_choice("attn_config.attn_type", self.attn_type, ATTN_TYPES)
+        check_fields(self, "attn_config.")
         if self.attn_type == "grouped_query_attention":
-            check_int("attn_config.kv_n_heads", self.kv_n_heads)
+            check("attn_config.kv_n_heads", self.kv_n_heads, whole())
         elif self.kv_n_heads is not None:
-            raise ConfigError(f"attn_config.kv_n_heads: expected null with {self.attn_type}, found {self.kv_n_heads!r}")
-        check_probability("attn_config.attn_pdrop", self.attn_pdrop)
-        for name in ("fused_qkv", "qk_ln", "qk_gn", "attn_uses_sequence_id", "alibi", "rope"):
-            check_bool(f"attn_config.{name}", getattr(self, name))
-        for name in ("clip_qkv", "softmax_scale", "attn_logit_softcapping"):
-            check_number(f"attn_config.{name}", getattr(self, name), optional=True)
-        check_number("attn_config.alibi_bias_max", self.alibi_bias_max)
-        check_number("attn_config.rope_theta", self.rope_theta)
-        check_choice("attn_config.rope_impl", self.rope_impl, ("dail", "hf"))
-        check_part("attn_config.rope_hf_config", self.rope_hf_config, RopeHFConfig)
-        check_part("attn_config.attn_temperature_tuning", self.attn_temperature_tuning, TemperatureTuning)
-        check_int("attn_config.sliding_window_size", self.sliding_window_size, low=-1)
+            raise ConfigError("attn_config.kv_n_heads", f"expected null with {self.attn_type}, found {self.kv_n_heads}")
         if self.qk_ln and self.qk_gn:
-            raise ConfigError("attn_config.qk_gn: expected false with qk_ln, found true")
+            raise ConfigError("attn_config.qk_gn", "expected false with qk_ln, found true")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,22 +183,42 @@ class ActFnConfig:
     """The activation of the feed-forward network: `ffn_config.ffn_act_fn` of config.json.
 
     Args:
-        name: "gelu", "relu", "silu", "quick_gelu" (x·sigmoid(1.702·x)) or "leaky_relu".
-        approximate: "none" for the exact gelu, "tanh" for its approximation.
-        negative_slope: slope of leaky_relu below 0.
+        name: "gelu", "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "silu", "mish", "softplus", "softsign",
+            "tanh", "sigmoid", "logsigmoid", "hardtanh", "hardsigmoid" or "hardswish", each as in torch.nn.functional,
+            or "quick_gelu", x·sigmoid(1.702·x).
+        approximate: gelu: "none" for the exact function, "tanh" for its approximation.
+        negative_slope: leaky_relu: slope below 0.
+        alpha: elu, celu: the limit at -∞ is -alpha. Not 0 for celu.
+        min_val: hardtanh: smallest value, at most max_val.
+        max_val: hardtanh: largest value.
+        beta: softplus: log(1 + exp(beta·x)) / beta. Not 0.
+        threshold: softplus: x itself where beta·x is above this.
     """
 
-    name: str = "gelu"
-    approximate: str = "none"
-    negative_slope: float = 0.01
+    name: str = field("gelu", choice(*ACTIVATIONS))
+    approximate: str = field("none", choice("none", "tanh"))
+    negative_slope: float = field(0.01, ANY_NUMBER)
+    alpha: float = field(1.0, ANY_NUMBER)
+    min_val: float = field(-1.0, ANY_NUMBER)
+    max_val: float = field(1.0, ANY_NUMBER)
+    beta: float = field(1.0, NOT_ZERO)
+    threshold: float = field(20.0, ANY_NUMBER)
 
     def __post_init__(self) -> None:
-        check_choice("ffn_config.ffn_act_fn.name", self.name, ACTIVATIONS)
-        check_choice("ffn_config.ffn_act_fn.approximate", self.approximate, ("none", "tanh"))
-        check_number("ffn_config.ffn_act_fn.negative_slope", self.negative_slope, low=-math.inf)
-        for name, of in (("approximate", "gelu"), ("negative_slope", "leaky_relu")):
-            if self.name != of and getattr(self, name) != getattr(type(self), name):
-                raise ConfigError(f"ffn_config.ffn_act_fn.{name}: expected no such key with {self.name!r}")
+        path = "ffn_config.ffn_act_fn"
+        check_fields(self, f"{path}.")
+        for argument in dataclasses.fields(self)[1:]:
+            if argument.name not in ACTIVATIONS[self.name] and getattr(self, argument.name) != argument.default:
+                raise ConfigError(f"{path}.{argument.name}", f"expected no such key with {self.name!r}")
+        if self.name == "celu":
+            check(f"{path}.alpha", self.alpha, NOT_ZERO)
+        if self.min_val > self.max_val:
+            raise ConfigError(f"{path}.min_val", f"expected at most max_val={self.max_val}, found {self.min_val}")
+
+    @property
+    def arguments(self) -> dict[str, str | float]:
+        """The arguments that this activation has, by name."""
+        return {name: getattr(self, name) for name in ACTIVATIONS[self.name]}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,34 +237,24 @@ class FFNConfig:
         moe_normalize_expert_weights: p of the norm that a token's expert weights are divided by; None for none.
     """
 
-    ffn_type: str = "mptmlp"
-    ffn_hidden_size: int | None = None
-    ffn_act_fn: ActFnConfig | None = None
-    moe_num_experts: int = 1
-    moe_top_k: int = 1
-    mlp_type: str = "mlp"
-    moe_jitter_eps: float | None = None
-    moe_normalize_expert_weights: float | None = None
+    ffn_type: str = field("mptmlp", choice(*FFN_TYPES))
+    ffn_hidden_size: int | None = field(None, whole())
+    ffn_act_fn: ActFnConfig | None = field(None, part(ActFnConfig))
+    moe_num_experts: int = field(1, whole(high=4096))
+    moe_top_k: int = field(1, whole())
+    mlp_type: str = field("mlp", choice("mlp", "glu"))
+    moe_jitter_eps: float | None = field(None, number())
+    moe_normalize_expert_weights: float | None = field(None, number())
 
     def __post_init__(self) -> None:
-        check_choice("ffn_config.ffn_type", self.ffn_type, FFN_TYPES)
-        check_int("ffn_config.ffn_hidden_size", self.ffn_hidden_size, optional=True)
-        if self.ffn_act_fn is not None:
-            check_part("ffn_config.ffn_act_fn", self.ffn_act_fn, ActFnConfig)
-            if self.ffn_type == "te_ln_mlp":
-                raise ConfigError("ffn_config.ffn_act_fn: expected null with te_ln_mlp, which has its own activation")
-        check_int("ffn_config.moe_num_experts", self.moe_num_experts, high=4096)
-        check_int("ffn_config.moe_top_k", self.moe_top_k, high=self.moe_num_experts)
-        check_choice("ffn_config.mlp_type", self.mlp_type, ("mlp", "glu"))
-        check_number("ffn_config.moe_jitter_eps", self.moe_jitter_eps, optional=True)
-        check_number("ffn_config.moe_normalize_expert_weights", self.moe_normalize_expert_weights, optional=True)
-        if self.ffn_type not in MOE_TYPES:
-            for field in dataclasses.fields(self):
-                if field.name in MOE_FIELDS and getattr(self, field.name) != field.default:
-                    raise ConfigError(f"ffn_config.{field.name}: expected no such key with {self.ffn_type!r}")
-
-
-MOE_FIELDS = ("moe_num_experts", "moe_top_k", "mlp_type", "moe_jitter_eps", "moe_normalize_expert_weights")
+        check_fields(self, "ffn_config.")
+        check("ffn_config.moe_top_k", self.moe_top_k, whole(high=self.moe_num_experts))
+        if self.ffn_type == "te_ln_mlp" and self.ffn_act_fn is not None:
+            raise ConfigError("ffn_config.ffn_act_fn", "expected null with te_ln_mlp, which has its own activation")
+        for declared in dataclasses.fields(self):
+            if declared.name in MOE_FIELDS and self.ffn_type not in MOE_TYPES:
+                if getattr(self, declared.name) != declared.default:
+                    raise ConfigError(f"ffn_config.{declared.name}", f"expected no such key with {self.ffn_type!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -236,40 +272,22 @@ class InitConfig:
         emb_init_uniform_lim: bounds (low, high) of uniform embeddings, or one bound for (-bound, bound).
     """
 
-    name: str = "kaiming_normal_"
-    fan_mode: str = "fan_in"
-    init_nonlinearity: str = "relu"
-    init_gain: float = 0.0
-    init_div_is_residual: bool | float = True
-    init_std: float | None = None
-    emb_init_std: float | None = None
-    emb_init_uniform_lim: float | tuple[float, float] | None = None
+    name: str = field("kaiming_normal_", choice(*INIT_NAMES))
+    fan_mode: str = field("fan_in", choice("fan_in", "fan_out"))
+    init_nonlinearity: str = field("relu", choice("relu", "leaky_relu", "linear"))
+    init_gain: float = field(0.0, ANY_NUMBER)
+    init_div_is_residual: bool | float = field(True, either(number(), BOOLEAN))
+    init_std: float | None = field(None, ANY_NUMBER)
+    emb_init_std: float | None = field(None, between(0, sys.float_info.max, "a number ≥ 0"))
+    emb_init_uniform_lim: float | tuple[float, float] | None = field(None, BOUNDS)
 
     def __post_init__(self) -> None:
-        check_choice("init_config.name", self.name, INIT_NAMES)
-        check_choice("init_config.fan_mode", self.fan_mode, ("fan_in", "fan_out"))
-        check_choice("init_config.init_nonlinearity", self.init_nonlinearity, ("relu", "leaky_relu", "linear"))
-        check_number("init_config.init_gain", self.init_gain, low=-math.inf)
-        if not isinstance(self.init_div_is_residual, bool):
-            check_number("init_config.init_div_is_residual", self.init_div_is_residual)
-        check_number("init_config.init_std", self.init_std, low=-math.inf, optional=True)
-        check_number("init_config.emb_init_std", self.emb_init_std, low=-math.inf, optional=True)
-        if (self.emb_init_std or 0) < 0:
-            raise ConfigError(f"init_config.emb_init_std: expected a number ≥ 0, found {self.emb_init_std}")
+        check_fields(self, "init_config.")
         lim = self.emb_init_uniform_lim
-        if isinstance(lim, tuple):
-            if len(lim) != 2:
-                raise ConfigError(
-                    f"init_config.emb_init_uniform_lim: expected one bound or (low, high), found {list(lim)}"
-                )
-            for bound in lim:
-                check_number("init_config.emb_init_uniform_lim", bound, low=-math.inf)
-            if lim[0] > lim[1]:
-                raise ConfigError(f"init_config.emb_init_uniform_lim: expected low ≤ high, found {list(lim)}")
-        else:
-            check_number("init_config.emb_init_uniform_lim", lim, low=-math.inf, optional=True)
+        if isinstance(lim, tuple) and lim[0] > lim[1]:
+            raise ConfigError("init_config.emb_init_uniform_lim", f"expected low ≤ high, found {list(lim)}")
         if self.name == "baseline_" and self.init_std is None:
-            raise ConfigError("init_config.init_std: expected a number with name 'baseline_', found null")
+            raise ConfigError("init_config.init_std", "expected a number with name 'baseline_', found null")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -286,19 +304,14 @@ class BlockOverride:
             before it. Needs fused_qkv False.
     """
 
-    sliding_window_size: int | None = None
-    attn_temperature_tuning: TemperatureTuning | None = None
-    nope: bool = False
-    reuse_kv_layer_idx: int | None = None
-    reuse_kv_x_layer_idx: int | None = None
+    sliding_window_size: int | None = field(None, whole(low=-1))
+    attn_temperature_tuning: TemperatureTuning | None = field(None, part(TemperatureTuning))
+    nope: bool = field(False, BOOLEAN)
+    reuse_kv_layer_idx: int | None = field(None, whole(-1023, -1))
+    reuse_kv_x_layer_idx: int | None = field(None, whole(-1023, -1))
 
     def __post_init__(self) -> None:
-        name = "block_overrides: attn_config"
-        check_int(f"{name}.sliding_window_size", self.sliding_window_size, low=-1, optional=True)
-        check_bool(f"{name}.nope", self.nope)
-        check_int(f"{name}.reuse_kv_layer_idx", self.reuse_kv_layer_idx, low=-1023, high=-1, optional=True)
-        check_int(f"{name}.reuse_kv_x_layer_idx", self.reuse_kv_x_layer_idx, low=-1023, high=-1, optional=True)
-        if self.attn_temperature_tuning is not None:
-            check_part(f"{name}.attn_temperature_tuning", self.attn_temperature_tuning, TemperatureTuning)
+        path = "block_overrides: attn_config"
+        check_fields(self, f"{path}.")
         if self.reuse_kv_layer_idx is not None and self.reuse_kv_x_layer_idx is not None:
-            raise ConfigError(f"{name}.reuse_kv_x_layer_idx: expected null with reuse_kv_layer_idx, found a number")
+            raise ConfigError(f"{path}.reuse_kv_x_layer_idx", "expected null with reuse_kv_layer_idx, found a number")

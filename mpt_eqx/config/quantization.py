@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from mpt_eqx.config.validation import check_bool, check_choice, shown
+from mpt_eqx.config.validation import BOOLEAN, check, choice, shown
 from mpt_eqx.errors import ConfigError
 
 KEY = "quantization_config"
@@ -33,8 +33,8 @@ class Quantization(NamedTuple):
 
 def check_quantization(quantization: Quantization) -> None:
     """Raises a ConfigError unless there is such a quantisation."""
-    check_choice("scheme", quantization.scheme, SCHEMES)
-    check_bool("embeddings", quantization.embeddings)
+    check("scheme", quantization.scheme, choice(*SCHEMES))
+    check("embeddings", quantization.embeddings, BOOLEAN)
 
 
 def read_quantization(d: Mapping[str, Any]) -> Quantization | None:

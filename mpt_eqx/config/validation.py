@@ -1,58 +1,115 @@
-"""Checks of single values in a configuration; each raises a ConfigError that names the field."""
+"""What a single value may be, how a dataclass declares it for each field, and the loop that checks them all.
 
+A field stands on one line with its default and its range: `n_layers: int = field(24, whole(high=1024))`.
+"""
+
+import dataclasses
 import math
 import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from mpt_eqx.errors import ConfigError
+from mpt_eqx.errors import ConfigError, MPTError
 
 
 def shown(value: object) -> str:
-    """Returns a value as an error shows it: not longer than a line, whatever a file holds."""
+    """Returns a value as an error shows it: at most 200 characters, whatever a file holds."""
     try:
         return f"{value!r:.200}"
-    except (ValueError, RecursionError):  # of a whole number with thousands of digits, or of something nested too deep
+    except (ValueError, RecursionError):  # an integer of thousands of digits, or an object nested too deep
         return f"something too long to show ({type(value).__name__})"
 
 
-def check_int(name: str, value: object, *, low: int = 1, high: int = 2**31 - 1, optional: bool = False) -> None:
-    """Raises unless `value` is a whole number from `low` to `high`, or None if that is allowed."""
-    if optional and value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        or_null = " or null" if optional else ""
-        raise ConfigError(f"{name}: expected a whole number from {low} to {high}{or_null}, found {shown(value)}")
+class Check(NamedTuple):
+    """What a value may be.
+
+    Attributes:
+        expected: the valid values in words.
+        valid: tells whether a value is one of them.
+        advice: what follows in the message, after the value found.
+        show: how the message shows the value found.
+    """
+
+    expected: str
+    valid: Callable[[Any], bool]
+    advice: str = ""
+    show: Callable[[object], str] = shown
 
 
-def check_number(name: str, value: object, *, low: float = 0.0, optional: bool = False) -> None:
-    """Raises unless `value` is a finite number above `low`, or None if that is allowed."""
-    if optional and value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low < value <= sys.float_info.max:
-        above = "a finite number" if low == -math.inf else f"a finite number > {low:g}"
-        raise ConfigError(f"{name}: expected {above}{' or null' if optional else ''}, found {shown(value)}")
+def check(name: str, value: object, wanted: Check, error: type[MPTError] = ConfigError) -> None:
+    """Raises an `error` that names the value `name` unless it is as `wanted`."""
+    if not wanted.valid(value):
+        raise error(name, f"expected {wanted.expected}, found {wanted.show(value)}{wanted.advice}")
 
 
-def check_probability(name: str, value: object) -> None:
-    """Raises unless `value` is a number from 0 to 1."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ConfigError(f"{name}: expected a probability from 0 to 1, found {shown(value)}")
+def whole(low: int = 1, high: int = 2**31 - 1) -> Check:
+    """A whole number from `low` to `high`."""
+    return Check(
+        f"a whole number from {low} to {high}",
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high,
+    )
 
 
-def check_bool(name: str, value: object) -> None:
-    """Raises unless `value` is True or False."""
-    if not isinstance(value, bool):
-        raise ConfigError(f"{name}: expected true or false, found {shown(value)}")
+def number(above: float = 0.0) -> Check:
+    """A finite number greater than `above`."""
+    return Check(
+        "a finite number" if above == -math.inf else f"a finite number > {above:g}",
+        lambda value: is_number(value) and above < value <= sys.float_info.max,
+    )
 
 
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raises unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ConfigError(f"{name}: expected {' or '.join(map(repr, choices))}, found {shown(value)}; not supported")
+def between(low: float, high: float, expected: str) -> Check:
+    """A number from `low` to `high`, which `expected` says in words."""
+    return Check(expected, lambda value: is_number(value) and low <= value <= high)
 
 
-def check_part(name: str, value: object, part: type) -> None:
-    """Raises unless `value` is an instance of the dataclass `part`."""
-    if not isinstance(value, part):
-        raise ConfigError(
-            f"{name}: expected {part.__name__}, found {type(value).__name__}; MPTConfig.from_dict takes plain dicts"
-        )
+def choice(*choices: str) -> Check:
+    """One of some strings."""
+    return Check(" or ".join(map(repr, choices)), lambda value: value in choices, "; not supported")
+
+
+def part(cls: type) -> Check:
+    """An instance of a dataclass."""
+    return Check(
+        cls.__name__,
+        lambda value: isinstance(value, cls),
+        "; MPTConfig.from_dict takes plain dicts",
+        lambda value: type(value).__name__,
+    )
+
+
+def either(first: Check, second: Check) -> Check:
+    """What one of two checks takes."""
+    return first._replace(
+        expected=f"{first.expected} or {second.expected}",
+        valid=lambda value: first.valid(value) or second.valid(value),
+    )
+
+
+def is_number(value: object) -> bool:
+    """Tells whether a value is an int or a float; booleans are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+ANY_NUMBER = number(above=-math.inf)
+PROBABILITY = between(0, 1, "a probability from 0 to 1")
+BOOLEAN = Check("true or false", lambda value: isinstance(value, bool))
+NULL = Check("null", lambda value: value is None)
+
+
+def field(default: Any, wanted: Check) -> Any:
+    """A dataclass field that takes what `wanted` says, and None where None is the default."""
+    if default is None:
+        wanted = either(wanted, NULL)
+    return dataclasses.field(default=default, metadata={"check": wanted})
+
+
+def check_fields(instance: Any, path: str = "") -> None:
+    """Raises a ConfigError unless every field has a value that it takes.
+
+    Args:
+        instance: of a dataclass whose fields are all made by `field`.
+        path: where it stands in config.json, such as "attn_config."; the message begins with it.
+    """
+    for declared in dataclasses.fields(instance):
+        check(f"{path}{declared.name}", getattr(instance, declared.name), declared.metadata["check"])

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mpt_eqx.checkpoint.hub import find_checkpoint
-from mpt_eqx.config.dialects import read_json_object
+from mpt_eqx.config.json_file import read_json_object
 from mpt_eqx.errors import GenerationError
 
 COUNTS = ("top_k", "no_repeat_ngram_size", "min_new_tokens", "max_new_tokens", "num_return_sequences")

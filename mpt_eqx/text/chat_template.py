@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpt_eqx.config.dialects import read_json_object
+from mpt_eqx.config.json_file import read_json_object
 from mpt_eqx.errors import CheckpointError, MPTError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpt_eqx.checkpoint.hub import find_checkpoint
-from mpt_eqx.config.dialects import read_json_object
+from mpt_eqx.config.json_file import read_json_object
 from mpt_eqx.errors import CheckpointError, MPTError
 from mpt_eqx.text import chat_template as templates
 

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from mpt_eqx.checkpoint.formats.tensors import TensorInfo
-from mpt_eqx.config.dialects import unique_keys
+from mpt_eqx.config.json_file import unique_keys
 from mpt_eqx.errors import CheckpointError, printable
 
 DTYPES = {

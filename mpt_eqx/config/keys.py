@@ -1,0 +1,120 @@
+"""The keys of config.json: every one that is known, and what becomes of it.
+
+Every key falls in one of four groups: supported, ignored because it cannot change the maths, known but supported at
+fixed values only, and unknown. The last two are refused by name, because a key that is dropped silently is a wrong
+model.
+"""
+
+import dataclasses
+from typing import Any
+
+from mpt_eqx.config.parts import AttnConfig, FFNConfig, InitConfig
+from mpt_eqx.config.quantization import KEY as QUANTIZATION
+
+# Keys of the canonical form, per part of the config ("" is the top level).
+SUPPORTED = {
+    "": {
+        *("d_model", "n_heads", "n_layers", "head_dim", "expansion_ratio", "max_seq_len", "vocab_size", "no_bias"),
+        *("attention_bias", "norm_type", "norm_eps", "tie_word_embeddings", "learned_pos_emb", "logit_scale"),
+        *("final_logit_softcapping", "embedding_fraction", "pad_token_id", "resid_pdrop", "emb_pdrop"),
+        "block_overrides",
+    },
+    "attn_config": {field.name for field in dataclasses.fields(AttnConfig)},
+    "ffn_config": {field.name for field in dataclasses.fields(FFNConfig)},
+    "init_config": {field.name for field in dataclasses.fields(InitConfig)},
+}
+
+# Other spellings of a key, at the top level.
+ALIASES = {
+    "hidden_size": "d_model",
+    "num_attention_heads": "n_heads",
+    "num_hidden_layers": "n_layers",
+    "layer_norm_epsilon": "norm_eps",
+}
+
+# Where the keys of the flat files of early 2023 belong; `dialects._nest` turns two of them into other values too.
+LEGACY_FLAT = {
+    "mlp_ratio": ("", "expansion_ratio"),
+    "low_precision_layernorm": ("", "norm_type"),
+    "multiquery_attention": ("attn_config", "attn_type"),
+    "attn_qk_ln": ("attn_config", "qk_ln"),
+    "attn_clip_qkv": ("attn_config", "clip_qkv"),
+    "param_init_fn": ("init_config", "name"),
+    **{
+        key: ("attn_config", key)
+        for key in (
+            *("alibi", "alibi_bias_max", "attn_impl", "attn_pdrop", "softmax_scale", "prefix_lm"),
+            "attn_uses_sequence_id",
+        )
+    },
+    **{key: ("init_config", key) for key in SUPPORTED["init_config"] if key != "name"},
+}
+LEGACY_FLAT_MODEL_TYPES = ("mosaic_gpt", "replit_lm")
+
+# In rope_hf_config: the length that dynamic rotary positions were trained for, where max_seq_len is another one. The
+# key is this library's own. The reference's original_max_position_embeddings would not do, because for this type the
+# reference takes max_seq_len whatever is there, and so must we for a file of its making.
+TRAINED = "trained_max_seq_len"
+
+# Keys that would change the maths, and the values at which they do not. Supporting one means moving it to SUPPORTED.
+FIXED_VALUE: dict[str, dict[str, tuple[Any, ...]]] = {
+    "": {},
+    "attn_config": {
+        "kv_dim": (None,),
+        "head_dim": (None,),
+        # llm-foundry, too, takes it for single blocks only.
+        "nope": (False,),
+        "prefix_lm": (False,),
+        "reuse_kv_layer_idx": (None,),
+        "reuse_kv_x_layer_idx": (None,),
+        "seq_parallel_world_size": (None, 1),
+        "norm_type": (),
+        "norm_eps": (),
+    },
+    # It makes a token's expert depend on its place in the batch.
+    "ffn_config": {"uniform_expert_assignment": (False,)},
+    "init_config": {},
+}
+
+# Keys that choose a kernel, describe the file or belong to another program. fuse_norm_attn_norm only renames tensors,
+# and both names are read; use_pad_tok_in_ffn changes only what is computed at padding, where outputs mean nothing;
+# rope_dail_config is checked by `dialects._check_dail`, quantization_config by `read_quantization`; moe_loss_weight and
+# its like weigh what a trainer adds to the loss.
+IGNORED = {
+    "": {
+        *("model_type", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "_name_or_path"),
+        *("attn_config", "ffn_config", "init_config", "fc_type", "init_device", "initializer_range", "loss_fn", "name"),
+        *("tokenizer_name", "use_cache", "verbose", "bos_token_id", "eos_token_id", "fuse_norm_attn_norm"),
+        *("activation_checkpointing_target", "use_pad_tok_in_ffn", QUANTIZATION),
+    },
+    "attn_config": {
+        *("attn_impl", "verbose", "rope_dail_config", "fc_type", "model_type"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "tie_encoder_decoder"),
+    },
+    "ffn_config": {
+        *("fc_type", "bias", "return_bias", "moe_world_size", "moe_loss_weight", "moe_zloss_weight", "device_mesh"),
+        *("moe_capacity_factor", "moe_weight_parallelism", "moe_expert_model_parallelism", "lbl_process_group"),
+        *("moe_lbl_in_fp32", "memory_optimized_mlp", "mlp_impl", "grouped_mlp", "fp16", "bf16", "num_layers"),
+    },
+    "init_config": {"verbose"},
+}
+
+# What transformers' PretrainedConfig writes or wrote, at the top level and again inside attn_config.
+PRETRAINED_CONFIG = {
+    *("_name_or_path", "architectures", "chunk_size_feed_forward", "dtype", "torch_dtype", "id2label", "label2id"),
+    *("is_encoder_decoder", "is_decoder", "add_cross_attention", "output_attentions", "output_hidden_states"),
+    *("problem_type", "return_dict", "return_dict_in_generate", "transformers_version", "use_return_dict"),
+    *("finetuning_task", "task_specific_params", "torchscript", "pruned_heads", "cross_attention_hidden_size"),
+    *("tie_encoder_decoder", "tokenizer_class", "prefix", "sep_token_id", "decoder_start_token_id", "use_bfloat16"),
+    *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "temperature"),
+    *("diversity_penalty", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "output_scores"),
+    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences"),
+    *("forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty"),
+    *("suppress_tokens", "begin_suppress_tokens", "tf_legacy_loss", "attn_implementation", "_attn_implementation"),
+    *("_attn_implementation_autoset", "_commit_hash", "gradient_checkpointing"),
+}
+
+# The activations whose function has the argument `inplace`, which changes nothing here.
+INPLACE = {
+    *("relu", "relu6", "leaky_relu", "elu", "selu", "celu", "silu", "mish", "hardtanh", "hardsigmoid", "hardswish"),
+}
