@@ -355,7 +355,8 @@ CONTRADICTED = {
     "attn_type": {"kv_n_heads"}, "learned_pos_emb": {"nope"}, "order": {"block_overrides"},
     "overrides": {"order"}, "repeat": {"block_overrides"}, "attn_impl": set(),
     "moe_num_experts": {"moe_top_k"}, "ffn_type": {"moe_num_experts", "ffn_act_fn"}, "qk_ln": {"qk_gn"},
-    "name": {"init_std", "approximate", "negative_slope", "alpha", "min_val", "max_val", "beta", "threshold"}, "type": {"low_freq_factor"},
+    "name": {"init_std", "approximate", "negative_slope", "alpha", "min_val", "max_val", "beta", "threshold"},
+    "type": {"low_freq_factor"},
     "fused_qkv": {"head_dim", "reuse_kv_x_layer_idx"}, "reuse_kv_layer_idx": {"reuse_kv_x_layer_idx"},
     # An unknown key of a small object: the object is named, and the key shown.
     "magic": {"rope_hf_config", "attn_temperature_tuning", "rope_dail_config", "ffn_act_fn", "block_overrides"},

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mpt_eqx.config.parts import BlockOverride, TemperatureTuning
-from mpt_eqx.config.validation import shown
+from mpt_eqx.config.validation import check, shown, whole
 from mpt_eqx.errors import ConfigError
 
 FIELDS = {field.name for field in dataclasses.fields(BlockOverride)}
@@ -67,14 +67,11 @@ def _names(item: Any, known: set[str], depth: int = 0) -> list[str]:
     ):
         raise ConfigError("block_overrides.order", f"expected items with a 'name' or an 'order', found {shown(item)}")
     repeat = item.get("repeat", 1)
-    if isinstance(repeat, bool) or not isinstance(repeat, int) or not 1 <= repeat <= MAX_BLOCKS:
-        raise ConfigError(
-            "block_overrides", f"repeat: expected a whole number from 1 to {MAX_BLOCKS}, found {shown(repeat)}"
-        )
+    check("block_overrides: repeat", repeat, whole(high=MAX_BLOCKS))
     if "name" in item:
         if not isinstance(item["name"], str) or item["name"] not in known:
             raise ConfigError("block_overrides.order", f"expected one of {sorted(known)}, found {shown(item['name'])}")
-        names = [item["name"]]
+        names = [str(item["name"])]
     elif isinstance(item["order"], list):
         names = [name for inner in item["order"] for name in _names(inner, known, depth + 1)]
     else:

@@ -207,9 +207,9 @@ class ActFnConfig:
     def __post_init__(self) -> None:
         path = "ffn_config.ffn_act_fn"
         check_fields(self, f"{path}.")
-        for argument in dataclasses.fields(self)[1:]:
-            if argument.name not in ACTIVATIONS[self.name] and getattr(self, argument.name) != argument.default:
-                raise ConfigError(f"{path}.{argument.name}", f"expected no such key with {self.name!r}")
+        for name in {argument for arguments in ACTIVATIONS.values() for argument in arguments}:
+            if name not in ACTIVATIONS[self.name] and getattr(self, name) != getattr(type(self), name):
+                raise ConfigError(f"{path}.{name}", f"expected no such key with {self.name!r}")
         if self.name == "celu":
             check(f"{path}.alpha", self.alpha, NOT_ZERO)
         if self.min_val > self.max_val:
@@ -251,10 +251,10 @@ class FFNConfig:
         check("ffn_config.moe_top_k", self.moe_top_k, whole(high=self.moe_num_experts))
         if self.ffn_type == "te_ln_mlp" and self.ffn_act_fn is not None:
             raise ConfigError("ffn_config.ffn_act_fn", "expected null with te_ln_mlp, which has its own activation")
-        for declared in dataclasses.fields(self):
-            if declared.name in MOE_FIELDS and self.ffn_type not in MOE_TYPES:
-                if getattr(self, declared.name) != declared.default:
-                    raise ConfigError(f"ffn_config.{declared.name}", f"expected no such key with {self.ffn_type!r}")
+        if self.ffn_type not in MOE_TYPES:
+            for name in MOE_FIELDS:
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ConfigError(f"ffn_config.{name}", f"expected no such key with {self.ffn_type!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -52,8 +52,8 @@ def to_config_json(fields: Mapping[str, Any]) -> dict[str, Any]:
             for block in d["block_overrides"]
         ]
         d["block_overrides"] = collapse_overrides(blocks)
-        # llm-foundry can leave ALiBi out of single blocks with this implementation only. Where that one would count
-        # positions otherwise (`dialects._check_tuning`), "torch" makes it refuse the file instead of computing other numbers.
+        # llm-foundry can leave ALiBi out of single blocks with "flash" only. Where that would count positions
+        # differently (`dialects._check_tuning`), "torch" makes it refuse the file instead of computing other numbers.
         tunings = [part["attn_temperature_tuning"] for part in (attn, *blocks)]
         counts = attn["attn_uses_sequence_id"] and any(tuning and tuning["attn_scale"] for tuning in tunings)
         if attn["alibi"] and any(block["nope"] for block in blocks) and not counts:

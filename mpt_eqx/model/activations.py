@@ -1,6 +1,11 @@
-"""Activations, under the names that torch.nn.functional gives them; each in float32, rounded once to the type of x."""
+"""Activations under the names that torch.nn.functional gives them, with values and gradients equal to its own.
+
+Each is computed in float32 (float64 for float64) and rounded once to the type of x, except where the reference rounds
+after each step.
+"""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -10,22 +15,26 @@ from jaxtyping import Array, Float
 from mpt_eqx.config import ActFnConfig, MPTConfig
 from mpt_eqx.ops.numerics import accum_dtype, scale
 
-Activation = Callable[[Float[Array, "*shape"]], Float[Array, "*shape"]]
+
+def _rounded_once(function: Callable[..., Array]) -> Callable[..., Array]:
+    """Makes a function of x compute in the type for sums and return the type of x."""
+
+    @functools.wraps(function)
+    def rounded(x: Float[Array, "*shape"], **arguments: str | float) -> Float[Array, "*shape"]:
+        return function(x.astype(accum_dtype(x.dtype)), **arguments).astype(x.dtype)
+
+    return rounded
 
 
-def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Returns x·Φ(x) with the exact Φ (erf)."""
-    return jax.nn.gelu(x.astype(accum_dtype(x.dtype)), approximate=False).astype(x.dtype)
-
-
-def gelu_tanh(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Returns x·Φ(x) with the tanh approximation of Φ."""
-    return jax.nn.gelu(x.astype(accum_dtype(x.dtype)), approximate=True).astype(x.dtype)
+@_rounded_once
+def gelu(x: Float[Array, "*shape"], *, approximate: str = "none") -> Float[Array, "*shape"]:
+    """Returns x·Φ(x), Φ by erf or, with approximate "tanh", by tanh."""
+    return jax.nn.gelu(x, approximate=approximate == "tanh")
 
 
 def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Returns x·sigmoid(1.702·x), rounded after each step, as the reference does."""
-    return x * jax.nn.sigmoid(scale(x, 1.702).astype(accum_dtype(x.dtype))).astype(x.dtype)
+    return x * sigmoid(scale(x, 1.702))
 
 
 def relu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -33,20 +42,114 @@ def relu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jax.nn.relu(x)
 
 
+def relu6(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns min(max(x, 0), 6)."""
+    return hardtanh(x, min_val=0.0, max_val=6.0)
+
+
+def leaky_relu(x: Float[Array, "*shape"], *, negative_slope: float) -> Float[Array, "*shape"]:
+    """Returns x where x > 0, else negative_slope·x."""
+    return jnp.where(x > 0, x, scale(x, negative_slope))
+
+
+@_rounded_once
+def elu(x: Float[Array, "*shape"], *, alpha: float) -> Float[Array, "*shape"]:
+    """Returns x where x > 0, else alpha·(exp(x) - 1)."""
+    return jax.nn.elu(x, alpha)
+
+
+@_rounded_once
+def selu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns the elu whose alpha and scale keep a mean of 0 and a variance of 1."""
+    return jax.nn.selu(x)
+
+
+@_rounded_once
+def celu(x: Float[Array, "*shape"], *, alpha: float) -> Float[Array, "*shape"]:
+    """Returns x where x > 0, else alpha·(exp(x/alpha) - 1)."""
+    return jax.nn.celu(x, alpha)
+
+
+@_rounded_once
 def silu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Returns x·sigmoid(x)."""
-    return jax.nn.silu(x.astype(accum_dtype(x.dtype))).astype(x.dtype)
+    return jax.nn.silu(x)
+
+
+@_rounded_once
+def mish(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns x·tanh(log(1 + exp(x)))."""
+    return jax.nn.mish(x)
+
+
+@_rounded_once
+def softplus(x: Float[Array, "*shape"], *, beta: float, threshold: float) -> Float[Array, "*shape"]:
+    """Returns log(1 + exp(beta·x)) / beta, and x itself where beta·x > threshold."""
+    return jnp.where(beta * x > threshold, x, jax.nn.softplus(beta * x) / beta)
+
+
+def softsign(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns x / (1 + |x|), rounded after each step, as the reference does."""
+    return x / (jnp.abs(x) + 1)
+
+
+@_rounded_once
+def tanh(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns tanh(x)."""
+    return jnp.tanh(x)
+
+
+@_rounded_once
+def sigmoid(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns 1 / (1 + exp(-x))."""
+    return jax.nn.sigmoid(x)
+
+
+@_rounded_once
+def logsigmoid(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns log(sigmoid(x))."""
+    return jax.nn.log_sigmoid(x)
+
+
+def hardtanh(x: Float[Array, "*shape"], *, min_val: float, max_val: float) -> Float[Array, "*shape"]:
+    """Returns min(max(x, min_val), max_val); unlike jnp.clip's, its gradient at the borders is 0, as the reference's."""
+    return jnp.where(x <= min_val, min_val, jnp.where(x >= max_val, max_val, x)).astype(x.dtype)
+
+
+@_rounded_once
+def hardsigmoid(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns relu6(x + 3) / 6."""
+    return relu6(x + 3) / 6
+
+
+@_rounded_once
+def hardswish(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns x·relu6(x + 3) / 6."""
+    return x * relu6(x + 3) / 6
+
+
+FUNCTIONS: dict[str, Callable[..., Array]] = {
+    function.__name__: function
+    for function in (
+        *(gelu, quick_gelu, relu, relu6, leaky_relu, elu, selu, celu, silu, mish, softplus, softsign, tanh, sigmoid),
+        *(logsigmoid, hardtanh, hardsigmoid, hardswish),
+    )
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class LeakyReLU:
-    """x where x ≥ 0, else negative_slope·x."""
+class Activation:
+    """An activation with its arguments; two of the same name and arguments are equal, and so are models with them.
 
-    negative_slope: float
+    Attributes:
+        config: its name and arguments.
+    """
+
+    config: ActFnConfig
 
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """Returns the activation of x."""
-        return jnp.where(x >= 0, x, scale(x, self.negative_slope))
+        """Returns the activation of each number in x."""
+        return FUNCTIONS[self.config.name](x, **self.config.arguments)
 
 
 def make_activation(config: MPTConfig) -> Activation:
@@ -57,8 +160,4 @@ def make_activation(config: MPTConfig) -> Activation:
         # transformer_engine/common/util/math.h; megablocks, layers/arguments.py).
         approximate = config.ffn_config.ffn_type in ("te_ln_mlp", "mb_dmoe")
         act = ActFnConfig(approximate="tanh" if approximate else "none")
-    if act.name == "leaky_relu":
-        return LeakyReLU(act.negative_slope)
-    if act.name == "gelu" and act.approximate == "tanh":
-        return gelu_tanh
-    return {"gelu": gelu, "relu": relu, "silu": silu, "quick_gelu": quick_gelu}[act.name]
+    return Activation(act)
