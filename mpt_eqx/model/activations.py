@@ -17,7 +17,7 @@ from mpt_eqx.ops.numerics import accum_dtype, scale
 
 
 def _rounded_once(function: Callable[..., Array]) -> Callable[..., Array]:
-    """Makes a function of x compute in the type for sums and return the type of x."""
+    """Makes a function of x compute in `accum_dtype` and return the type of x."""
 
     @functools.wraps(function)
     def rounded(x: Float[Array, "*shape"], **arguments: str | float) -> Float[Array, "*shape"]:
@@ -95,7 +95,7 @@ def softsign(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 @_rounded_once
 def tanh(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Returns tanh(x)."""
+    """Returns the hyperbolic tangent of x."""
     return jnp.tanh(x)
 
 
@@ -112,7 +112,7 @@ def logsigmoid(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def hardtanh(x: Float[Array, "*shape"], *, min_val: float, max_val: float) -> Float[Array, "*shape"]:
-    """Returns min(max(x, min_val), max_val); unlike jnp.clip's, its gradient at the borders is 0, as the reference's."""
+    """Returns min(max(x, min_val), max_val); unlike jnp.clip's, its gradient at the borders is 0."""
     return jnp.where(x <= min_val, min_val, jnp.where(x >= max_val, max_val, x)).astype(x.dtype)
 
 

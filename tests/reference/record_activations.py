@@ -1,6 +1,6 @@
 """Records values and gradients of every activation as torch computes them; needs the extra `reference`.
 
-    python tests/reference/record_activations.py tests/golden/activations
+python tests/reference/record_activations.py tests/golden/activations
 """
 
 import json
@@ -43,7 +43,11 @@ KINKS = (0.0, 0.5, 1.0, 2.0, 3.0, 6.0, 20.0)
 GRID = sorted(
     {
         *(sign * kink * near for kink in KINKS for near in (0.99, 1.0, 1.01) for sign in (-1, 1)),
-        *(sign * size for size in (1e-30, 1e-8, 1e-3, 0.1, 0.25, 0.75, 1.5, 4.5, 10, 15, 50, 100, 1e4) for sign in (-1, 1)),
+        *(
+            sign * size
+            for size in (1e-30, 1e-8, 1e-3, 0.1, 0.25, 0.75, 1.5, 4.5, 10, 15, 50, 100, 1e4)
+            for sign in (-1, 1)
+        ),
     }
 )
 
