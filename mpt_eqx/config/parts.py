@@ -215,11 +215,6 @@ class ActFnConfig:
         if self.min_val > self.max_val:
             raise ConfigError(f"{path}.min_val", f"expected at most max_val={self.max_val}, found {self.min_val}")
 
-    @property
-    def arguments(self) -> dict[str, str | float]:
-        """The arguments that this activation has, by name."""
-        return {name: getattr(self, name) for name in ACTIVATIONS[self.name]}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FFNConfig:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mpt_eqx.config import ActFnConfig, MPTConfig
+from mpt_eqx.config.parts import ACTIVATIONS
 from mpt_eqx.ops.numerics import accum_dtype, scale
 
 
@@ -20,16 +21,22 @@ def _rounded_once(function: Callable[..., Array]) -> Callable[..., Array]:
     """Makes a function of x compute in `accum_dtype` and return the type of x."""
 
     @functools.wraps(function)
-    def rounded(x: Float[Array, "*shape"], **arguments: str | float) -> Float[Array, "*shape"]:
+    def rounded(x: Float[Array, "*shape"], **arguments: float) -> Float[Array, "*shape"]:
         return function(x.astype(accum_dtype(x.dtype)), **arguments).astype(x.dtype)
 
     return rounded
 
 
 @_rounded_once
-def gelu(x: Float[Array, "*shape"], *, approximate: str = "none") -> Float[Array, "*shape"]:
-    """Returns x·Φ(x), Φ by erf or, with approximate "tanh", by tanh."""
-    return jax.nn.gelu(x, approximate=approximate == "tanh")
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns x·Φ(x) with the exact Φ (erf)."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+@_rounded_once
+def gelu_tanh(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns x·Φ(x) with the tanh approximation of Φ."""
+    return jax.nn.gelu(x, approximate=True)
 
 
 def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -131,7 +138,7 @@ def hardswish(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 FUNCTIONS: dict[str, Callable[..., Array]] = {
     function.__name__: function
     for function in (
-        *(gelu, quick_gelu, relu, relu6, leaky_relu, elu, selu, celu, silu, mish, softplus, softsign, tanh, sigmoid),
+        *(quick_gelu, relu, relu6, leaky_relu, elu, selu, celu, silu, mish, softplus, softsign, tanh, sigmoid),
         *(logsigmoid, hardtanh, hardsigmoid, hardswish),
     )
 }
@@ -139,17 +146,19 @@ FUNCTIONS: dict[str, Callable[..., Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Activation:
-    """An activation with its arguments; two of the same name and arguments are equal, and so are models with them.
+    """An activation with its arguments; equal and of the same hash where both are, so that nothing compiles again.
 
     Attributes:
-        config: its name and arguments.
+        function: one of this file.
+        arguments: its arguments but x, as pairs of name and value.
     """
 
-    config: ActFnConfig
+    function: Callable[..., Array]
+    arguments: tuple[tuple[str, float], ...] = ()
 
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """Returns the activation of each number in x."""
-        return FUNCTIONS[self.config.name](x, **self.config.arguments)
+        return self.function(x, **dict(self.arguments))
 
 
 def make_activation(config: MPTConfig) -> Activation:
@@ -160,4 +169,6 @@ def make_activation(config: MPTConfig) -> Activation:
         # transformer_engine/common/util/math.h; megablocks, layers/arguments.py).
         approximate = config.ffn_config.ffn_type in ("te_ln_mlp", "mb_dmoe")
         act = ActFnConfig(approximate="tanh" if approximate else "none")
-    return Activation(act)
+    if act.name == "gelu":
+        return Activation(gelu_tanh if act.approximate == "tanh" else gelu)
+    return Activation(FUNCTIONS[act.name], tuple((name, getattr(act, name)) for name in ACTIVATIONS[act.name]))
