@@ -10,7 +10,7 @@ import jax
 from sharded import ODD, PROMPTS, TOKENS, forward, gradient, largest, local_bytes, stepped
 
 from mpt_eqx import MPT, MPTConfig, MPTError, beam_search, from_pretrained, generate, save_pretrained, sharding
-from mpt_eqx.checkpoint.arrays import gathered
+from mpt_eqx.checkpoint.host_arrays import gather_to_host
 
 PORT, RANK, CHECKPOINT, DIRECTORY = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
 jax.config.update("jax_num_cpu_devices", 2)
@@ -44,9 +44,9 @@ moved = sharding.shard(from_pretrained(CHECKPOINT, dtype="float32"), mesh, shard
 odd = sharding.shard(MPT(MPTConfig(**ODD), key=jax.random.key(0)), sharding.make_mesh(fsdp=4), sharding.FSDP)
 save_pretrained(odd, Path(DIRECTORY) / "odd")
 answer = {
-    "moved": largest(*([gathered(leaf) for leaf in jax.tree.leaves(m)] for m in (moved, model))),
+    "moved": largest(*([gather_to_host(leaf) for leaf in jax.tree.leaves(m)] for m in (moved, model))),
     "bytes": local_bytes(model),
-    "logits": gathered(forward(model, tokens)).tolist(),
+    "logits": gather_to_host(forward(model, tokens)).tolist(),
     "loss": float(loss),
     "tokens": generate(model, PROMPTS, max_new_tokens=6).tokens.tolist(),
     "sampled": generate(model, PROMPTS, max_new_tokens=6, temperature=1.0, key=jax.random.key(1)).tokens.tolist(),

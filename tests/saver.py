@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_saving import model_of
 
 from mpt_eqx import CheckpointError, save_pretrained
-from mpt_eqx.checkpoint import safetensors_file, save
+from mpt_eqx.checkpoint import atomic
+from mpt_eqx.checkpoint.formats import safetensors
 
 
 def stop_at(moment, full):
@@ -47,7 +48,7 @@ def stop_at(moment, full):
     for name in ("replace", "fsync", "unlink", "mkdir"):
         setattr(os, name, counting(getattr(os, name)))
     Path.touch = counting(Path.touch)
-    for module in (save, safetensors_file):
+    for module in (atomic, safetensors):
         module.open = lambda path, mode: io.BufferedWriter(File(path, mode.replace("b", "")))
 
 

@@ -319,6 +319,8 @@ def test_a_summary_and_a_bar_when_asked(capsys):
 
     from_pretrained(GOLDEN / "hf_default", progress=True)
     err = capsys.readouterr().err
-    assert re.search(r"loaded hf_default: 27,840 parameters, 0.00 GB float32, \d+.\d s, peak memory \d.\d\d GB\n", err)
+    assert re.search(
+        r"loaded hf_default: 27,840 parameters, 111.36 kB float32, \d+.\d s, peak memory \d+.\d\d [MG]B\n", err
+    )
     from_pretrained(GOLDEN / "hf_default")
     assert capsys.readouterr().err == ""

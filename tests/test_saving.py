@@ -181,7 +181,7 @@ def test_killed_at_any_time(saver, tmp_path):
 def test_saved_between_any_two_steps_of_loading(tmp_path, monkeypatch, old_size, new_size):
     """What is loaded is all of one save, the old one or the new one."""
     from mpt_eqx import save_pretrained
-    from mpt_eqx.checkpoint import info
+    from mpt_eqx.checkpoint import checkpoint_files, info
 
     old, new, values, left = model_of(1), model_of(12), [], [0]
 
@@ -194,8 +194,12 @@ def test_saved_between_any_two_steps_of_loading(tmp_path, monkeypatch, old_size,
 
         return call
 
-    for name in ("files_of", "weight_files", "read_weight_file", "read_json_object"):
-        monkeypatch.setattr(info, name, step(getattr(info, name)))
+    for module, names in (
+        (checkpoint_files, ("files_of", "find_files", "read_index", "_stamp")),
+        (info, ("read_weight_file", "read_json_object")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, step(getattr(module, name)))
     for moment in range(1, 99):
         save_pretrained(old, tmp_path, max_shard_size=old_size)
         left[0] = moment
@@ -219,28 +223,28 @@ def test_loading_while_another_process_saves(saver, tmp_path, size):
 
 def test_files_that_do_not_come_to_rest(tmp_path):
     from mpt_eqx import CheckpointError, save_pretrained
-    from mpt_eqx.checkpoint.files import unchanged
+    from mpt_eqx.checkpoint.checkpoint_files import read_consistently
 
     save_pretrained(model_of(1), tmp_path)
     path = tmp_path / "config.json"
     times = iter(range(1000))
 
-    def read():
+    def read(files):
         os.utime(path, (0, next(times)))
         raise CheckpointError("half")
 
     with pytest.raises(
         CheckpointError, match=f"{tmp_path}: expected files that stay as they are .* replaced 200 times"
     ):
-        unchanged(tmp_path, read)
+        read_consistently(tmp_path, read)
 
 
 def test_an_error_in_the_middle_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     from mpt_eqx import save_pretrained
-    from mpt_eqx.checkpoint import save
+    from mpt_eqx.checkpoint import atomic
 
     save_pretrained(model_of(1), tmp_path)
-    monkeypatch.setattr(save, "_write", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(atomic, "_write", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         save_pretrained(model_of(12), tmp_path)
     monkeypatch.undo()
@@ -301,7 +305,7 @@ def test_one_save_at_a_time(tmp_path):
     save_pretrained(model_of(1), tmp_path)
     descriptor = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(CheckpointError, match="expected no other save, found one that is not at its end; wait for it"):
+    with pytest.raises(CheckpointError, match="another save into this directory is in progress; wait for its end"):
         save_pretrained(model_of(2), tmp_path)
     os.close(descriptor)
     save_pretrained(model_of(2), tmp_path)
@@ -310,10 +314,10 @@ def test_one_save_at_a_time(tmp_path):
 
 def test_new_directories_are_on_the_disk_with_those_above_them(tmp_path, monkeypatch):
     from mpt_eqx import save_pretrained
-    from mpt_eqx.checkpoint import save
+    from mpt_eqx.checkpoint import atomic
 
     synced = []
-    monkeypatch.setattr(save, "_sync", synced.append)
+    monkeypatch.setattr(atomic, "sync_directory", synced.append)
     save_pretrained(model_of(1), tmp_path / "a" / "b")
     assert synced[:2] == [tmp_path / "a", tmp_path] and set(synced[2:]) == {tmp_path / "a" / "b"}
 

@@ -1,7 +1,6 @@
-"""Converting: any readable checkpoint to safetensors that load in place, one tensor at a time."""
+"""Converting any readable checkpoint to safetensors that load without copying, one tensor at a time."""
 
 import functools
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,15 @@ import jax
 import numpy as np
 from jaxtyping import DTypeLike
 
-from mpt_eqx.checkpoint.arrays import byte_bar, finite, kept_dtype
+from mpt_eqx.checkpoint.checkpoint_files import files_of
 from mpt_eqx.checkpoint.diagnose import stored_types
-from mpt_eqx.checkpoint.files import files_of
-from mpt_eqx.checkpoint.formats.safetensors import Outgoing
-from mpt_eqx.checkpoint.info import CheckpointInfo, read_checkpoint
-from mpt_eqx.checkpoint.load import refuse_problems, target_dtype, weights
-from mpt_eqx.checkpoint.names import is_quantised, named_leaves, stored_name
+from mpt_eqx.checkpoint.formats.safetensors import TensorToWrite
+from mpt_eqx.checkpoint.host_arrays import is_finite, loaded_dtype
+from mpt_eqx.checkpoint.hub import find_checkpoint
+from mpt_eqx.checkpoint.info import CheckpointInfo, raise_if_blocked, read_checkpoint
+from mpt_eqx.checkpoint.load import target_dtype, weights
+from mpt_eqx.checkpoint.names import is_quantized, named_leaves, stored_name
+from mpt_eqx.checkpoint.progress import byte_bar, is_shown
 from mpt_eqx.checkpoint.save import parse_size, write_checkpoint
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.config.quantization import Quantization, check_quantization
@@ -46,17 +47,17 @@ def convert(
 ) -> CheckpointInfo:
     """Writes a checkpoint of any readable format as aligned safetensors, with its tokenizer; returns what was read.
 
-    Tensors are read, checked for NaN and infinity, converted and written one by one, so memory is needed for one.
+    Tensors are read, checked for NaN and infinity, converted and written one by one, so only one is in memory.
 
     Args:
         source: as in `from_pretrained`.
         destination: directory to write to, as in `save_pretrained`; not the source.
         dtype: as in `from_pretrained`.
-        quantize: "int8" or "int4" to write what `mpt_eqx.quantize` makes of the loaded model; None for no such thing.
+        quantize: "int8" or "int4" to quantise the weights as `mpt_eqx.quantize` does; None to leave them.
         embeddings: as in `mpt_eqx.quantize`.
         max_shard_size: as in `save_pretrained`.
         config_overrides: as in `from_pretrained`.
-        progress: a bar on stderr; None means if stderr is a terminal.
+        progress: show a bar on stderr; None for when stderr is a terminal.
         **hub: revision, subfolder, cache_dir, token and local_files_only, as in `from_pretrained`.
 
     Raises:
@@ -70,8 +71,8 @@ def convert(
     elif embeddings:
         raise ConfigError("embeddings: expected quantize='int8' or 'int4' with it, found none")
     limit = parse_size(max_shard_size)
-    info = read_checkpoint(source, config_overrides=config_overrides, progress=progress, **hub)
-    refuse_problems(info)
+    info = read_checkpoint(find_checkpoint(source, progress=progress, **hub), config_overrides)
+    raise_if_blocked(info)
     target = target_dtype(info, dtype) if dtype is not None or not _has_float64(info) else np.dtype(np.float64)
     directory = Path(destination)
     if directory.exists() and directory.samefile(info.directory):
@@ -82,31 +83,30 @@ def convert(
             f"convert what it was made from"
         )
     named = weights(info)
-    shown = sys.stderr.isatty() if progress is None else progress
 
     def read(name: str) -> np.ndarray:
         tensor = named[name]
         view = tensor.read()
-        if not finite(view):
+        if not is_finite(view):
             raise CheckpointError(f"{info.directory / tensor.file}: {tensor.name} holds NaN or infinity")
         with np.errstate(over="ignore"):  # looked for in the next line
-            array = view.astype(kept_dtype(name, tensor, target), copy=False)
-        if array is not view and not finite(array):
+            array = view.astype(loaded_dtype(name, tensor, target), copy=False)
+        if array is not view and not is_finite(array):
             raise CheckpointError(f"{info.directory / tensor.file}: {tensor.name} does not fit into {target.name}")
         return array
 
-    def outgoing(name: str) -> Outgoing:
+    def to_write(name: str) -> TensorToWrite:
         tensor = named[name]
-        dtype = kept_dtype(name, tensor, target)
-        return Outgoing(stored_name(name, info.config), tensor.shape, dtype, lambda: read(name))
+        dtype = loaded_dtype(name, tensor, target)
+        return TensorToWrite(stored_name(name, info.config), tensor.shape, dtype, lambda: read(name))
 
     if quantization is None:
-        tensors = [outgoing(name) for name in named]
+        tensors = [to_write(name) for name in named]
     else:
-        tensors = _quantised(info.config, quantization, target, outgoing, read)
+        tensors = _quantized(info.config, quantization, target, to_write, read)
     companions = [path for name, path in files_of(info.directory).items() if name in COMPANIONS]
     total = sum(tensor.nbytes for tensor in tensors)
-    with byte_bar(f"converting {info.directory.name}", total, shown) as bar:
+    with byte_bar(f"converting {info.directory.name}", total, is_shown(progress)) as bar:
         write_checkpoint(
             directory,
             info.config,
@@ -119,31 +119,31 @@ def convert(
     return info
 
 
-def _quantised(
+def _quantized(
     config: MPTConfig,
     quantization: Quantization,
     dtype: np.dtype,
-    outgoing: Callable[[str], Outgoing],
+    to_write: Callable[[str], TensorToWrite],
     read: Callable[[str], np.ndarray],
-) -> list[Outgoing]:
-    """Returns the tensors of the quantised model; `outgoing` and `read` are those of the tensors of the source."""
+) -> list[TensorToWrite]:
+    """Returns the tensors of the quantised model; `to_write` and `read` are for those of the source."""
 
     @functools.lru_cache(maxsize=1)  # because the two arrays of a weight are written one after the other
-    def made(name: str) -> QuantizedWeight:
+    def quantize(name: str) -> QuantizedWeight:
         return quantized(name, read(name), quantization.scheme)
 
-    def part(name: str, leaf: jax.ShapeDtypeStruct) -> Outgoing:
+    def part(name: str, leaf: jax.ShapeDtypeStruct) -> TensorToWrite:
         weight, _, which = name.rpartition(".")
-        return Outgoing(
-            stored_name(name, config), leaf.shape, leaf.dtype, lambda: np.asarray(getattr(made(weight), which))
+        return TensorToWrite(
+            stored_name(name, config), leaf.shape, leaf.dtype, lambda: np.asarray(getattr(quantize(weight), which))
         )
 
     key = jax.random.key(0)
     model = eqx.filter_eval_shape(lambda: with_zeros(MPT(config, key=key), quantization, dtype))
     leaves = named_leaves(model).items()
-    return [part(name, leaf) if is_quantised(name) else outgoing(name) for name, leaf in leaves]
+    return [part(name, leaf) if is_quantized(name) else to_write(name) for name, leaf in leaves]
 
 
 def _has_float64(info: CheckpointInfo) -> bool:
-    """Tells whether the tensors are float64, which is copied without JAX and so needs none of its settings."""
+    """Returns whether the tensors are float64, which is copied without JAX and so needs none of its settings."""
     return stored_types(info.tensors).keys() == {"float64"}

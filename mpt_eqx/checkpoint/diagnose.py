@@ -1,6 +1,7 @@
-"""How the tensors of a checkpoint differ from those that its configuration asks for, in plain words and by name."""
+"""How the tensors of a checkpoint differ from those that its configuration asks for, and what may be the cause."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -9,9 +10,8 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from mpt_eqx.checkpoint.formats.safetensors import DTYPES
-from mpt_eqx.checkpoint.formats.tensors import TensorInfo
-from mpt_eqx.checkpoint.names import EMBEDDING, HEAD, canonical_name, is_quantised, named_leaves
+from mpt_eqx.checkpoint.formats.tensors import FLOAT_NAMES, TensorInfo
+from mpt_eqx.checkpoint.names import EMBEDDING, HEAD, canonical_name, is_quantized, named_leaves
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.config.quantization import KEY, Quantization
 from mpt_eqx.errors import first_of
@@ -19,18 +19,16 @@ from mpt_eqx.model import MPT
 from mpt_eqx.model.block import Block
 from mpt_eqx.surgery.quantization import with_zeros
 
-FLOATS = tuple(dtype.name for dtype in DTYPES.values())
 
-
-def differences(config: MPTConfig, quantization: Quantization | None, tensors: Sequence[TensorInfo]) -> Iterator[str]:
-    """Yields what keeps the tensors from being the model's: a guess at the cause, then what differs, ten of each.
+def diagnose(config: MPTConfig, quantization: Quantization | None, tensors: Sequence[TensorInfo]) -> Iterator[str]:
+    """Yields why the tensors are not those of the model: guesses at the cause, then the differences, ten of each kind.
 
     Raises:
         MPTError: a weight cannot be quantised as `quantization` says.
     """
-    leaves = _expected(config, quantization)
+    leaves = expected_tensors(config, quantization)
     expected = {name: leaf.shape for name, leaf in leaves.items()}
-    types = {name: leaf.dtype.name for name, leaf in leaves.items() if is_quantised(name)}
+    types = {name: leaf.dtype.name for name, leaf in leaves.items() if is_quantized(name)}
     found: dict[str, TensorInfo] = {}
     twice = []
     for tensor in tensors:
@@ -54,21 +52,21 @@ def differences(config: MPTConfig, quantization: Quantization | None, tensors: S
     mistyped = [
         f"{tensor.name} ({tensor.dtype}, {tensor.file})"
         for name, tensor in found.items()
-        if name not in types and tensor.dtype not in FLOATS
+        if name not in types and tensor.dtype not in FLOAT_NAMES
     ]
-    misquantised = [
+    misquantized = [
         f"{name} (expected {dtype}, found {found[name].dtype} in {found[name].file})"
         for name, dtype in types.items()
         if name in found and found[name].dtype != dtype
     ]
     if missing or unexpected or misshaped:
-        yield from _causes(config, {name: tensor.shape for name, tensor in found.items()}, set(expected))
+        yield from guess_causes(config, {name: tensor.shape for name, tensor in found.items()}, set(expected))
     for kind, names in (
         ("missing", missing),
         ("unexpected", unexpected),
         ("misshaped", misshaped),
-        (f"of another type than {', '.join(FLOATS)}", mistyped),
-        ("quantised to another type", misquantised),
+        (f"of another type than {', '.join(FLOAT_NAMES)}", mistyped),
+        ("quantised to another type", misquantized),
         ("there twice", twice),
     ):
         if names:
@@ -76,36 +74,50 @@ def differences(config: MPTConfig, quantization: Quantization | None, tensors: S
 
 
 def type_choices(format: str, tensors: Sequence[TensorInfo]) -> Iterator[str]:
-    """Yields what keeps tensors from being loaded as they are, although not from being converted to another type."""
+    """Yields why the tensors cannot be loaded without choosing a type with `dtype=`."""
     stored = stored_types(tensors)
-    if not stored.keys() <= set(FLOATS):
+    if not stored.keys() <= set(FLOAT_NAMES):
         return
     if len(stored) > 1 and not format.startswith("GGUF"):
         examples = [f"{name} ({kind})" for kind, name in stored.items()]
         yield f"the tensors are of several types: {first_of(examples)}; pass dtype= to load them as one"
-    if stored.keys() == {"float64"} and not jax.config.read("jax_enable_x64"):
+    if stored.keys() == {"float64"} and not has_float64():
         yield "the tensors are float64, which JAX has switched off; pass dtype='float32', or set jax_enable_x64"
 
 
+def has_float64() -> bool:
+    """Returns whether JAX has float64, which it narrows to float32 otherwise."""
+    return bool(jax.config.read("jax_enable_x64"))  # type: ignore[no-untyped-call]
+
+
 def stored_types(tensors: Sequence[TensorInfo]) -> dict[str, str]:
-    """Returns the types of those weights that are not quantised, each with a tensor that has it."""
+    """Returns the types of the weights that are not quantised, each with the name of a tensor that has it."""
     named = ((canonical_name(tensor.name), tensor) for tensor in tensors)
-    return {tensor.dtype: tensor.name for name, tensor in named if name is not None and not is_quantised(name)}
+    return {tensor.dtype: tensor.name for name, tensor in named if name is not None and not is_quantized(name)}
 
 
-def _expected(config: MPTConfig, quantization: Quantization | None) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of the model's tensors, from one block of each kind: a file may ask for a thousand blocks."""
+@functools.lru_cache(maxsize=256)  # tracing a model takes longer than loading a small one
+def expected_tensors(config: MPTConfig, quantization: Quantization | None) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes and types of a model's tensors by canonical name.
+
+    They follow from one block of each kind, so that a hostile config.json of a thousand blocks costs nothing.
+
+    Raises:
+        MPTError: a weight cannot be quantised as `quantization` says.
+    """
     key = jax.random.key(0)
 
     def shapes(make: type, *args: Any) -> dict[str, jax.ShapeDtypeStruct]:
-        whole = np.dtype(np.float32)
-        return named_leaves(eqx.filter_eval_shape(lambda: with_zeros(make(*args, key=key), quantization, whole)))
+        dtype = np.dtype(np.float32)
+        return named_leaves(eqx.filter_eval_shape(lambda: with_zeros(make(*args, key=key), quantization, dtype)))
 
+    first = "transformer.blocks.0."
     small = shapes(MPT, dataclasses.replace(config, n_layers=1, block_overrides=None))
-    expected = {name: leaf for name, leaf in small.items() if ".blocks." not in name}
-    kinds: dict[tuple[bool, bool], dict[str, jax.ShapeDtypeStruct]] = {}
+    expected = {name: leaf for name, leaf in small.items() if not name.startswith(first)}
+    # By whether a block reads another one's keys and values, or computes its own from another one's input. Whatever
+    # else block_overrides change, it is no tensor.
+    kinds = {(True, True): {name.removeprefix(first): leaf for name, leaf in small.items() if name.startswith(first)}}
     for i, layer in enumerate(config.layers):
-        # Whatever else block_overrides change, it is no tensor.
         kind = (layer.kv_from is None, layer.kv_x_from is None)
         if kind not in kinds:
             leaves = shapes(Block, config, layer)
@@ -114,10 +126,16 @@ def _expected(config: MPTConfig, quantization: Quantization | None) -> dict[str,
     return expected
 
 
-def _causes(config: MPTConfig, found: Mapping[str, tuple[int, ...]], expected: set[str]) -> Iterator[str]:
-    """Yields which keys of config.json the tensors contradict."""
-    quantised = sum(is_quantised(name) for name in found)
-    if bool(quantised) != any(is_quantised(name) for name in expected):
+def guess_causes(config: MPTConfig, found: Mapping[str, tuple[int, ...]], expected: set[str]) -> Iterator[str]:
+    """Yields the keys of config.json that the tensors contradict.
+
+    Args:
+        config: the configuration.
+        found: shapes of the checkpoint's tensors by canonical name.
+        expected: canonical names of the model's tensors.
+    """
+    quantised = sum(is_quantized(name) for name in found)
+    if bool(quantised) != any(is_quantized(name) for name in expected):
         says, hold = ("has no", f"hold {quantised} of") if quantised else ("has a", "hold none of")
         yield f"config.json {says} {KEY}, the tensors {hold} quantised weights"
     blocks = [int(match[1]) for name in found if (match := re.match(r"transformer\.blocks\.(\d+)\.", name))]

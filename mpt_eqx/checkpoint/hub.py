@@ -2,17 +2,17 @@
 
 import glob
 import os
-import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from mpt_eqx.checkpoint.files import INDEX, TORCH_INDEX, read_index, weight_names
+from mpt_eqx.checkpoint.checkpoint_files import INDEX, TORCH_INDEX, read_index, weight_names
 from mpt_eqx.checkpoint.formats.detect import SUFFIXES, WeightFile
-from mpt_eqx.checkpoint.formats.safetensors import DTYPES, INTEGERS
+from mpt_eqx.checkpoint.formats.safetensors import DTYPES
 from mpt_eqx.checkpoint.formats.tensors import TensorInfo
+from mpt_eqx.checkpoint.progress import is_shown
 from mpt_eqx.errors import CheckpointError, first_of
 
 T = TypeVar("T")
@@ -49,11 +49,11 @@ class _Repository(NamedTuple):
 
 
 class Headers(NamedTuple):
-    """What `checkpoint_info` describes, without the weights.
+    """The headers of a repository's safetensors.
 
     Attributes:
         directory: where the small files were downloaded to.
-        files: the tensors of each weight file, which cannot be read.
+        files: the tensors of each weight file, whose `read` raises.
         weight_map: which file holds each tensor, if there is an index.
         bytes: size of the weight files.
     """
@@ -75,19 +75,20 @@ def find_checkpoint(
     with_weights: bool = True,
     progress: bool | None = None,
 ) -> Path:
-    """Returns the local directory of a checkpoint, after downloading what of a Hub repository is not cached yet.
+    """Returns the local directory of a checkpoint, after downloading the files of a repository that are not cached.
 
-    A file that exists is returned as it is, and so is one that "owner/name/file.gguf" names in a repository.
+    Where `source` names a file, on the disk or in a repository, that file is returned.
 
     Args:
-        source: a directory, a file, a repository id "owner/name", or a weight file in one. What is on the disk wins.
+        source: a directory, a file, a repository id "owner/name", or a weight file in one. A local path takes
+            precedence.
         revision: branch, tag or commit of the repository.
         subfolder: directory within `source` that holds the checkpoint.
         cache_dir: where downloads are kept instead of huggingface_hub's own cache.
         token: access token, or True for the one stored by `hf auth login`.
         local_files_only: use only what is in the cache.
-        with_weights: whether to download weights, too.
-        progress: huggingface_hub's bars on stderr; None means if stderr is a terminal.
+        with_weights: whether to download weights.
+        progress: show huggingface_hub's bars on stderr; None for when stderr is a terminal.
 
     Raises:
         CheckpointError: there is no such directory, or the repository cannot be had.
@@ -120,10 +121,10 @@ def fetch_headers(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Headers | None:
-    """Returns what the safetensors of a repository hold, after downloading their headers and the small files.
+    """Returns the headers of the safetensors in a repository, after downloading the small files.
 
-    Arguments as in `find_checkpoint`. None means that there is a file to be read: the source is on the disk, is in the
-    cache while the Hub is out of reach, or has another format.
+    None where that is of no use: the source is on the disk, the Hub is out of reach, or the format is another. Then
+    `find_checkpoint` finds the files. Arguments as there.
 
     Raises:
         CheckpointError: the repository cannot be had, or its weights are damaged.
@@ -200,7 +201,7 @@ def _repository(
 def _listed(repository: _Repository) -> tuple[_Repository, Mapping[str, int]]:
     """Returns the files in the checkpoint's directory with their sizes.
 
-    Out of the Hub's reach they are those in the cache, and the repository that is returned is offline.
+    While the Hub is out of reach they are those in the cache, and the returned repository is offline.
     """
     from huggingface_hub import HfApi
     from huggingface_hub import errors as hub
@@ -230,7 +231,7 @@ def _listed(repository: _Repository) -> tuple[_Repository, Mapping[str, int]]:
 
 
 def _chosen(repository: _Repository, names: Collection[str]) -> list[str]:
-    """Returns the name of the one file to begin with: that of the weights, or their index."""
+    """Returns the name of the file to download first: the weights, or their index."""
     where = "the Hub's local cache, while the Hub is out of reach" if repository.offline else "the repository"
     if repository.file:
         name = PurePosixPath(repository.file).name
@@ -255,26 +256,26 @@ def _chosen(repository: _Repository, names: Collection[str]) -> list[str]:
 
 
 def _download(repository: _Repository, names: Collection[str], progress: bool | None) -> str:
-    """Returns the snapshot's directory, with those files of the checkpoint and the small ones, as far as there are."""
+    """Downloads the named files of the checkpoint and the small ones there are; returns the snapshot's directory."""
     from huggingface_hub import snapshot_download
     from tqdm import tqdm
 
-    class NoBar(tqdm):
+    class NoBar(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "disable": True})
 
-    shown = sys.stderr.isatty() if progress is None else progress
-    return snapshot_download(
+    snapshot: str = snapshot_download(
         repository.id,
         local_files_only=repository.offline,
         allow_patterns=[glob.escape(PurePosixPath(repository.folder, name).as_posix()) for name in (*SMALL, *names)],
-        tqdm_class=None if shown else NoBar,
+        tqdm_class=None if is_shown(progress) else NoBar,
         **repository.options,
     )
+    return snapshot
 
 
 def _remote_file(repository: _Repository, name: str, commit: str) -> WeightFile:
-    """Returns the tensors of a safetensors file, whose header is all that is fetched."""
+    """Returns the tensors of a safetensors file from its header, which is all that is fetched."""
     from huggingface_hub import HfApi
 
     header = HfApi().parse_safetensors_file_metadata(
@@ -287,10 +288,9 @@ def _remote_file(repository: _Repository, name: str, commit: str) -> WeightFile:
     def read() -> np.ndarray:
         raise CheckpointError(f"{repository.source}: only the header of {name} was fetched; use from_pretrained")
 
-    known = DTYPES | INTEGERS
     tensors = [
         TensorInfo(
-            tensor, tuple(entry.shape), known[entry.dtype].name if entry.dtype in known else entry.dtype, name, read
+            tensor, tuple(entry.shape), DTYPES[entry.dtype].name if entry.dtype in DTYPES else entry.dtype, name, read
         )
         for tensor, entry in header.tensors.items()
     ]
@@ -298,7 +298,7 @@ def _remote_file(repository: _Repository, name: str, commit: str) -> WeightFile:
 
 
 def _explained(repository: _Repository, function: Callable[[], T]) -> T:
-    """Returns what the function does; whatever goes wrong with the Hub becomes one CheckpointError."""
+    """Returns function(); any error of the Hub's library becomes a CheckpointError that explains it."""
     try:
         return function()
     except CheckpointError:

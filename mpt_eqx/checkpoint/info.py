@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpt_eqx.checkpoint.diagnose import differences, type_choices
-from mpt_eqx.checkpoint.files import CONFIG, files_of, unchanged, weight_files
-from mpt_eqx.checkpoint.formats.detect import WeightFile, read_weight_file, refuse_strange
+from mpt_eqx.checkpoint.checkpoint_files import CONFIG, CheckpointFiles, files_of, read_consistently
+from mpt_eqx.checkpoint.diagnose import diagnose, type_choices
+from mpt_eqx.checkpoint.formats.detect import WeightFile, check_tensor_infos, read_weight_file
 from mpt_eqx.checkpoint.formats.tensors import TensorInfo
 from mpt_eqx.checkpoint.hub import fetch_headers, find_checkpoint
 from mpt_eqx.config import MPTConfig
@@ -26,12 +26,12 @@ class CheckpointInfo:
         directory: where it is.
         format: "safetensors", "torch", or "GGUF" with its types.
         config: its configuration.
-        quantization: which of its weights are quantised as by `mpt_eqx.quantize`, and how; None if none.
-        tensors: every tensor of every file.
-        parameters: how many numbers the model has.
+        quantization: how `mpt_eqx.quantize` has quantised its weights; None if it has not.
+        tensors: the tensors of all files.
+        parameters: number of parameters of the model.
         bytes: size of the weight files on disk.
-        problems: what keeps it from being loaded, a line each; empty when nothing does.
-        unsettled: those of the problems that `dtype=` does not settle.
+        problems: why it cannot be loaded, a line each; empty if it can.
+        blocking_problems: those of the problems that `dtype=` does not solve.
     """
 
     directory: Path
@@ -42,16 +42,16 @@ class CheckpointInfo:
     parameters: int
     bytes: int
     problems: tuple[str, ...]
-    unsettled: tuple[str, ...]
+    blocking_problems: tuple[str, ...]
 
 
 def checkpoint_info(
     source: str | Path, *, config_overrides: Mapping[str, Any] | None = None, **hub: Any
 ) -> CheckpointInfo:
-    """Returns what a checkpoint holds and what is wrong with it, reading no weights.
+    """Returns what a checkpoint holds and what is wrong with it, without reading weights.
 
-    Of a Hub repository's safetensors only the headers are fetched, and its small files. The headers of other formats
-    are not apart from the weights, so there the weights are fetched, as by `from_pretrained`.
+    Of a repository on the Hub only the small files and the headers of safetensors are fetched. Other formats have to be
+    downloaded whole, as by `from_pretrained`.
 
     Args:
         source: a directory, a weight file with a config.json beside it (a GGUF file needs none), or a Hub repository.
@@ -59,55 +59,65 @@ def checkpoint_info(
         **hub: revision, subfolder, cache_dir, token and local_files_only, as in `from_pretrained`.
 
     Raises:
-        CheckpointError: no checkpoint is there, or a file of it cannot be read.
+        CheckpointError: no checkpoint is there, or one of its files cannot be read.
         ConfigError: its config.json is not one of a supported MPT.
     """
     if (remote := fetch_headers(source, **hub)) is None:
-        return read_checkpoint(source, config_overrides=config_overrides, **hub)
-    config = _config(remote.directory)
-    return _described(remote.directory, config, remote.files, remote.weight_map, remote.bytes, config_overrides)
+        return read_checkpoint(find_checkpoint(source, **hub), config_overrides)
+    files = CheckpointFiles(remote.directory, files_of(remote.directory).get(CONFIG), [], remote.weight_map)
+    return _describe(files, _read_config(files), remote.files, remote.bytes, config_overrides)
 
 
-def read_checkpoint(
-    source: str | Path, *, config_overrides: Mapping[str, Any] | None = None, **hub: Any
-) -> CheckpointInfo:
-    """Returns the same as `checkpoint_info`, with all weights on the disk and their files open.
+def read_checkpoint(place: Path, config_overrides: Mapping[str, Any] | None = None) -> CheckpointInfo:
+    """Returns what a checkpoint on the disk holds, with its files open.
 
-    Whatever becomes of the names of the files, the tensors stay those that were described.
+    The tensors stay those that are described, also when the files are replaced later.
+
+    Args:
+        place: directory or weight file.
+        config_overrides: as in `checkpoint_info`.
+
+    Raises:
+        CheckpointError: as `checkpoint_info`.
+        ConfigError: as `checkpoint_info`.
     """
-    place = find_checkpoint(source, **hub)
-    directory = place.parent if place.is_file() else place
 
-    def read() -> tuple[dict[str, Any] | None, list[WeightFile], dict[str, str], int]:
-        config = _config(directory)
-        paths, index = ([place], {}) if place.is_file() else weight_files(directory, files_of(directory))
-        files = [read_weight_file(file) for file in paths]
-        return config, files, index, sum(path.stat().st_size for path in paths)
+    def read(files: CheckpointFiles) -> tuple[CheckpointFiles, dict[str, Any] | None, list[WeightFile], int]:
+        config = _read_config(files)
+        size = sum(path.stat().st_size for path in files.weights)
+        return files, config, [read_weight_file(path) for path in files.weights], size
 
-    return _described(directory, *unchanged(place, read), config_overrides)
+    return _describe(*read_consistently(place, read), config_overrides)
 
 
-def _config(directory: Path) -> dict[str, Any] | None:
+def raise_if_blocked(info: CheckpointInfo) -> None:
+    """Raises a CheckpointError if the checkpoint cannot be loaded, whatever the type."""
+    if info.blocking_problems:
+        raise CheckpointError(
+            f"{info.directory}: config.json and the tensors disagree: {'; '.join(info.blocking_problems)}"
+        )
+
+
+def _read_config(files: CheckpointFiles) -> dict[str, Any] | None:
     """Returns the content of config.json, None without one."""
-    path = files_of(directory).get(CONFIG)
-    return None if path is None else read_json_object(path)
+    return None if files.config is None else read_json_object(files.config)
 
 
-def _described(
-    directory: Path,
+def _describe(
+    files: CheckpointFiles,
     content: dict[str, Any] | None,
-    files: Sequence[WeightFile],
-    index: Mapping[str, str],
+    weights: Sequence[WeightFile],
     size: int,
     config_overrides: Mapping[str, Any] | None,
 ) -> CheckpointInfo:
+    directory = files.directory
     path = directory / CONFIG
-    if content is None and (content := files[0].config):
+    if content is None and (content := weights[0].config):
         # Without a file of its own the configuration may stand in the weights.
-        path = directory / files[0].tensors[0].file
+        path = directory / weights[0].tensors[0].file
     elif content is None:
-        content = read_json_object(path)  # which says what is missing
-    formats = sorted({file.format for file in files})
+        content = read_json_object(path)  # raises, and says what is missing
+    formats = sorted({file.format for file in weights})
     if len(formats) > 1:
         raise CheckpointError(f"{directory}: expected shards of one format, found {first_of(formats)}")
     if not isinstance(config_overrides, Mapping | None):
@@ -117,13 +127,13 @@ def _described(
         config, quantization = read_config(content)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    tensors = tuple(tensor for file in files for tensor in file.tensors)
-    refuse_strange(directory, tensors)
+    tensors = tuple(tensor for file in weights for tensor in file.tensors)
+    check_tensor_infos(directory, tensors)
     held = {(tensor.name, tensor.file) for tensor in tensors}
-    lost = [f"{name} ({file})" for name, file in index.items() if (name, file) not in held]
+    lost = [f"{name} ({file})" for name, file in files.weight_map.items() if (name, file) not in held]
     lines = [f"{len(lost)} tensors not in the file that the index names: {first_of(lost)}"] if lost else []
     try:
-        problems = (*lines, *differences(config, quantization, tensors))
+        blocking = (*lines, *diagnose(config, quantization, tensors))
     except MPTError as error:
         raise ConfigError(f"{path}: {error}") from None
     return CheckpointInfo(
@@ -134,6 +144,6 @@ def _described(
         tensors=tensors,
         parameters=config.num_parameters(),
         bytes=size,
-        problems=(*problems, *type_choices(formats[0], tensors)),
-        unsettled=problems,
+        problems=(*blocking, *type_choices(formats[0], tensors)),
+        blocking_problems=blocking,
     )

@@ -1,4 +1,4 @@
-"""What each tensor of an MPT is called in a checkpoint: today, in the files of early 2023, and behind wrappers."""
+"""Names of tensors: of a leaf of the model, in checkpoints of today and of early 2023, and behind wrappers."""
 
 import re
 from collections.abc import Mapping
@@ -32,12 +32,12 @@ ALIASES = (
     (r"\.norm_attn_norm\.", "."),
     *((re.escape(theirs), ours) for ours, theirs in TRANSFORMER_ENGINE),
 )
-# No weights: a buffer that follows from the configuration, and what Transformer Engine keeps for itself.
+# Not weights: a buffer that follows from the configuration, and Transformer Engine's own state.
 IGNORED = r"^transformer\.rotary_embedding\.inv_freq$|.*\._extra_state$"
 
 
 def canonical_name(name: str) -> str | None:
-    """Returns today's llm-foundry name of a stored tensor, or None for one that holds no weights."""
+    """Returns the name that today's llm-foundry has for a stored tensor, None for one that is not a weight."""
     name = re.sub(PREFIXES, "", re.sub(WRAPPERS, "", name))
     for pattern, today in ALIASES:
         name = re.sub(pattern, today, name)
@@ -52,24 +52,28 @@ def stored_name(name: str, config: MPTConfig) -> str:
     return name
 
 
-def is_quantised(name: str) -> bool:
-    """Tells whether a name is that of an array of a quantised weight, whose type never changes."""
+def is_quantized(name: str) -> bool:
+    """Returns whether a name is that of one of the two arrays of a quantised weight."""
     return name.endswith((f"weight{VALUES}", f"weight{SCALE}"))
 
 
 def named_leaves(model: Any) -> dict[str, Any]:
-    """Returns the weights of an MPT, arrays or their shapes, in the tree's order under their canonical names."""
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model) if hasattr(leaf, "shape")}
+    """Returns the weights of an MPT, arrays or their shapes, by canonical name, in the order of the tree."""
+    return {
+        canonical_path(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(model)
+        if hasattr(leaf, "shape")
+    }
 
 
 def with_leaves(model: Any, arrays: Mapping[str, Any]) -> Any:
     """Returns the model with its weights replaced by those of the same canonical names."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: arrays[_name(path)] if hasattr(leaf, "shape") else leaf, model
+        lambda path, leaf: arrays[canonical_path(path)] if hasattr(leaf, "shape") else leaf, model
     )
 
 
-def _name(path: tuple[Any, ...]) -> str:
-    """Returns the canonical name of a leaf: its path, because fields are called as tensors are."""
+def canonical_path(path: tuple[Any, ...]) -> str:
+    """Returns the canonical name of a leaf from its path in the tree, as modules' fields are named after tensors."""
     name = jax.tree_util.keystr(path, simple=True, separator=".")
     return name if name == HEAD or name.startswith(f"{HEAD}.") else f"transformer.{name}"

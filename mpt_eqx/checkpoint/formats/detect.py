@@ -1,4 +1,4 @@
-"""Which format a file has, by its content, and the tensors in it."""
+"""Formats are detected from content: the tensors of a weight file of any format."""
 
 import dataclasses
 import functools
@@ -19,12 +19,12 @@ MAX_NAME = 200
 
 
 class WeightFile(NamedTuple):
-    """What one file holds.
+    """What one weight file holds.
 
     Attributes:
         format: "safetensors", "torch" or "GGUF" with its types.
-        tensors: what is in it, in its order.
-        config: the content of a config.json, where the format carries one.
+        tensors: its tensors, in the file's order.
+        config: the content of a config.json, where the format has one.
     """
 
     format: str
@@ -57,11 +57,11 @@ def read_weight_file(file: Path) -> WeightFile:
     )
 
 
-def refuse_strange(directory: Path, tensors: Sequence[TensorInfo]) -> None:
-    """Refuses tensors whose descriptions would make messages long or strange, or too many of them.
+def check_tensor_infos(directory: Path, tensors: Sequence[TensorInfo]) -> None:
+    """Raises unless names, shapes and number of tensors are within the bounds of an MPT's.
 
     Raises:
-        CheckpointError: there are too many, or a name or shape is none of a weight.
+        CheckpointError: there are too many, or one has too long a name, unprintable characters or too many axes.
     """
     if len(tensors) > MAX_TENSORS:
         raise CheckpointError(f"{directory}: expected at most {MAX_TENSORS} tensors, found {len(tensors)}")
@@ -79,7 +79,7 @@ def refuse_strange(directory: Path, tensors: Sequence[TensorInfo]) -> None:
 
 
 def _guarded(file: Path, tensors: list[TensorInfo]) -> list[TensorInfo]:
-    """Returns the tensors with every error of reading one as a CheckpointError."""
+    """Returns the tensors with any error in `read` turned into a CheckpointError."""
 
     def guarded(tensor: TensorInfo) -> np.ndarray:
         try:

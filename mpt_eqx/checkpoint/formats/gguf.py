@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from mpt_eqx.checkpoint.formats.tensors import MAX_TENSORS, TensorInfo
+from mpt_eqx.checkpoint.formats.tensors import FLOATS, MAX_TENSORS, TensorInfo
 from mpt_eqx.errors import CheckpointError, printable
 
 # llama.cpp's name → llm-foundry's. Blocks are "blk.N." there and "transformer.blocks.N." here.
@@ -52,7 +51,7 @@ def read_gguf(file: Path) -> tuple[list[TensorInfo], dict[str, Any], str]:
         arrays = _scan(data)
 
         class Reader(gguf.GGUFReader):
-            """The library's, which would make ten objects of every token of a vocabulary that is not asked for."""
+            """The library's reader, which would make ten objects of every token of the vocabulary."""
 
             def _get_field_parts(self, orig_offs: Any, raw_type: Any) -> Any:
                 if (size := arrays.get(orig_offs)) is not None:
@@ -79,27 +78,23 @@ def read_gguf(file: Path) -> tuple[list[TensorInfo], dict[str, Any], str]:
 
 def _tensor_info(tensor: Any, file: Path, gguf: Any) -> TensorInfo:
     shape = tuple(int(n) for n in reversed(tensor.shape))
-    plain: dict[str, np.dtype] = {
-        "F32": np.dtype(np.float32),
-        "F16": np.dtype(np.float16),
-        "F64": np.dtype(np.float64),
-        "BF16": np.dtype(ml_dtypes.bfloat16),
-    }
     kind = tensor.tensor_type
-    dtype = plain.get(kind.name)
+    dtype = FLOATS.get(kind.name)
 
     def read() -> np.ndarray:
-        if dtype is not None:
-            return tensor.data.reshape(-1).view(np.uint8).view(dtype).reshape(shape)
-        return gguf.quants.dequantize(tensor.data, kind).reshape(shape)
+        if dtype is None:
+            values: np.ndarray = gguf.quants.dequantize(tensor.data, kind)
+        else:
+            values = tensor.data.reshape(-1).view(np.uint8).view(dtype)
+        return values.reshape(shape)
 
-    # Under its own name where the library cannot make numbers of a type, so that it is refused by that.
-    quantised = "float32" if dtype is not None or _is_readable(kind, gguf) else kind.name
-    return TensorInfo(_name(tensor.name), shape, quantised if dtype is None else dtype.name, file.name, read)
+    # A type that the library cannot dequantise keeps its own name, by which it is refused.
+    type_name = "float32" if dtype is not None or _is_readable(kind, gguf) else kind.name
+    return TensorInfo(_name(tensor.name), shape, type_name if dtype is None else dtype.name, file.name, read)
 
 
 def _is_readable(kind: Any, gguf: Any) -> bool:
-    """Tells whether the library makes numbers of a type, by asking it for those of one block."""
+    """Returns whether the library can dequantise a type, by trying one block."""
     try:
         gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
     except NotImplementedError:
@@ -117,7 +112,7 @@ def _name(name: str) -> str:
 
 
 def _config(fields: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Returns a config.json from a GGUF header; what the header does not say follows from which tensors there are."""
+    """Returns a config.json from a GGUF header; what the header lacks follows from which tensors there are."""
 
     def value(name: str, default: Any = None) -> Any:
         return fields.get(f"mpt.{name}", default)
@@ -152,9 +147,9 @@ def _config(fields: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[
 
 
 def _scan(data: np.ndarray) -> dict[int, int]:
-    """Walks through a header, because the library would follow lengths that lead past the end of the file.
+    """Checks a header, because the library would follow lengths that lead past the end of the file.
 
-    Returns the bytes of each array by its place, so that the library need not look into them.
+    Returns the size in bytes of each array by its offset, so that the library can skip them.
     """
     at, texts = 4, 0
     arrays = {}

@@ -4,31 +4,24 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
-from mpt_eqx.checkpoint.formats.tensors import TensorInfo
+from mpt_eqx.checkpoint.formats.tensors import FLOATS, TensorInfo
 from mpt_eqx.config.json_file import unique_keys
 from mpt_eqx.errors import CheckpointError, printable
 
-DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
-# Of quantised weights.
-INTEGERS = {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}
+# With the types of quantised weights.
+DTYPES = FLOATS | {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}
 # A model of a thousand layers has a header of 2 MB; of a longer one the library would make objects by the gigabyte.
 MAX_HEADER = 4 * 2**20
-# What JAX needs to use memory as it is instead of copying it.
+# JAX uses memory of this alignment without copying it.
 ALIGNMENT = 64
 
 
-class Outgoing(NamedTuple):
-    """A tensor to be written: its numbers are asked for when it is its turn."""
+class TensorToWrite(NamedTuple):
+    """A tensor to be written; `read` is called when it is its turn, so that only one is in memory."""
 
     name: str
     shape: tuple[int, ...]
@@ -37,7 +30,7 @@ class Outgoing(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file."""
+        """Size in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
@@ -68,9 +61,9 @@ def read_safetensors(file: Path) -> list[TensorInfo]:
         ) from None
 
 
-def _tensor_info(name: str, entry: dict, data: np.ndarray, file: Path) -> TensorInfo:
+def _tensor_info(name: str, entry: dict[str, Any], data: np.ndarray, file: Path) -> TensorInfo:
     shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
-    dtype = (DTYPES | INTEGERS).get(entry["dtype"])
+    dtype = DTYPES.get(entry["dtype"])
 
     def read() -> np.ndarray:
         return data[start:end].view(dtype).reshape(shape)
@@ -78,26 +71,26 @@ def _tensor_info(name: str, entry: dict, data: np.ndarray, file: Path) -> Tensor
     return TensorInfo(name, shape, entry["dtype"] if dtype is None else dtype.name, file.name, read)
 
 
-def file_order(tensors: Sequence[Outgoing]) -> list[Outgoing]:
-    """Returns tensors in the order in which a file has them, and asks for them."""
+def write_order(tensors: Sequence[TensorToWrite]) -> list[TensorToWrite]:
+    """Returns tensors in the order in which they are written: those of odd sizes last, so that they shift no other."""
     return sorted(tensors, key=lambda tensor: tensor.nbytes % ALIGNMENT != 0)
 
 
 def write_safetensors(
-    path: Path, tensors: Sequence[Outgoing], progress: Callable[[int], object] = lambda written: None
+    path: Path, tensors: Sequence[TensorToWrite], progress: Callable[[int], object] = lambda written: None
 ) -> None:
-    """Writes tensors one by one, each at a multiple of 64 bytes where the sizes before it allow, and syncs the file.
+    """Writes tensors one by one, in `write_order`, each aligned to 64 bytes where sizes allow, and syncs the file.
 
     Args:
         path: the file.
-        tensors: what to write. Their order in the file is another: odd sizes come last, so that they shift no other.
-        progress: is told how many bytes were written, after each tensor.
+        tensors: what to write.
+        progress: called after each tensor with the number of bytes written.
 
     Raises:
         OSError: the file cannot be written.
     """
-    names = {dtype: name for name, dtype in (DTYPES | INTEGERS).items()}
-    tensors = file_order(tensors)
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    tensors = write_order(tensors)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     for tensor in tensors:

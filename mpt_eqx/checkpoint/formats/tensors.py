@@ -1,10 +1,22 @@
-"""One tensor of a file: what it is, and how to get at its numbers."""
+"""What every format has in common: the types that weights may have, and the description of one tensor."""
 
 import dataclasses
 import math
 from collections.abc import Callable
 
+import ml_dtypes
 import numpy as np
+
+FLOATS = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+"""The types of weights, under the names that both safetensors and GGUF have for them."""
+
+FLOAT_NAMES = tuple(dtype.name for dtype in FLOATS.values())
+"""The same by numpy's names."""
 
 MAX_RANK = 8
 MAX_TENSORS = 25_000  # of a checkpoint; a thousand blocks of every option have 22 000
@@ -15,11 +27,11 @@ class TensorInfo:
     """One tensor of a checkpoint.
 
     Attributes:
-        name: as stored.
-        shape: its sizes.
-        dtype: numpy's name of its type; for types that no weight of an MPT may have, perhaps the file's own name.
-        file: the name of the file that holds it.
-        read: returns its numbers: a read-only view of the mapped file where the format stores them as they are.
+        name: name in the file.
+        shape: shape.
+        dtype: numpy's name of its type; the format's own name where numpy has none.
+        file: name of the file that holds it.
+        read: returns its values: a read-only view of the mapped file, or a new array where they are dequantised.
     """
 
     name: str
@@ -30,5 +42,5 @@ class TensorInfo:
 
     @property
     def size(self) -> int:
-        """How many numbers it holds."""
+        """Number of elements."""
         return math.prod(self.shape)

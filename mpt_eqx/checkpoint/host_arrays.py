@@ -1,30 +1,35 @@
-"""From the numbers of a file to memory that JAX can use."""
+"""Arrays on the host: types and memory in which JAX takes them without a copy, and gathering them from devices."""
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
 from mpt_eqx.checkpoint.formats.safetensors import ALIGNMENT
 from mpt_eqx.checkpoint.formats.tensors import TensorInfo
-from mpt_eqx.checkpoint.names import is_quantised
+from mpt_eqx.checkpoint.names import is_quantized
 
-CHUNK = 2**24  # numbers that are looked at together
+CHUNK = 2**24  # elements that are compared or checked at once
 
 
-def finite(array: np.ndarray) -> bool:
-    """Tells whether all numbers are finite, a part at a time."""
+def is_finite(array: np.ndarray) -> bool:
+    """Returns whether no element is NaN or infinity, a chunk at a time."""
     flat = array.reshape(-1)
     return all(np.isfinite(flat[at : at + CHUNK]).all() for at in range(0, len(flat), CHUNK))
 
 
-def kept_dtype(name: str, tensor: TensorInfo, dtype: np.dtype) -> np.dtype:
-    """Returns the type that a tensor is to have: the wanted one, but for those of quantised weights their own."""
-    return jax.numpy.dtype(tensor.dtype) if is_quantised(name) else dtype
+def is_equal(one: np.ndarray, other: np.ndarray) -> bool:
+    """Returns whether two arrays of one shape have equal elements, a chunk at a time."""
+    a, b = one.reshape(-1), other.reshape(-1)
+    return all(np.array_equal(a[at : at + CHUNK], b[at : at + CHUNK]) for at in range(0, len(a), CHUNK))
 
 
-def usable(view: np.ndarray, dtype: np.dtype) -> bool:
-    """Tells whether JAX can use this memory as it is."""
+def loaded_dtype(name: str, tensor: TensorInfo, dtype: np.dtype) -> np.dtype:
+    """Returns the type that a tensor is loaded in: `dtype`, but arrays of quantised weights keep theirs."""
+    return jax.numpy.dtype(tensor.dtype) if is_quantized(name) else dtype
+
+
+def is_zero_copy(view: np.ndarray, dtype: np.dtype) -> bool:
+    """Returns whether JAX on CPU can use this memory as an array of `dtype` without a copy."""
     return view.dtype == dtype and view.flags.c_contiguous and view.ctypes.data % ALIGNMENT == 0 and view.size > 0
 
 
@@ -38,24 +43,19 @@ def aligned_copy(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return copy
 
 
-def byte_bar(description: str, total: int, shown: bool) -> tqdm:
-    """Returns a progress bar on stderr that counts bytes and goes away at its end."""
-    return tqdm(total=total, desc=description, unit="B", unit_scale=True, disable=not shown, leave=False)
-
-
-def gathered(array: jax.Array | np.ndarray) -> np.ndarray:
-    """Returns an array on the host; in several processes all must ask for it."""
+def gather_to_host(array: jax.Array | np.ndarray) -> np.ndarray:
+    """Returns a whole array on the host. Of an array on several processes all must call it."""
     if not isinstance(array, jax.Array):
         return np.asarray(array)
     if array.is_fully_replicated:
         return np.asarray(array.addressable_data(0))
     if not array.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-    # np.asarray(array) would stay in memory as long as the array does.
+    # np.asarray(array) would keep a copy as long as the array lives.
     whole = np.empty(array.shape, array.dtype)
     for shard in array.addressable_shards:
         if shard.replica_id == 0:
-            # What is copied from another kind of device would stay in memory, too, but for that of a copy.
+            # The same holds for what is fetched from another kind of device, so fetch a copy that dies here.
             data = shard.data if shard.device.platform == "cpu" else jax.numpy.copy(shard.data)
             whole[shard.index] = data
     return whole

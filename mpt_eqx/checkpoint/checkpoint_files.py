@@ -1,0 +1,191 @@
+"""The files of a checkpoint on the disk: which of a directory's files count, and reading them while they are replaced.
+
+`atomic` says how a save changes a directory, and so why a config.json may stand beside its place under another name.
+"""
+
+import re
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from mpt_eqx.checkpoint.formats.detect import SUFFIXES
+from mpt_eqx.config.json_file import read_json_object
+from mpt_eqx.config.validation import shown
+from mpt_eqx.errors import CheckpointError, ConfigError, first_of
+
+T = TypeVar("T")
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TORCH_WEIGHTS = "pytorch_model.bin"
+TORCH_INDEX = "pytorch_model.bin.index.json"
+SHARD = r"model-(?:([0-9a-f]{8})-)?\d{5}-of-\d{5}\.safetensors"
+PENDING = r"(.+)\.mpt_eqx-([0-9a-f]{8})"
+MAX_INDEX = 4 * 2**20
+ATTEMPTS = 200  # to read a checkpoint that is being replaced
+
+
+class CheckpointFiles(NamedTuple):
+    """The files that a checkpoint consists of.
+
+    Attributes:
+        directory: where they are.
+        config: config.json, None without one.
+        weights: the weight files.
+        weight_map: tensor → name of its file, as the index says; empty without an index.
+    """
+
+    directory: Path
+    config: Path | None
+    weights: list[Path]
+    weight_map: dict[str, str]
+
+
+def read_consistently(place: Path, read: Callable[[CheckpointFiles], T]) -> T:
+    """Returns read(files) of one checkpoint, also while another process replaces it.
+
+    It is read again until its files are the same before and after. So nothing is read half from the old checkpoint and
+    half from the new one.
+
+    Args:
+        place: directory or weight file of the checkpoint.
+        read: opens the files. What is open stays as it is, whatever becomes of its name.
+
+    Raises:
+        CheckpointError: as `read`, the files are not those of a checkpoint, or they keep changing.
+        ConfigError: as `read`.
+    """
+    for _ in range(ATTEMPTS):
+        before, weights = _stamps(place), []
+        try:
+            files = find_files(place)
+            weights = [(path, _stamp(path)) for path in files.weights]
+            result = read(files)
+        except (CheckpointError, ConfigError, OSError):
+            if _stamps(place) == before and all(_stamp(path) == stamp for path, stamp in weights):
+                raise
+        else:
+            if _stamps(place) == before and all(_stamp(path) == stamp for path, stamp in weights):
+                return result
+    raise CheckpointError(
+        f"{place}: expected files that stay as they are while they are read, found them replaced {ATTEMPTS} times; "
+        f"wait until nothing writes there"
+    )
+
+
+def find_files(place: Path) -> CheckpointFiles:
+    """Returns the files of the checkpoint in a directory, or of a weight file and the config.json beside it.
+
+    Raises:
+        CheckpointError: there are no weights, several that could be meant, or an index that is wrong.
+    """
+    directory = place if place.is_dir() else place.parent
+    found = files_of(directory)
+    config = found.get(CONFIG)
+    if not place.is_dir():
+        return CheckpointFiles(directory, config, [place], {})
+    names = weight_names(found)
+    if len(names) != 1:
+        several = f"found several files and no index: {first_of(names)}; pass one of them"
+        raise CheckpointError(
+            f"{directory}: expected {WEIGHTS}, {TORCH_WEIGHTS}, an index of shards or one GGUF file, "
+            f"{several if names else 'found no weights'}"
+        )
+    path = found[names[0]]
+    if path.name not in (INDEX, TORCH_INDEX):
+        return CheckpointFiles(directory, config, [path], {})
+    weight_map = read_index(path)
+    shards = sorted(set(weight_map.values()))
+    if absent := [name for name in shards if name not in found]:
+        raise CheckpointError(
+            f"{directory}: expected the files that {path.name} names; missing: {first_of(absent)}; "
+            f"if it was downloaded, the download is not complete"
+        )
+    return CheckpointFiles(directory, config, [found[name] for name in shards], weight_map)
+
+
+def files_of(directory: Path) -> dict[str, Path]:
+    """Returns the files of a directory by name, and those of an unfinished save under their final names.
+
+    Files with unprintable names are left out.
+
+    Raises:
+        CheckpointError: the directory cannot be read.
+    """
+    try:
+        found = {path.name: path for path in sorted(directory.iterdir()) if _is_plain(path)}
+        pending = [match for name in found if (match := re.fullmatch(PENDING, name))]
+        if pending and INDEX in found and WEIGHTS not in found:
+            start = index_start(found[INDEX])
+            found |= {match[1]: found[match[0]] for match in pending if f'"model-{match[2]}-' in start}
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be read ({error})") from None
+    return found
+
+
+def index_start(path: Path) -> str:
+    """Returns the beginning of an index, long enough to name a shard."""
+    with open(path, encoding="utf-8", errors="replace") as f:
+        return f.read(2**16)
+
+
+def weight_names(names: Collection[str]) -> list[str]:
+    """Returns which of the files in a directory is the one with the weights, or the index of such files.
+
+    Looked for in transformers' order; then any one file of a known format. None, or several, if that is not clear.
+    """
+    for name in (WEIGHTS, INDEX, TORCH_WEIGHTS, TORCH_INDEX):
+        if name in names:
+            return [name]
+    others = sorted(name for name in names if Path(name).suffix in SUFFIXES and name != "training_args.bin")
+    # Shards without an index are what a killed save left; unless there is nothing else.
+    return [name for name in others if not re.fullmatch(SHARD, name)] or others
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Returns which file holds each tensor.
+
+    Raises:
+        CheckpointError: it is no index, or names something else than files beside it.
+    """
+    try:
+        weight_map = read_json_object(path, max_bytes=MAX_INDEX).get("weight_map")
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(file, str) for file in weight_map.values())
+    ):
+        raise CheckpointError(
+            f"{path}: expected a 'weight_map' from tensor names to file names, found {shown(weight_map)}"
+        )
+    # The name is checked, not where it leads: the Hub's cache is made of links.
+    names = sorted(set(weight_map.values()))
+    if strange := [n for n in names if n != Path(n).name or n in ("", ".", "..") or "\\" in n or not n.isprintable()]:
+        raise CheckpointError(f"{path}: expected names of files beside it, found {first_of(strange)}")
+    return weight_map
+
+
+def _is_plain(path: Path) -> bool:
+    return path.name.isprintable() and path.is_file()
+
+
+def _stamps(place: Path) -> object:
+    """Returns what changes when the config.json, the index or the one weight file of a checkpoint is replaced."""
+    try:
+        found = files_of(place if place.is_dir() else place.parent)
+    except CheckpointError as error:
+        return str(error)
+    weights = [found[name] for name in weight_names(found)] if place.is_dir() else [place]
+    return [_stamp(path) for path in (*weights, *(found[name] for name in (CONFIG, INDEX) if name in found))]
+
+
+def _stamp(path: Path) -> tuple[str, int, int] | str:
+    """Returns what changes when a file is replaced or written to."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        return str(error)
+    return str(path), status.st_ino, status.st_mtime_ns
