@@ -87,7 +87,7 @@ def type_choices(format: str, tensors: Sequence[TensorInfo]) -> Iterator[str]:
 
 def has_float64() -> bool:
     """Returns whether JAX has float64, which it narrows to float32 otherwise."""
-    return bool(jax.config.read("jax_enable_x64"))  # type: ignore[no-untyped-call]
+    return bool(jax.config.read("jax_enable_x64"))
 
 
 def stored_types(tensors: Sequence[TensorInfo]) -> dict[str, str]:
