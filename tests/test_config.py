@@ -151,6 +151,7 @@ def test_dynamic_rotation_takes_max_seq_len_like_the_reference_unless_it_was_rai
         ({"model_type": "mosaic_gpt", "attn_qk_ln": 1}, "attn_qk_ln: expected true or false, found 1"),
         ({"model_type": "mosaic_gpt", "attn_clip_qkv": "x"}, "attn_clip_qkv: expected a finite number > 0 or null, fo"),
         ({"alibi": 2}, "alibi: expected true or false, found 2"),
+        ({"alibi": True, "prefix_lm": True}, "prefix_lm: expected false, found True"),
         ({"alibi": True, "param_init_fn": "magic_"}, "param_init_fn: expected 'kaiming_normal_' or"),
     ],
 )
@@ -398,7 +399,7 @@ def test_what_llm_foundry_and_transformers_refuse_to_read_is_not_written(tiny_co
         assert MPTConfig.from_dict(written) == config
 
 
-def test_bookkeeping_is_read_over_and_case_does_not_matter():
+def test_ignored_keys_change_nothing_and_norm_types_may_be_in_any_case():
     from mpt_eqx import MPTConfig
 
     extra = {"_attn_implementation_autoset": True, "attn_implementation": None, "norm_type": "LayerNorm"}

@@ -128,6 +128,13 @@ CHANGES = {
     "ActFnConfig.negative_slope": (
         ffn(ffn_act_fn={"name": "leaky_relu", "negative_slope": 0.2}), ffn(ffn_act_fn={"negative_slope": 0.3}),
     ),
+    "ActFnConfig.alpha": (ffn(ffn_act_fn={"name": "elu", "alpha": 0.2}), ffn(ffn_act_fn={"alpha": 0.3})),
+    "ActFnConfig.min_val": (ffn(ffn_act_fn={"name": "hardtanh", "min_val": 0.2}), ffn(ffn_act_fn={"min_val": 0.3})),
+    "ActFnConfig.max_val": (ffn(ffn_act_fn={"name": "hardtanh", "max_val": 0.2}), ffn(ffn_act_fn={"max_val": 0.3})),
+    "ActFnConfig.beta": (ffn(ffn_act_fn={"name": "softplus", "beta": 2.0}), ffn(ffn_act_fn={"beta": 3.0})),
+    "ActFnConfig.threshold": (
+        ffn(ffn_act_fn={"name": "softplus", "threshold": -5.0}), ffn(ffn_act_fn={"threshold": 5.0}),
+    ),
     "InitConfig.name": ({}, init(name="kaiming_uniform_")),
     "InitConfig.fan_mode": ({}, init(fan_mode="fan_out")),
     "InitConfig.init_nonlinearity": ({}, init(init_nonlinearity="linear")),
@@ -372,9 +379,8 @@ def with_value(d, path, value):
     return {**d, key: with_value(inner if isinstance(inner, dict) else {}, rest, value)}
 
 
-@settings(max_examples=600, deadline=None)
-@given(configs(), st.sampled_from(all_keys()), json_values)
-def test_any_value_of_any_key_is_taken_or_named(d, path, value):
+def taken_or_named(d, path, value):
+    """A config with this value reads back equal, or the error names the key or one that the value contradicts."""
     from mpt_eqx import ConfigError, MPTConfig
     from mpt_eqx.config.keys import ALIASES
 
@@ -389,6 +395,19 @@ def test_any_value_of_any_key_is_taken_or_named(d, path, value):
         assert any(re.search(rf"\b{name}\b", str(error)) for name in names), error
     else:
         assert MPTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@settings(max_examples=60, deadline=None)
+@given(configs(), st.sampled_from(all_keys()), json_values)
+def test_any_value_of_any_key_is_taken_or_named(d, path, value):
+    taken_or_named(d, path, value)
+
+
+@pytest.mark.slow
+@settings(max_examples=600, deadline=None)
+@given(configs(), st.sampled_from(all_keys()), json_values)
+def test_many_values_of_any_key_are_taken_or_named(d, path, value):
+    taken_or_named(d, path, value)
 
 
 TUNED_BLOCK = {"attn_temperature_tuning": {"attn_scale": 1.0}}
