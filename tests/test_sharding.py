@@ -170,8 +170,9 @@ def test_wrong_rules_and_meshes(tiny_model, monkeypatch):
     with refused(r"expected different mesh axes for batch, kv_heads, head_dim, which stand .* found 'tp' twice"):
         ShardingRules(batch="tp", kv_heads="tp")
     with monkeypatch.context() as patched, refused("mesh: expected devices of all 3 processes, or of one, found none"):
+        patched.setattr(jax.sharding.Mesh, "is_multi_process", True)
         patched.setattr(jax, "process_count", lambda: 3)
-        assert_same_mesh(SimpleNamespace(is_multi_process=True, devices=np.array(jax.devices()[:1])))
+        assert_same_mesh(make_mesh(tp=1))
     with refused(r"rules\.allow_replicated: expected some of vocab, .*, found 'head'"):
         ShardingRules(allow_replicated=("head",))
     with refused(r"mesh: expected at most 1 devices, which there are, found 8 \(fsdp=2 × tp=4\); make it smaller"):
