@@ -30,7 +30,8 @@ def table() -> str:
         cells = []
         for model in MODELS:
             last = sharding.explain(MPTConfig.preset(model), mesh, getattr(sharding, name)).splitlines()[-1]
-            cells.append(re.search(r"\(([\d.]+) GB", last)[1])
+            nbytes = int(re.search(r"devices ([\d,]+)", last)[1].replace(",", ""))
+            cells.append(f"{nbytes / 1e9:.2f}")
         lines.append(f"| {name} | {', '.join(f'{axis}={size}' for axis, size in axes.items())} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -31,7 +31,12 @@ def main() -> None:
     parser.add_argument("--process", type=int, help="which one this is, from 0; with --coordinator")
     parser.add_argument("--cpu-devices", type=int, help="take the CPU for so many devices in each process")
     parser.add_argument("--model", default=SHIPPED_MODEL, help="directory or Hub repository id")
-    parser.add_argument("--tp", type=int, default=1, help="devices that share each matrix; the others share the batch")
+    parser.add_argument(
+        "--tp",
+        type=int,
+        default=1,
+        help="devices over which each matrix is sharded; the batch is sharded over the others",
+    )
     parser.add_argument("--steps", type=int, default=3, help="steps of training")
     parser.add_argument("--save", help="directory for the trained model")
     args = parser.parse_args()
@@ -56,7 +61,7 @@ def main() -> None:
 
     say(f"{jax.process_count()} processes, {jax.device_count()} devices, mesh {dict(mesh.shape)}")
     moments = optimizer.init(eqx.filter(model, eqx.is_array))  # outside of jit, so that they lie as the weights do
-    random = np.random.default_rng(0)  # the same in every process; the loss shares the rows between devices
+    random = np.random.default_rng(0)  # the same in every process; the loss shards the rows over devices
     for number in range(args.steps):
         sharding.assert_same_across_processes(step=number)
         tokens = random.integers(0, model.config.vocab_size, (2 * mesh.shape["fsdp"], 128), np.int32)

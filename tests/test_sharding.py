@@ -61,7 +61,7 @@ def test_every_kind_of_model_does(ask, case):
 
 
 def test_streaming_and_prefixes_on_a_mesh_are_those_of_one_device(ask):
-    """A single row, which the mesh does not divide; its heads are shared."""
+    """A single row, which the mesh does not divide; its heads are sharded."""
     found = ask("streamed", preset="FSDP_TP", axes={"fsdp": 2, "tp": 4})
     assert found == {"stream": True, "prefix": True, "cache": [None, "tp", None, None]}
 
@@ -110,10 +110,10 @@ def test_explain_counts_the_bytes_of_a_device_and_allocates_nothing():
     from mpt_eqx.sharding import FSDP_TP, explain
 
     text = explain(MPTConfig.preset("mpt-7b"), AbstractMesh((4, 8), ("fsdp", "tp")), FSDP_TP)
-    assert re.search(r"blocks\.\*\.attn\.Wq\.weight +4096 × 4096 +tp fsdp +1,048,576 +32 times", text)
-    assert "total: 13,298,573,312 bytes; on each of 32 devices 416,096,256 (0.42 GB, 3.1%)" in text
+    assert re.search(r"blocks\.\*\.attn\.Wq\.weight +4096 × 4096 +tp fsdp +1,048,576 +×32", text)
+    assert "total: 13,298,573,312 bytes; on each of 32 devices 416,096,256 (416.10 MB, 3.1%)" in text
     text = explain(MPTConfig.preset("mpt-7b"), AbstractMesh((3,), ("tp",)), FSDP_TP_WITHOUT_FSDP())
-    assert re.search(r"Wq\.weight +4096 × 4096 +· · .* heads whole: not divided", text)
+    assert re.search(r"Wq\.weight +4096 × 4096 +· · .* ×32 +replicated \(32 heads over 3 devices\)", text)
 
 
 def FSDP_TP_WITHOUT_FSDP():
@@ -130,7 +130,7 @@ def test_groups_of_a_quantised_weight_are_not_divided_within():
     config = MPTConfig(d_model=64, n_heads=4, n_layers=1, vocab_size=64, max_seq_len=32)
     text = explain(quantize(MPT(config, key=jax.random.key(0)), "int4"), AbstractMesh((4,), ("tp",)), TENSOR_PARALLEL)
     assert re.search(r"out_proj\.weight\.values +64 × 32 +· tp ", text)
-    assert re.search(r"out_proj\.weight\.scale +64 × 2 +· · .* heads whole: not divided", text)
+    assert re.search(r"out_proj\.weight\.scale +64 × 2 +· · .* ×1 +replicated \(2 groups over 4 devices\)", text)
 
 
 def test_wrong_rules_and_meshes(tiny_model, monkeypatch):
@@ -142,7 +142,8 @@ def test_wrong_rules_and_meshes(tiny_model, monkeypatch):
         make_mesh,
         partition_specs,
     )
-    from mpt_eqx.sharding.shard import assert_same_mesh, with_layout
+    from mpt_eqx.sharding.mesh import assert_same_mesh
+    from mpt_eqx.sharding.shard import with_layout
 
     def refused(message):
         return pytest.raises(ShardingError, match=message)
@@ -152,14 +153,15 @@ def test_wrong_rules_and_meshes(tiny_model, monkeypatch):
         with_layout(tiny_model, eight, FSDP)
     strict = ShardingRules(heads="tp")
     with refused(
-        r"blocks\.0\.attn\.Wq\.weight: dimension 0 \(heads\) has size 4, which the 8 devices of mesh axis tp do"
+        r"blocks\.0\.attn\.Wq\.weight: dimension 0 \(heads\) has size 4, which the 8 devices of mesh axis tp do "
+        r"not divide; choose another mesh, or replicate it with .*allow_replicated, 'heads'\)\)"
     ):
         from mpt_eqx.sharding import explain
 
         explain(tiny_model, eight, strict)
     with refused(r"expected different mesh axes for heads and embed, found 'tp' twice"):
         partition_specs(tiny_model, ShardingRules(heads="tp", embed="tp"))
-    with refused("expected one that matches something in this model"):
+    with refused("rules: expected one for an axis that this model has, batch, embed, .*, found ShardingRules"):
         partition_specs(tiny_model, ShardingRules(experts="tp"))
     with refused(r"rules\.layers: expected None, found 'pp': it would match nothing"):
         ShardingRules(layers="pp")
@@ -175,7 +177,7 @@ def test_wrong_rules_and_meshes(tiny_model, monkeypatch):
         assert_same_mesh(make_mesh(tp=1))
     with refused(r"rules\.allow_replicated: expected some of vocab, .*, found 'head'"):
         ShardingRules(allow_replicated=("head",))
-    with refused(r"mesh: expected at most 1 devices, which there are, found 8 \(fsdp=2 × tp=4\); make it smaller"):
+    with refused(r"mesh: expected at most 1 devices, which JAX has, found 8 \(fsdp=2 × tp=4\); make it smaller"):
         make_mesh(fsdp=2, tp=4)
     with refused(r"tp: expected a number of devices, ≥ 1, found 0"):
         make_mesh(tp=0)

@@ -24,8 +24,9 @@ from mpt_eqx.checkpoint.progress import byte_bar, is_shown, summary
 from mpt_eqx.config import ShardingRules
 from mpt_eqx.errors import CheckpointError, ShardingError, first_of
 from mpt_eqx.model import MPT
+from mpt_eqx.sharding.mesh import assert_same_mesh
 from mpt_eqx.sharding.multihost import assert_same_across_processes, run_or_raise_everywhere
-from mpt_eqx.sharding.shard import assert_same_mesh, with_layout
+from mpt_eqx.sharding.shard import with_layout
 from mpt_eqx.surgery.quantization import with_zeros
 
 READERS = 4  # tensors that are copied at the same time

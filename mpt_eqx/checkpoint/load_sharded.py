@@ -14,7 +14,7 @@ from mpt_eqx.checkpoint.names import named_leaves
 from mpt_eqx.checkpoint.progress import byte_bar
 from mpt_eqx.errors import CheckpointError
 from mpt_eqx.sharding.qkv import qkv_slice_of
-from mpt_eqx.sharding.shard import named_shardings
+from mpt_eqx.sharding.specs import named_shardings
 
 
 def load_sharded(

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from mpt_eqx.config import MPTConfig
+from mpt_eqx.model.leaves import is_array, leaf_name
 
 EMBEDDING = "transformer.wte.weight"
 # transformers' state dicts name the head also where it is tied to the embedding.
@@ -60,20 +61,18 @@ def is_quantized(name: str) -> bool:
 def named_leaves(model: Any) -> dict[str, Any]:
     """Returns the weights of an MPT, arrays or their shapes, by canonical name, in the order of the tree."""
     return {
-        canonical_path(path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(model)
-        if hasattr(leaf, "shape")
+        canonical_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model) if is_array(leaf)
     }
 
 
 def with_leaves(model: Any, arrays: Mapping[str, Any]) -> Any:
     """Returns the model with its weights replaced by those of the same canonical names."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: arrays[canonical_path(path)] if hasattr(leaf, "shape") else leaf, model
+        lambda path, leaf: arrays[canonical_path(path)] if is_array(leaf) else leaf, model
     )
 
 
 def canonical_path(path: tuple[Any, ...]) -> str:
     """Returns the canonical name of a leaf from its path in the tree, as modules' fields are named after tensors."""
-    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    name = leaf_name(path)
     return name if name == HEAD or name.startswith(f"{HEAD}.") else f"transformer.{name}"

@@ -2,6 +2,7 @@
 
 from mpt_eqx.config.sharding_rules import ShardingRules as ShardingRules
 from mpt_eqx.sharding.explain import explain as explain
+from mpt_eqx.sharding.mesh import make_mesh as make_mesh
 from mpt_eqx.sharding.multihost import assert_same_across_processes as assert_same_across_processes
 from mpt_eqx.sharding.rules import DATA_PARALLEL as DATA_PARALLEL
 from mpt_eqx.sharding.rules import FSDP as FSDP
@@ -9,6 +10,5 @@ from mpt_eqx.sharding.rules import FSDP_TP as FSDP_TP
 from mpt_eqx.sharding.rules import SEQUENCE_PARALLEL as SEQUENCE_PARALLEL
 from mpt_eqx.sharding.rules import TENSOR_PARALLEL as TENSOR_PARALLEL
 from mpt_eqx.sharding.rules import WEIGHT_AXES as WEIGHT_AXES
-from mpt_eqx.sharding.shard import make_mesh as make_mesh
-from mpt_eqx.sharding.shard import partition_specs as partition_specs
 from mpt_eqx.sharding.shard import shard as shard
+from mpt_eqx.sharding.specs import partition_specs as partition_specs

@@ -1,4 +1,4 @@
-"""Wqkv as three linear maps, one for each of its sections, so that each can be shared by heads."""
+"""Wqkv as three linear maps, Wq, Wk and Wv, so that each can be sharded by heads."""
 
 import re
 from typing import Any
@@ -7,7 +7,6 @@ import equinox as eqx
 import jax
 
 from mpt_eqx.config import MPTConfig
-from mpt_eqx.model.linear import Linear
 
 
 def qkv_slices(config: MPTConfig) -> dict[str, slice]:
@@ -17,19 +16,19 @@ def qkv_slices(config: MPTConfig) -> dict[str, slice]:
 
 
 def is_qkv_slice(name: str, config: MPTConfig) -> bool:
-    """Tells whether a weight is a section of what a checkpoint has as one tensor."""
+    """Tells whether a weight is a slice of a tensor that a checkpoint has as one, Wqkv."""
     found = re.search(r"blocks\.(\d+)\.attn\.W[qkv]\.", name)
     return found is not None and config.attn_config.fused_qkv and config.layers[int(found[1])].kv_from is None
 
 
 def qkv_slice_of(name: str, config: MPTConfig) -> tuple[str, slice]:
-    """Returns of which tensor, by its name, Wq, Wk or Wv is a section, and its rows."""
-    (section,) = re.findall(r"\.(W[qkv])\.", name)
-    return name.replace(f".{section}.", ".Wqkv."), qkv_slices(config)[section]
+    """Returns the name of the Wqkv tensor of which a Wq, Wk or Wv is a slice, and the rows."""
+    (part,) = re.findall(r"\.(W[qkv])\.", name)
+    return name.replace(f".{part}.", ".Wqkv."), qkv_slices(config)[part]
 
 
 def split_qkv(model: Any) -> Any:
-    """Returns the model with Wq, Wk and Wv in place of each Wqkv; its arrays may also be shapes, under eval_shape."""
+    """Returns the model, arrays or shapes, with Wq, Wk and Wv in place of each Wqkv."""
 
     def split(block: Any) -> Any:
         if block.attn.Wqkv is None:
@@ -38,13 +37,10 @@ def split_qkv(model: Any) -> Any:
             jax.tree.map(lambda array, rows=rows: _rows(array, rows), block.attn.Wqkv)
             for rows in qkv_slices(model.config).values()
         ]
-        assert all(isinstance(part, Linear) for part in parts)
         return eqx.tree_at(
-            lambda b: (b.attn.Wqkv, b.attn.Wq, b.attn.Wk, b.attn.Wv),
-            block,
-            (None, *parts),
+            lambda b: (b.attn.Wqkv, b.attn.Wq, b.attn.Wk, b.attn.Wv), block, (None, *parts),
             is_leaf=lambda node: node is None,
-        )
+        )  # fmt: skip
 
     return eqx.tree_at(lambda m: m.blocks, model, tuple(split(block) for block in model.blocks))
 

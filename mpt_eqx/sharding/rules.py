@@ -1,26 +1,32 @@
-"""The presets of rules, and the table of which logical axes each weight has."""
+"""The presets of rules, and the table of the logical axes of each weight."""
 
 import dataclasses
+import re
+from typing import Any
 
+from jax.sharding import AbstractMesh, Mesh
+
+from mpt_eqx.config import MPTConfig
 from mpt_eqx.config.sharding_rules import ShardingRules
+from mpt_eqx.errors import ShardingError
 
-# What is counted and not measured: a vocabulary of 97 or six heads on four devices stay whole.
+# Numbers of these need not be multiples of powers of two: six heads on four devices are replicated.
 COUNTED = ("vocab", "heads", "kv_heads", "experts")
 
 DATA_PARALLEL = ShardingRules(batch="dp", allow_replicated=COUNTED)
-"""Every device has all weights and a part of the batch. Mesh axis: dp."""
+"""Weights are replicated, the batch is sharded. Mesh axis: dp."""
 
 FSDP = ShardingRules(batch="fsdp", embed="fsdp", allow_replicated=COUNTED)
-"""Every device has a part of each weight and of the batch; weights are gathered when they are used. Mesh axis: fsdp."""
+"""Weights and the batch are sharded; each weight is gathered when it is used. Mesh axis: fsdp."""
 
 TENSOR_PARALLEL = ShardingRules(vocab="tp", heads="tp", kv_heads="tp", mlp="tp", experts="tp", allow_replicated=COUNTED)
-"""Every device has some of the heads, of the hidden numbers, experts and of the vocabulary. Mesh axis: tp."""
+"""Heads, hidden units of the feed-forward networks, experts and vocabulary are sharded. Mesh axis: tp."""
 
 FSDP_TP = dataclasses.replace(TENSOR_PARALLEL, batch="fsdp", embed="fsdp")
-"""Both. Mesh axes: fsdp and tp."""
+"""FSDP and TENSOR_PARALLEL together. Mesh axes: fsdp and tp."""
 
 SEQUENCE_PARALLEL = ShardingRules(batch="dp", seq="sp", allow_replicated=COUNTED)
-"""Every device has all weights and a part of the positions of each sequence, for long prompts. Mesh axes: dp and sp."""
+"""Weights are replicated, the batch and the positions of each sequence are sharded. Mesh axes: dp and sp."""
 
 # The logical axes of each weight: the pattern of its path → the names.
 WEIGHT_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -42,3 +48,39 @@ WEIGHT_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"blocks\.\d+\.ffn\.experts\.mlp\.(w1|v1|w2)", ("experts", "embed")),
     (r"blocks\.\d+\.ffn\.experts\.bias", (None,)),
 )
+
+
+def weight_axes(name: str, leaf: Any, config: MPTConfig) -> tuple[str | None, ...]:
+    """Returns the logical axes of a weight, for example ("heads", "embed").
+
+    Args:
+        name: its name, from `leaf_name`.
+        leaf: the array or its shape.
+        config: of the model.
+
+    Raises:
+        ShardingError: WEIGHT_AXES has no such weight, or one of another rank.
+    """
+    base, _, part = name.partition(".weight.")
+    found = [axes for pattern, axes in WEIGHT_AXES if re.fullmatch(pattern, f"{base}.weight" if part else name)]
+    if len(found) != 1 or len(found[0]) != len(leaf.shape):
+        raise ShardingError(
+            f"{name}: expected one of an MPT's weights, which one rule matches, found shape {tuple(leaf.shape)} and "
+            f"{len(found)} rules; shard the MPT before other arrays are added to it"
+        )
+    if config.attn_config.qk_gn and re.search(r"\.[qk]_ln\.", name):
+        return ("head_dim",)
+    if part == "scale" and leaf.shape[1] == 1:
+        return (found[0][0], None)
+    return found[0]
+
+
+def check_axes(rules: ShardingRules, mesh: Mesh | AbstractMesh) -> None:
+    """Raises a ShardingError if a rule names an axis that the mesh does not have."""
+    for field in dataclasses.fields(rules):
+        for axis in () if field.name == "allow_replicated" else rules.axes(field.name):
+            if axis not in mesh.shape:
+                raise ShardingError(
+                    f"rules.{field.name}: expected an axis of the mesh, {' or '.join(mesh.shape)}, found {axis!r}; "
+                    f"name the mesh's axes so, or change the rule with dataclasses.replace(rules, {field.name}=…)"
+                )

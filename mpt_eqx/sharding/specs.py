@@ -1,0 +1,140 @@
+"""From rules to a PartitionSpec or NamedSharding for each weight of a model."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mpt_eqx.config import MPTConfig, ShardingRules
+from mpt_eqx.errors import ShardingError
+from mpt_eqx.model import MPT
+from mpt_eqx.model.leaves import is_array, leaf_name, named_arrays
+from mpt_eqx.ops.layout import axes_size, make_spec
+from mpt_eqx.sharding.rules import weight_axes
+
+
+def partition_specs(model: MPT | MPTConfig, rules: ShardingRules) -> Any:
+    """Returns the model, or that of a configuration, with a PartitionSpec in place of each array.
+
+    The spec of Wqkv is that of each of its three slices: rows of q, of k and of v are each sharded by heads.
+
+    Raises:
+        ShardingError: two axes of a weight would be sharded over the same axis of the mesh, the model has an array that
+            is none of an MPT's weights, or the rules shard nothing of it.
+    """
+    tree = abstract_model(model)
+    _check_rules_match(tree, rules)
+    return _map_arrays(
+        lambda name, leaf: make_spec([rules.axes(axis) for axis in _checked_axes(name, leaf, tree.config, rules)]), tree
+    )
+
+
+def resolve_specs(model: Any) -> Any:
+    """Returns a model that has a layout, arrays or shapes, with the PartitionSpec on its mesh in place of each array.
+
+    Raises:
+        ShardingError: as `partition_specs`, or the mesh does not divide an axis of a weight.
+    """
+    rules = model.layout.rules
+    _check_rules_match(model, rules)
+
+    def one(name: str, leaf: Any) -> PartitionSpec:
+        return resolve_spec(name, leaf, _checked_axes(name, leaf, model.config, rules), model)
+
+    return _map_arrays(one, model)
+
+
+def resolve_spec(name: str, leaf: Any, axes: tuple[str | None, ...], model: Any) -> PartitionSpec:
+    """Returns the PartitionSpec of one weight on a mesh.
+
+    Args:
+        name: its name.
+        leaf: the array or its shape.
+        axes: its logical axes.
+        model: has the layout and the configuration.
+
+    Raises:
+        ShardingError: the mesh does not divide an axis, and `rules.allow_replicated` does not name it.
+    """
+    rules, mesh = model.layout.rules, model.layout.mesh
+    parts: list[tuple[str, ...]] = []
+    for dimension, (axis, (count, _)) in enumerate(zip(axes, units(leaf, axes, model.config), strict=True)):
+        mesh_axes = rules.axes(axis)
+        devices = axes_size(mesh, mesh_axes)
+        divided = count % devices == 0
+        if not divided and axis not in rules.allow_replicated:
+            raise ShardingError(
+                f"{name}: dimension {dimension} ({axis}) has size {count}, which the {devices} devices of mesh axis "
+                f"{'×'.join(mesh_axes)} do not divide; choose another mesh, or replicate it with dataclasses.replace("
+                f"rules, allow_replicated=(*rules.allow_replicated, {axis!r}))"
+            )
+        parts.append(mesh_axes if divided else ())
+    return make_spec(parts)
+
+
+def named_shardings(model: Any) -> Any:
+    """Returns a model that has a layout with a NamedSharding in place of each array, and None for other leaves."""
+    return jax.tree.map(lambda spec: NamedSharding(model.layout.mesh, spec), resolve_specs(model), is_leaf=is_spec)
+
+
+def abstract_model(model: MPT | MPTConfig, dtype: Any = np.float32) -> Any:
+    """Returns a model with a ShapeDtypeStruct in place of each array.
+
+    Args:
+        model: a model, or a configuration.
+        dtype: type of the weights of a configuration's model.
+    """
+    if not isinstance(model, MPTConfig):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if is_array(x) else x, model)
+    made = eqx.filter_eval_shape(lambda: MPT(model, key=jax.random.key(0)))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype) if is_array(x) else x, made)
+
+
+def units(leaf: Any, axes: tuple[str | None, ...], config: MPTConfig) -> list[tuple[int, str]]:
+    """Returns how many indivisible units each axis of a weight has, and what they are: 32 heads, not 4096 rows."""
+    numbers = {"heads": config.n_heads, "kv_heads": config.kv_heads, "experts": config.ffn_config.moe_num_experts}
+    found = []
+    for size, axis in zip(leaf.shape, axes, strict=True):
+        number = numbers.get(axis or "") or size
+        count = math.gcd(size, number)
+        # A quantised weight may have fewer groups along an axis than heads.
+        found.append((count, str(axis) if count == number else "groups"))
+    return found
+
+
+def is_spec(node: Any) -> bool:
+    """Tells whether a node is a PartitionSpec, which JAX may take for a tuple."""
+    return isinstance(node, PartitionSpec)
+
+
+def _checked_axes(name: str, leaf: Any, config: MPTConfig, rules: ShardingRules) -> tuple[str | None, ...]:
+    """Returns the logical axes of a weight, of which no two are sharded over the same axis of the mesh."""
+    axes = weight_axes(name, leaf, config)
+    used = [axis for logical in axes for axis in rules.axes(logical)]
+    if twice := [axis for axis in used if used.count(axis) > 1]:
+        raise ShardingError(
+            f"{name}: expected different mesh axes for {' and '.join(map(str, axes))}, found {twice[0]!r} twice; "
+            f"change one of the two rules"
+        )
+    return axes
+
+
+def _check_rules_match(tree: Any, rules: ShardingRules) -> None:
+    """Raises a ShardingError if the rules shard nothing of a model, neither weights nor activations."""
+    matched = {axis for name, leaf in named_arrays(tree) for axis in weight_axes(name, leaf, tree.config) if axis}
+    matched |= {"batch", "seq", "head_dim"}
+    if not any(rules.axes(axis) for axis in matched):
+        raise ShardingError(
+            f"rules: expected one for an axis that this model has, {', '.join(sorted(matched))}, found {rules}"
+        )
+
+
+def _map_arrays(function: Callable[[str, Any], Any], tree: Any) -> Any:
+    """Returns the tree with function(name, leaf) in place of each array and None for other leaves."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: function(leaf_name(path), leaf) if is_array(leaf) else None, tree
+    )
