@@ -105,9 +105,9 @@ def test_the_error_of_a_weight_is_bounded(scheme, seed, rows, groups, exponent, 
 def test_rows_of_one_number(scheme, value):
     """Nothing that is finite becomes NaN."""
     from mpt_eqx.ops.quantized import dequantize
-    from mpt_eqx.surgery.quantization import quantized
+    from mpt_eqx.surgery.quantization import quantize_weight
 
-    made = quantized("w", np.full((2, 64), value, np.float32), scheme)
+    made = quantize_weight("w", np.full((2, 64), value, np.float32), scheme)
     back = dequantize(made.values, made.scale)
     np.testing.assert_allclose(back, np.full((2, 64), value), rtol=0.004, atol=TINY)
 
@@ -186,9 +186,9 @@ def test_a_large_weight_is_quantised_in_parts(monkeypatch, scheme):
     from mpt_eqx.surgery import quantization
 
     weight = weights_of(0, (10, 64), 0, np.dtype(ml_dtypes.bfloat16))
-    whole = quantization.quantized("w", weight, scheme)
+    whole = quantization.quantize_weight("w", weight, scheme)
     monkeypatch.setattr(quantization, "NUMBERS", 200)
-    assert_same(quantization.quantized("w", np.asarray(weight), scheme), whole)
+    assert_same(quantization.quantize_weight("w", np.asarray(weight), scheme), whole)
 
 
 # The model ------------------------------------------------------------------------------------------------------------

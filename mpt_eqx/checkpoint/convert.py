@@ -25,7 +25,7 @@ from mpt_eqx.config.quantization import Quantization, check_quantization
 from mpt_eqx.errors import CheckpointError, ConfigError
 from mpt_eqx.model import MPT
 from mpt_eqx.ops.quantized import QuantizedWeight
-from mpt_eqx.surgery.quantization import quantized, with_zeros
+from mpt_eqx.surgery.quantization import quantize_weight, with_zeros
 
 COMPANIONS = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
@@ -130,7 +130,7 @@ def _quantized(
 
     @functools.lru_cache(maxsize=1)  # because the two arrays of a weight are written one after the other
     def quantize(name: str) -> QuantizedWeight:
-        return quantized(name, read(name), quantization.scheme)
+        return quantize_weight(name, read(name), quantization.scheme)
 
     def part(name: str, leaf: jax.ShapeDtypeStruct) -> TensorToWrite:
         weight, _, which = name.rpartition(".")

@@ -60,9 +60,7 @@ def is_quantized(name: str) -> bool:
 
 def named_leaves(model: Any) -> dict[str, Any]:
     """Returns the weights of an MPT, arrays or their shapes, by canonical name, in the order of the tree."""
-    return {
-        canonical_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model) if is_array(leaf)
-    }
+    return {canonical_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model) if is_array(leaf)}
 
 
 def with_leaves(model: Any, arrays: Mapping[str, Any]) -> Any:

@@ -36,8 +36,7 @@ class Layout(eqx.Module):
         # custom_vmap cannot be transposed, so tangents take the constraint of a row.
         differentiable = jax.custom_jvp(constrain)
         differentiable.defjvp(lambda primals, tangents: (constrain(*primals), self.constrain(*tangents, *names)))
-        y: jax.Array = differentiable(x)
-        return y
+        return differentiable(x)
 
     def replicate(self, tree: PyTree[Shaped[jax.Array | np.ndarray, "..."]]) -> PyTree[Shaped[jax.Array, "..."]]:
         """Returns arrays of the host on all devices of the mesh. Several processes must all pass the same."""
