@@ -9,6 +9,7 @@ from pathlib import Path
 from jax.sharding import AbstractMesh
 
 from mpt_eqx import MPTConfig, sharding
+from mpt_eqx.sharding.specs import abstract_model
 
 HERE = Path(__file__).parent
 MODELS = ("mpt-7b", "mpt-30b", "mpt-70b")
@@ -25,11 +26,12 @@ MESHES = (
 def table() -> str:
     """Returns gigabytes of weights on each device as Markdown."""
     lines = [f"| rules | mesh | {' | '.join(MODELS)} |", "|---|---|" + "---|" * len(MODELS)]
+    models = [abstract_model(MPTConfig.preset(model), "bfloat16") for model in MODELS]
     for name, axes in MESHES:
         mesh = AbstractMesh(tuple(axes.values()), tuple(axes))
         cells = []
-        for model in MODELS:
-            last = sharding.explain(MPTConfig.preset(model), mesh, getattr(sharding, name)).splitlines()[-1]
+        for model in models:
+            last = sharding.explain(model, mesh, getattr(sharding, name)).splitlines()[-1]
             nbytes = int(re.search(r"devices ([\d,]+)", last)[1].replace(",", ""))
             cells.append(f"{nbytes / 1e9:.2f}")
         lines.append(f"| {name} | {', '.join(f'{axis}={size}' for axis, size in axes.items())} | {' | '.join(cells)} |")

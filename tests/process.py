@@ -5,15 +5,15 @@ import sys
 import time
 from pathlib import Path
 
-import equinox as eqx
 import jax
-from sharded import ODD, PROMPTS, TOKENS, forward, gradient, largest, local_bytes, stepped
+from sharded import ODD, PROMPTS, TOKENS, largest, local_bytes, trained, written
 
 from mpt_eqx import MPT, MPTConfig, MPTError, beam_search, from_pretrained, generate, save_pretrained, sharding
 from mpt_eqx.checkpoint.host_arrays import gather_to_host
 
 PORT, RANK, CHECKPOINT, DIRECTORY = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
 jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_disable_most_optimizations", True)
 jax.distributed.initialize(f"localhost:{PORT}", 2, RANK, initialization_timeout=60)
 
 
@@ -34,9 +34,8 @@ def refused(function) -> dict:
 mesh = sharding.make_mesh(fsdp=2, tp=2)
 model = loaded()
 tokens = model.layout.replicate(TOKENS)
-loss, gradients = gradient(model, tokens)
-trained = eqx.filter_jit(stepped)(model, gradients)
-save_pretrained(trained, Path(DIRECTORY) / "trained")
+computed = trained(model, tokens)
+save_pretrained(computed["step"], Path(DIRECTORY) / "trained")
 there = Path(DIRECTORY) / f"none{RANK}" if RANK else CHECKPOINT
 other = sharding.FSDP if RANK else sharding.FSDP_TP
 moved = sharding.shard(from_pretrained(CHECKPOINT, dtype="float32"), mesh, sharding.FSDP_TP)
@@ -46,10 +45,9 @@ save_pretrained(odd, Path(DIRECTORY) / "odd")
 answer = {
     "moved": largest(*([gather_to_host(leaf) for leaf in jax.tree.leaves(m)] for m in (moved, model))),
     "bytes": local_bytes(model),
-    "logits": gather_to_host(forward(model, tokens)).tolist(),
-    "loss": float(loss),
-    "tokens": generate(model, PROMPTS, max_new_tokens=6).tokens.tolist(),
-    "sampled": generate(model, PROMPTS, max_new_tokens=6, temperature=1.0, key=jax.random.key(1)).tokens.tolist(),
+    "logits": gather_to_host(computed["logits"]).tolist(),
+    "loss": float(computed["loss"]),
+    **{name: tokens.tolist() for name, tokens in written(model).items()},
     "beams": beam_search(model, PROMPTS, num_beams=3, max_new_tokens=6).tokens.tolist(),
     "refused": {
         "config": refused(lambda: loaded(config_overrides={"max_seq_len": 16 + RANK})),

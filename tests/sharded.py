@@ -13,7 +13,18 @@ import jax
 import numpy as np
 import optax
 
-from mpt_eqx import MPT, from_pretrained, generate, prefill, quantize, save_pretrained, sharding, stream
+from mpt_eqx import (
+    MPT,
+    MPTConfig,
+    beam_search,
+    from_pretrained,
+    generate,
+    prefill,
+    quantize,
+    save_pretrained,
+    sharding,
+    stream,
+)
 from mpt_eqx.sharding.qkv import split_qkv
 from mpt_eqx.train import next_token_loss
 
@@ -64,21 +75,27 @@ def largest(ours, theirs) -> float:
 
 
 forward = eqx.filter_jit(lambda model, tokens: jax.vmap(model)(tokens))
-gradient = eqx.filter_jit(eqx.filter_value_and_grad(next_token_loss))
+
+
+@eqx.filter_jit
+def trained(model, tokens) -> dict:
+    """Logits, loss, gradients and the model after a step of AdamW: one program, because compiling takes the time."""
+    loss, gradients = eqx.filter_value_and_grad(next_token_loss)(model, tokens)
+    return {"logits": forward(model, tokens), "loss": loss, "gradients": gradients, "step": stepped(model, gradients)}
+
+
+def written(model) -> dict:
+    """Tokens, greedy and sampled."""
+    sampling = {"temperature": 1.0, "key": jax.random.key(1)}
+    return {
+        "tokens": generate(model, PROMPTS, max_new_tokens=6).tokens,
+        "sampled": generate(model, PROMPTS, max_new_tokens=6, **sampling).tokens,
+    }
 
 
 def computed(model) -> dict:
     """What a model makes of the tokens, and of itself."""
-    loss, gradients = gradient(model, TOKENS)
-    sampling = {"temperature": 1.0, "key": jax.random.key(1)}
-    return {
-        "logits": forward(model, TOKENS),
-        "loss": loss,
-        "gradients": gradients,
-        "step": eqx.filter_jit(stepped)(model, gradients),
-        "tokens": generate(model, PROMPTS, max_new_tokens=6).tokens,
-        "sampled": generate(model, PROMPTS, max_new_tokens=6, **sampling).tokens,
-    }
+    return {**trained(model, TOKENS), **written(model)}
 
 
 @functools.cache
@@ -126,8 +143,9 @@ def initialised(preset: str, axes: dict[str, int]) -> dict:
     config, key = from_pretrained(GOLDEN / "hf_generate").config, jax.random.key(3)
     mesh, rules = sharding.make_mesh(**axes), rules_of(preset, None)
     made = eqx.filter_jit(lambda key: sharding.shard(MPT(config, key=key), mesh, rules))(key)
-    moved = sharding.shard(MPT(config, key=key), mesh, rules)
-    placed = jax.device_put(MPT(config, key=key), jax.devices()[1])
+    fresh = MPT(config, key=key)
+    moved = sharding.shard(fresh, mesh, rules)
+    placed = jax.device_put(fresh, jax.devices()[1])
     again = sharding.shard(sharding.shard(placed, sharding.make_mesh(dp=4), sharding.DATA_PARALLEL), mesh, rules)
     moments = optax.adam(1e-3).init(eqx.filter(made, eqx.is_array))[0]
     models = {"made": made, "moved": moved, "again": again, "first moments": moments.mu, "second moments": moments.nu}
@@ -156,8 +174,21 @@ def quantised(scheme: str) -> dict:
     }
 
 
+def reference(directory: str) -> dict:
+    """What one device computes, and how far what two processes saved is from it."""
+    model, wanted = alone("hf_generate")
+    odd = MPT(MPTConfig(**ODD), key=jax.random.key(0))
+    return {
+        "trained": largest(from_pretrained(Path(directory) / "trained"), wanted["step"]),
+        "odd": largest(from_pretrained(Path(directory) / "odd"), odd),
+        "beams": beam_search(model, PROMPTS, num_beams=3, max_new_tokens=6).tokens.tolist(),
+        **{name: np.asarray(wanted[name]).tolist() for name in ("logits", "loss", "tokens", "sampled")},
+    }
+
+
 def main() -> None:
     jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_disable_most_optimizations", True)  # of LLVM: twice as fast to compile, partitioned alike
     for line in sys.stdin:
         name, arguments = json.loads(line)
         print(json.dumps(globals()[name](**arguments)), flush=True)

@@ -107,19 +107,61 @@ def test_every_leaf_has_a_spec(tiny_model):
 
 def test_explain_counts_the_bytes_of_a_device_and_allocates_nothing():
     from mpt_eqx import MPTConfig
-    from mpt_eqx.sharding import FSDP_TP, explain
+    from mpt_eqx.sharding import FSDP_TP, TENSOR_PARALLEL, explain
 
     text = explain(MPTConfig.preset("mpt-7b"), AbstractMesh((4, 8), ("fsdp", "tp")), FSDP_TP)
     assert re.search(r"blocks\.\*\.attn\.Wq\.weight +4096 × 4096 +tp fsdp +1,048,576 +×32", text)
     assert "total: 13,298,573,312 bytes; on each of 32 devices 416,096,256 (416.10 MB, 3.1%)" in text
-    text = explain(MPTConfig.preset("mpt-7b"), AbstractMesh((3,), ("tp",)), FSDP_TP_WITHOUT_FSDP())
-    assert re.search(r"Wq\.weight +4096 × 4096 +· · .* ×32 +replicated \(32 heads over 3 devices\)", text)
+    rules = dataclasses.replace(TENSOR_PARALLEL, mlp=None)
+    config = MPTConfig(d_model=64, n_heads=4, n_layers=2, vocab_size=66, max_seq_len=32)
+    text = explain(config, AbstractMesh((3,), ("tp",)), rules)
+    assert re.search(r"Wq\.weight +64 × 64 +· · .* ×2 +replicated \(4 heads over 3 devices\)", text)
+    assert re.search(r"wte\.weight +66 × 64 +tp · +2,816 +×1\n", text)
 
 
-def FSDP_TP_WITHOUT_FSDP():
-    from mpt_eqx.sharding import TENSOR_PARALLEL
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.00 kB"), (4_160_000, "4.16 MB"), (13e9, "13.00 GB")],
+)
+def test_bytes_have_the_unit_that_fits(nbytes, text):
+    from mpt_eqx.sharding.explain import readable_bytes
 
-    return dataclasses.replace(TENSOR_PARALLEL, mlp=None)
+    assert readable_bytes(int(nbytes)) == text
+
+
+def test_arguments_are_compared_before_a_function_is_called(monkeypatch):
+    """All but the model and the bar, each with its default; a prefix by its length, a function by its name."""
+    from mpt_eqx.sharding import multihost
+
+    compared = []
+    monkeypatch.setattr(multihost, "assert_same_across_processes", lambda **what: compared.append(what))
+
+    @multihost.check_same_arguments
+    def function(model, prompts, *, processors=(), prefix=None, progress=None, key=0):
+        return "called", prompts
+
+    layout = SimpleNamespace(several_processes=False)
+    model = SimpleNamespace(layout=layout)
+    assert function(model, [1]) == function(SimpleNamespace(layout=None), prompts=[1]) == ("called", [1])
+    assert compared == []
+    layout.several_processes = True
+    assert function(model, [1], prefix="abc", progress=True) == ("called", [1])
+    assert compared.pop() == {"prompts": [1], "processors": (), "prefix": 3, "key": 0}
+    assert function(model, prompts := iter([1])) == ("called", prompts)
+    assert compared.pop() == {"processors": (), "prefix": None, "key": 0}
+    with pytest.raises(TypeError, match="unexpected keyword argument 'tokens'"):
+        function(model, [1], tokens=3)
+
+
+def test_what_is_compared_is_text_that_does_not_depend_on_the_process():
+    from mpt_eqx.sharding import FSDP
+    from mpt_eqx.sharding.multihost import _flat
+
+    found = _flat(
+        {"rules": FSDP, "key": jax.random.key(1), "f": (test_every_leaf_has_a_spec,), "d": {"a": np.arange(2)}}
+    )
+    assert found["rules.batch"] == '"fsdp"' and found["key"] == "[0, 1]" and found["d.a"] == "[0, 1]"
+    assert found["f"] == '["test_sharding.test_every_leaf_has_a_spec"]'
 
 
 def test_groups_of_a_quantised_weight_are_not_divided_within():
@@ -128,7 +170,8 @@ def test_groups_of_a_quantised_weight_are_not_divided_within():
     from mpt_eqx.sharding import TENSOR_PARALLEL, explain
 
     config = MPTConfig(d_model=64, n_heads=4, n_layers=1, vocab_size=64, max_seq_len=32)
-    text = explain(quantize(MPT(config, key=jax.random.key(0)), "int4"), AbstractMesh((4,), ("tp",)), TENSOR_PARALLEL)
+    model = eqx.filter_eval_shape(lambda key: quantize(MPT(config, key=key), "int4"), jax.random.key(0))
+    text = explain(model, AbstractMesh((4,), ("tp",)), TENSOR_PARALLEL)
     assert re.search(r"out_proj\.weight\.values +64 × 32 +· tp ", text)
     assert re.search(r"out_proj\.weight\.scale +64 × 2 +· · .* ×1 +replicated \(2 groups over 4 devices\)", text)
 
@@ -233,38 +276,21 @@ def two(tmp_path_factory):
 CASE = GOLDEN / "hf_generate"
 
 
-def test_two_processes_compute_what_one_does(two):
+def test_two_processes_compute_what_one_does(ask, two):
     """Loading, logits, loss, a step of training, saving it, and tokens, on two devices in each."""
-    from sharded import ODD, PROMPTS, TOKENS, forward, stepped
+    from mpt_eqx import MPT, MPTConfig, sharding
 
-    from mpt_eqx import MPT, MPTConfig, beam_search, from_pretrained, generate, sharding
-    from mpt_eqx.train import next_token_loss
-
-    alone = from_pretrained(CASE, dtype="float32")
-    loss, gradients = eqx.filter_jit(eqx.filter_value_and_grad(next_token_loss))(alone, TOKENS)
-    trained = from_pretrained(two.directory / "trained")
-    with jax.numpy_dtype_promotion("standard"):  # which optax counts on
-        wanted_leaves = jax.tree.leaves(stepped(alone, gradients))
-    for ours, wanted in zip(jax.tree.leaves(trained), wanted_leaves, strict=True):
-        np.testing.assert_allclose(ours, wanted, atol=1e-4)
-    told = sharding.explain(alone, AbstractMesh((2, 2), ("fsdp", "tp")), sharding.FSDP_TP)
-    share = int(re.search(r"on each of 4 devices ([\d,]+)", told)[1].replace(",", ""))
-    odd = jax.tree.leaves(MPT(MPTConfig(**ODD), key=jax.random.key(0)))
-    for ours, wanted in zip(jax.tree.leaves(from_pretrained(two.directory / "odd")), odd, strict=True):
-        np.testing.assert_array_equal(ours, wanted)
-    sampling = {"temperature": 1.0, "key": jax.random.key(1)}
-    wanted = {
-        "tokens": generate(alone, PROMPTS, max_new_tokens=6).tokens.tolist(),
-        "sampled": generate(alone, PROMPTS, max_new_tokens=6, **sampling).tokens.tolist(),
-        "beams": beam_search(alone, PROMPTS, num_beams=3, max_new_tokens=6).tokens.tolist(),
-        "moved": 0,
-        "bytes": [share, share],
-    }
-    logits = forward(alone, TOKENS)
+    wanted = ask("reference", directory=str(two.directory))
+    assert wanted.pop("trained") < 1e-4 and wanted.pop("odd") == 0
+    config = MPTConfig.from_dict(json.loads((CASE / "config.json").read_text()))
+    mesh, rules = AbstractMesh((2, 2), ("fsdp", "tp")), sharding.FSDP_TP
+    shapes = eqx.filter_eval_shape(MPT, config, key=jax.random.key(0))
+    held = int(re.search(r"on each of 4 devices ([\d,]+)", sharding.explain(shapes, mesh, rules))[1].replace(",", ""))
+    exact = {"moved": 0, "bytes": [held, held], **{name: wanted[name] for name in ("tokens", "sampled", "beams")}}
     for found in two.answers:
-        np.testing.assert_allclose(found["logits"], logits, atol=1e-4)
-        assert abs(found["loss"] - float(loss)) < 1e-4
-        assert {name: found[name] for name in wanted} == wanted
+        np.testing.assert_allclose(found["logits"], wanted["logits"], atol=1e-4)
+        assert abs(found["loss"] - wanted["loss"]) < 1e-4
+        assert {name: found[name] for name in exact} == exact
 
 
 REFUSED = {

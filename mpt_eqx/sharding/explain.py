@@ -58,7 +58,7 @@ def explain(model: MPT | MPTConfig, mesh: Mesh | AbstractMesh, rules: ShardingRu
             f"mesh: {', '.join(f'{name}={size}' for name, size in mesh.shape.items())}",
             *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table),
             f"total: {total:,} bytes; on each of {math.prod(mesh.shape.values())} devices {per_device:,} "
-            f"({_readable(per_device)}, {per_device / total:.1%})",
+            f"({readable_bytes(per_device)}, {per_device / total:.1%})",
         ]
     )
 
@@ -74,7 +74,7 @@ def _replicated(name: str, leaf: Any, spec: PartitionSpec, model: Any) -> str:
     return f"replicated ({', '.join(reasons)})" if reasons else ""
 
 
-def _readable(nbytes: int) -> str:
-    """Returns a number of bytes in the largest unit of which it has at least one."""
+def readable_bytes(nbytes: int) -> str:
+    """Returns a number of bytes with the largest unit of which there is at least one, such as "416.10 MB"."""
     power = min(max(len(str(nbytes)) - 1, 0) // 3, 4)
     return f"{nbytes / 1000**power:.2f} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}" if power else f"{nbytes} bytes"
