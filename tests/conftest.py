@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 # Shapes are checked wherever they are annotated, but for the public border (config, generate, command line), which
@@ -33,6 +34,15 @@ install_import_hook(
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+settings.register_profile("long")  # of `just test-all`
+
+
+def examples(count: int) -> settings:
+    """So many random examples in `just test-all`, an eighth of them, but five at least, in `just test`."""
+    long = settings.get_current_profile_name() == "long"
+    return settings(max_examples=count if long else max(count // 8, 5), deadline=None)
+
 
 GOLDEN = Path(__file__).parent / "golden"
 ROOT = Path(__file__).parent.parent
@@ -83,24 +93,34 @@ def way(request, monkeypatch):
     jax.clear_caches()
 
 
-@pytest.fixture
+def golden_case(name: str, **kwargs) -> SimpleNamespace:
+    from safetensors import safe_open
+
+    from mpt_eqx import from_pretrained
+
+    directory = GOLDEN / name
+    case = json.loads((directory / "case.json").read_text())
+    kwargs.setdefault("dtype", case.get("dtype", "torch.float32").removeprefix("torch."))
+    with safe_open(directory / "expected.safetensors", "np") as f:
+        expected = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+    return SimpleNamespace(
+        directory=directory, model=from_pretrained(directory, **kwargs), expected=expected, case=case
+    )
+
+
+@pytest.fixture(scope="session")
 def golden():
-    """Loads a case of reference data: its model, what is expected of it, and its case.json."""
+    """Loads a case of reference data: its model, what is expected of it, and its case.json; `fresh` loads it anew."""
+    kept = {}
 
     def load(name: str, **kwargs) -> SimpleNamespace:
-        from safetensors import safe_open
+        if kwargs:
+            return golden_case(name, **kwargs)
+        if name not in kept:
+            kept[name] = golden_case(name)
+        return kept[name]
 
-        from mpt_eqx import from_pretrained
-
-        directory = GOLDEN / name
-        case = json.loads((directory / "case.json").read_text())
-        kwargs.setdefault("dtype", case.get("dtype", "torch.float32").removeprefix("torch."))
-        with safe_open(directory / "expected.safetensors", "np") as f:
-            expected = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
-        return SimpleNamespace(
-            directory=directory, model=from_pretrained(directory, **kwargs), expected=expected, case=case
-        )
-
+    load.fresh = golden_case
     return load
 
 

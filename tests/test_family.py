@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from conftest import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 TOKENS = jnp.asarray([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8], jnp.int32)
@@ -277,7 +278,7 @@ def configs(draw):
     }  # fmt: skip
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(configs(), st.integers(1, 10), st.integers(1, 11))
 def test_any_valid_configuration(d, split, at):
     """Builds and counts; round trip; causality; padding changes nothing; decoding in parts equals the full forward.
@@ -379,7 +380,9 @@ def with_value(d, path, value):
     return {**d, key: with_value(inner if isinstance(inner, dict) else {}, rest, value)}
 
 
-def taken_or_named(d, path, value):
+@examples(600)
+@given(configs(), st.sampled_from(all_keys()), json_values)
+def test_any_value_of_any_key_is_taken_or_named(d, path, value):
     """A config with this value reads back equal, or the error names the key or one that the value contradicts."""
     from mpt_eqx import ConfigError, MPTConfig
     from mpt_eqx.config.keys import ALIASES
@@ -395,19 +398,6 @@ def taken_or_named(d, path, value):
         assert any(re.search(rf"\b{name}\b", str(error)) for name in names), error
     else:
         assert MPTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-
-
-@settings(max_examples=60, deadline=None)
-@given(configs(), st.sampled_from(all_keys()), json_values)
-def test_any_value_of_any_key_is_taken_or_named(d, path, value):
-    taken_or_named(d, path, value)
-
-
-@pytest.mark.slow
-@settings(max_examples=600, deadline=None)
-@given(configs(), st.sampled_from(all_keys()), json_values)
-def test_many_values_of_any_key_are_taken_or_named(d, path, value):
-    taken_or_named(d, path, value)
 
 
 TUNED_BLOCK = {"attn_temperature_tuning": {"attn_scale": 1.0}}
@@ -447,7 +437,7 @@ CONTRADICTIONS = [
 ]
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(configs(), st.sampled_from(CONTRADICTIONS))
 def test_any_contradiction_names_its_field(d, contradiction):
     from mpt_eqx import ConfigError, MPTConfig

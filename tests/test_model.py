@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from conftest import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 
@@ -314,7 +315,7 @@ def test_padding_and_holes_in_sequence_ids(tiny_config):
         np.testing.assert_allclose(packed[rows], model(tokens[rows]), atol=1e-5)
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(st.integers(0, 19), st.integers(0, 60))
 def test_later_tokens_do_not_change_earlier_logits(tiny_model, position, token):
     tokens = jnp.arange(20, dtype=jnp.int32)
@@ -323,7 +324,7 @@ def test_later_tokens_do_not_change_earlier_logits(tiny_model, position, token):
     np.testing.assert_array_equal(forward(tokens)[:position], changed[:position])
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(st.lists(st.booleans(), min_size=12, max_size=12).filter(lambda real: any(real)))
 def test_padding_anywhere_changes_no_real_logit_by_its_tokens(tiny_model, real):
     """Tokens at padding, in front, behind or in holes, are never seen."""

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import GOLDEN
-from hypothesis import given, settings
+from conftest import GOLDEN, examples
+from hypothesis import given
 from hypothesis import strategies as st
 from mutation import argument, call, in_comparisons, left, mutated, reversed_list, right, unsigned
 from safetensors.numpy import load_file, save_file
@@ -86,7 +86,7 @@ def weights_of(seed, shape, exponent, dtype):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     st.integers(0, 2**31), st.sampled_from([1, 3]), st.sampled_from([1, 2, 3]),
     st.integers(-40, 37), st.sampled_from(["float32", "bfloat16", "float16"]),
