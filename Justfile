@@ -29,9 +29,9 @@ check: lint test
 reference:
     python -m pytest -n0 tests/reference/compare_with_transformers.py
 
-# Speed and memory beside transformers and llama.cpp; needs the extras `bench` and `reference`, and a quiet machine.
+# Compare speed and memory with transformers and llama.cpp; needs the extras `bench` and `reference`, and a quiet machine.
 bench *args:
-    python -m mpt_eqx bench --reference-size --output benchmarks/results {{args}}
+    python -m benchmarks.speed --reference-size --output benchmarks/results {{args}}
 
 # Train the shipped model anew, about an hour on two cores.
 pretrain directory:

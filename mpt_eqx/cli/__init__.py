@@ -17,7 +17,7 @@ EXAMPLES = """examples:
   mpt-eqx chat --model ./mpt-7b-chat --template chatml         a conversation
   mpt-eqx inspect ./mpt-7b                                    what a checkpoint contains, and what is wrong with it
   mpt-eqx convert ./mpt-7b ./mpt-7b-aligned                   torch files or GGUF to memory-mapped safetensors
-  mpt-eqx bench --model ./mpt-7b --forms bfloat16,int8        how fast that is here, beside other libraries
+  mpt-eqx bench --model ./mpt-7b --dtypes bfloat16,int8       its speed and memory here, in two dtypes
 """
 
 

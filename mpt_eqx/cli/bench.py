@@ -1,130 +1,164 @@
-"""`mpt-eqx bench`: how fast a model is here, beside transformers and llama.cpp."""
+"""`mpt-eqx bench`: how fast a model is on this machine, and what memory it needs."""
 
 import argparse
+import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from mpt_eqx import SHIPPED_MODEL
+from mpt_eqx import SHIPPED_MODEL, MPTConfig, checkpoint_info
+from mpt_eqx.checkpoint.hub import find_checkpoint
 from mpt_eqx.cli.options import Note
+from mpt_eqx.errors import MPTError
 
-FORMS = ("float32", "bfloat16", "int8", "int4")
-PEERS = ("transformers", "llama.cpp")
+DTYPES = ("stored", "float32", "bfloat16", "int8", "int4")
+KERNEL = {"on": ("1",), "off": ("0",), "both": ("1", "0")}  # values of MPT_EQX_KERNEL
 
-DESCRIPTION = """Measures mpt_eqx on this machine, and transformers and llama.cpp on the same weights where they are
-installed (pip install 'mpt_eqx[bench]', 'mpt_eqx[reference]'). Tables go to stdout."""
+DESCRIPTION = """Measures a model on this machine: tokens per second, start-up and memory. A table goes to stdout,
+progress to stderr. Every dtype is measured in a process of its own, with random tokens and greedy decoding."""
 
 EPILOG = """examples:
-  mpt-eqx bench                                              the small model that ships with mpt_eqx
-  mpt-eqx bench --model ./mpt-7b --forms bfloat16,int8       a local checkpoint, in two forms
-  mpt-eqx bench --peers '' --batch-sizes 1 --rounds 5        mpt_eqx alone, one row, medians of five
-  mpt-eqx bench --reference-size --output results            354 million random weights, as published figures are of
+  mpt-eqx bench                                               the small model that ships with mpt_eqx
+  mpt-eqx bench --model ./mpt-7b --dtypes bfloat16,int8       a local checkpoint in two dtypes
+  mpt-eqx bench --model ./mpt-7b --batch-sizes 1 --rounds 5   one row, medians of five
+  mpt-eqx bench --dtypes bfloat16 --kernel both --json        with and without the CPU kernel, as JSON
 
 what the numbers mean:
-  writing      tokens per second after the prompt, of all rows of a batch together; reading the prompt does not count
-  reading      tokens of a prompt per second, until the next token is known
-  (1.50×)      mpt_eqx makes 1.5 times the tokens per second of this row
-  of the memory's speed   a step reads all weights once: their bytes per second, over what this memory gives at most;
-               near 100 % nothing but fewer bytes makes it faster
-  of the peak  operations per second over those of the fastest product of matrices seen here
-  of one row   how much a batch gains: 16 rows at 10× write ten times the tokens of one row
-  peak         the most memory of the process, with mapped files; measured in a process for each form
-  compiling    what first calls took longer than later ones; mpt-eqx generate --compile-cache keeps it
-  temporary    memory of one step besides weights and cache, over the weights
-  difference   of the logits from those of the widest form measured; too large a one means that something else was
-               computed, and its speed is worth nothing
+  prefill      prompt tokens per second, until the next token is known; one row
+  decode       new tokens per second after the prompt, all rows of the batch together, prefill not included
+  bandwidth    a decode step reads all weights once: their bytes per second at the smallest batch, over the memory
+               bandwidth measured here; near 100 % only fewer bytes per weight can be faster
+  load         seconds to load the checkpoint, and to quantise it for int8 and int4
+  1st token    seconds of the first (shortest) prefill after loading, compilation included
+  compile      what the first calls of all sizes took longer than later ones
+  temporary    memory of a compiled decode step of one row, besides weights and cache
+  peak         most memory of the process, mapped files included; "–" where the system does not report it
 
-llama.cpp's forms are F32, BF16, Q8_0 and Q4_0, its embedding quantised, too, as in our int8 and int4. Everybody gets
-the same threads. Nothing else should run meanwhile; medians of alternating rounds help against what does.
+int8 and int4 quantise the embedding too and compute in bfloat16. The optional CPU kernel serves decode steps on CPUs;
+--kernel off sets MPT_EQX_KERNEL=0. `mpt-eqx generate --compile-cache DIR` keeps compiled code between runs.
+Run nothing else meanwhile.
 """
 
 
 def add_to(commands: Any, shared: argparse.ArgumentParser) -> None:
     """Adds the command to the subparsers `commands`; `shared` holds the options of every command."""
     parser = commands.add_parser(
-        "bench", parents=[shared], help="measure speed and memory, beside other libraries", description=DESCRIPTION,
-        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        "bench", parents=[shared], help="measure a model's speed and memory", description=DESCRIPTION, epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument(
+    parser.add_argument(
         "--model", default=str(SHIPPED_MODEL), metavar="M",
         help="directory, weight file or Hub repository id (default: the small model that ships with mpt_eqx)",
     )  # fmt: skip
-    which.add_argument("--reference-size", action="store_true", help="random weights instead, of 354 million")
-    for flag, kind, default, text in (
-        ("--forms", some_of(FORMS), ",".join(FORMS), "types of the weights"),
-        ("--peers", some_of(PEERS, may_be_none=True), ",".join(PEERS), "libraries to measure beside; '' for none"),
-        ("--batch-sizes", counts, "1,4,16", "rows that are written together"),
-    ):
-        parser.add_argument(flag, type=kind, default=default, metavar="A,B", help=f"{text} (default: {default})")
+    for flag, kind, metavar, default, text in (
+        ("--dtypes", some_of(DTYPES), "A,B", "stored", f"some of {', '.join(DTYPES)}"),
+        ("--batch-sizes", counts, "A,B", "1,4,16", "rows that are decoded together"),
+        ("--prefill-lengths", counts, "A,B", None, "prompt lengths (default: what the model takes of 128,512,2048)"),
+        ("--prompt", count(1), "N", "128", "tokens before those that are decoded"),
+        ("--new-tokens", count(8, multiple=8), "N", "64", "tokens that are decoded in each row, a multiple of 8"),
+        ("--rounds", count(1), "N", "3", "times that everything is measured after a first run; medians count"),
+    ):  # fmt: skip
+        text += f" (default: {default})" if default else ""
+        parser.add_argument(flag, type=kind, metavar=metavar, default=default, help=text)
     parser.add_argument(
-        "--prefill-lengths",
-        type=counts,
-        metavar="A,B",
-        help="prompts that are read (default: what fits of 128,512,2048)",
+        "--kernel", choices=KERNEL, default="on", help="the optional CPU kernel, where it is compiled (default: on)"
     )
-    for flag, value, text in (
-        ("--prompt", 128, "tokens before those that are written"),
-        ("--new-tokens", 64, "tokens that are written"),
-        ("--rounds", 3, "times that each is measured; medians count"),
-    ):
-        least = 8 if flag == "--prompt" else 1
-        parser.add_argument(flag, type=count(least), default=value, metavar="N", help=f"{text} (default: {value})")
-    parser.add_argument(
-        "--output", metavar="DIR", help="write speed.json, speed.md and speed.png here (default: not written)"
-    )
+    parser.add_argument("--json", action="store_true", help="write one JSON object instead of the table")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the tables to stdout, what is left out to stderr; returns 1 where something failed or disagrees."""
-    from mpt_eqx.bench import report as reports
-    from mpt_eqx.bench.run import Settings, run_benchmark
-    from mpt_eqx.checkpoint.hub import find_checkpoint
-
-    if args.output is not None:
-        reports.check_output(Path(args.output))
-    settings = Settings(
-        source=None if args.reference_size else str(find_checkpoint(args.model, revision=args.revision)),
-        forms=args.forms,
-        peers=args.peers,
-        prompt=args.prompt,
-        new_tokens=args.new_tokens,
-        batch_sizes=args.batch_sizes,
-        prefill_lengths=args.prefill_lengths,
-        rounds=args.rounds,
-    )
-    note = Note()
-
-    def say(text: str) -> None:
-        note.clear()
-        note.show(f"{text} …")
-
-    def warn(text: str) -> None:
-        note.clear()
-        print(f"mpt-eqx: {text}", file=sys.stderr)
-
-    try:
-        report = run_benchmark(settings, say, warn)
-    finally:
-        note.clear()
-    if args.output is not None:
-        for line in reports.write_report(report, Path(args.output)):
-            warn(line)
-    print(reports.markdown(report), end="")
-    wrong = [r for r in report["results"] if "error" in r or not r.get("agreement", {}).get("agrees")]
-    return 1 if wrong else 0
+    """Measures and writes; returns 1 where a dtype failed."""
+    place = find_checkpoint(args.model, revision=args.revision)
+    config = checkpoint_info(place).config
+    question = {
+        "place": str(place), "prompt": args.prompt, "new_tokens": args.new_tokens, "batch_sizes": args.batch_sizes,
+        "prefill_lengths": check_lengths(args, config), "rounds": args.rounds,
+    }  # fmt: skip
+    note, results = Note(), []
+    for dtype in args.dtypes:
+        for switch in KERNEL[args.kernel]:
+            note.show(f"measuring {dtype}, kernel {'on' if switch == '1' else 'off'} …")
+            try:
+                found = ask({**question, "dtype": dtype}, {"MPT_EQX_KERNEL": switch})
+            finally:
+                note.clear()
+            if "error" in found:
+                print(f"mpt-eqx: {dtype}: {found['error']}", file=sys.stderr)
+            results.append({"asked": dtype, **found})
+    report = {"model": args.model, "parameters": config.num_parameters(), **question, "results": results}
+    print(json.dumps(report, indent=1) if args.json else text_report(report))
+    return 1 if any("error" in result for result in results) else 0
 
 
-def some_of(known: tuple[str, ...], *, may_be_none: bool = False) -> Callable[[str], tuple[str, ...]]:
-    """Returns what makes of "a,b" the names in it, each once."""
+def ask(question: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
+    """Returns what a process of its own measured, or "error"."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mpt_eqx.cli._measure"], input=json.dumps(question), stdout=subprocess.PIPE, text=True,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+    if done.returncode or not done.stdout.strip():
+        return {"error": f"its process ended with code {done.returncode}; -9 means that memory ran out"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check_lengths(args: argparse.Namespace, config: MPTConfig) -> tuple[int, ...]:
+    """Returns the lengths to prefill.
+
+    Raises:
+        MPTError: something is longer than the model takes.
+    """
+    most, needed = config.max_seq_len, args.prompt + args.new_tokens + 8
+    if needed > most:
+        raise MPTError(
+            f"--prompt {args.prompt}, --new-tokens {args.new_tokens} and 8 tokens of warm-up: expected at most "
+            f"max_seq_len={most} together, found {needed}; give smaller numbers"
+        )
+    lengths = args.prefill_lengths or tuple(n for n in (128, 512, 2048) if n <= most) or (args.prompt,)
+    if max(lengths) > most:
+        raise MPTError(f"--prefill-lengths: expected at most max_seq_len={most}, found {max(lengths)}; give less")
+    return lengths
+
+
+def text_report(report: dict[str, Any]) -> str:
+    """Returns the report as a table, a line for each process that succeeded."""
+    head = ["dtype", "kernel", *(f"prefill {n}" for n in report["prefill_lengths"])]
+    head += [*(f"decode ×{n}" for n in report["batch_sizes"]), "bandwidth", "load", "1st token", "compile"]
+    rows = [[*head, "weights", "temporary", "peak"]]
+    for result in report["results"]:
+        if "error" not in result:
+            rates = [*result["prefill_tokens_per_s"].values(), *result["decode_tokens_per_s"].values()]
+            seconds = [result[key] for key in ("load_seconds", "first_token_seconds", "compile_seconds")]
+            sizes = [result[key] for key in ("weight_bytes", "temporary_bytes", "peak_bytes")]
+            rows.append([
+                result["dtype"], "yes" if result["kernel"] else "no", *map(_digits, rates),
+                f"{100 * result['bandwidth_share']:.0f} %", *(f"{_digits(x)} s" for x in seconds), *map(_bytes, sizes),
+            ])  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    about = f"{report['model']}: {report['parameters']:,} parameters. Tokens per second; decode: batch sizes, "
+    return "\n".join([f"{about}{report['new_tokens']} tokens after {report['prompt']}.", *lines])
+
+
+def _digits(x: float) -> str:
+    return f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"
+
+
+def _bytes(n: int | None) -> str:
+    unit, scale = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6)) if n and n >= s), ("kB", 1e3))
+    return "–" if n is None else f"{_digits(n / scale)} {unit}"
+
+
+def some_of(known: tuple[str, ...], *, may_be_empty: bool = False) -> Callable[[str], tuple[str, ...]]:
+    """Returns a parser of "a,b" into the names in it, each once."""
 
     def parse(text: str) -> tuple[str, ...]:
         names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
         if wrong := [name for name in names if name not in known]:
             raise argparse.ArgumentTypeError(f"expected some of {', '.join(known)}, found {wrong[0]!r}")
-        if not names and not may_be_none:
+        if not names and not may_be_empty:
             raise argparse.ArgumentTypeError(f"expected some of {', '.join(known)}, found none")
         return names
 
@@ -133,16 +167,16 @@ def some_of(known: tuple[str, ...], *, may_be_none: bool = False) -> Callable[[s
 
 def counts(text: str) -> tuple[int, ...]:
     """Returns the whole numbers of "1,4,16", each once and in order."""
-    numbers = tuple(sorted({count(1)(part.strip()) for part in text.split(",")}))
-    return numbers
+    return tuple(sorted({count(1)(part.strip()) for part in text.split(",")}))
 
 
-def count(least: int) -> Callable[[str], int]:
-    """Returns what makes a whole number of a text."""
+def count(least: int, *, multiple: int = 1) -> Callable[[str], int]:
+    """Returns a parser of whole numbers, at least `least`, that `multiple` divides."""
+    expected = f"a whole number ≥ {least}" if multiple == 1 else f"a multiple of {multiple}, ≥ {least}"
 
     def parse(text: str) -> int:
-        if not (text.isascii() and text.isdigit()) or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number ≥ {least}, found {text!r}")
+        if not (text.isascii() and text.isdigit()) or int(text) < least or int(text) % multiple:
+            raise argparse.ArgumentTypeError(f"expected {expected}, found {text!r}")
         return int(text)
 
     return parse

@@ -5,22 +5,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.speed.compare import OURS, OURS_XLA
 from mpt_eqx.errors import MPTError
 
 JSON, MARKDOWN, PLOT = "speed.json", "speed.md", "speed.png"
-COLORS = {
-    "mpt_eqx": "#0b6e4f",
-    "mpt_eqx (plain XLA)": "#8fc0a9",
-    "transformers": "#e09f3e",
-    "llama.cpp": "#577590",
-}
+COLORS = {OURS: "#0b6e4f", OURS_XLA: "#8fc0a9", "transformers": "#e09f3e", "llama.cpp": "#577590"}
 
 
 def check_output(directory: Path) -> None:
-    """Refuses a directory that cannot be written to, before anything is measured.
+    """Raises unless a directory can be written to, before anything is measured.
 
     Raises:
-        MPTError: it cannot be.
+        MPTError: it cannot be written to.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -45,7 +41,7 @@ def write_report(report: dict[str, Any], directory: Path) -> list[str]:
 
 
 def rounded(value: Any) -> Any:
-    """Returns figures with five digits, of which two would do."""
+    """Returns the value with five significant digits in every float."""
     if isinstance(value, dict):
         return {key: rounded(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -54,32 +50,31 @@ def rounded(value: Any) -> Any:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """Returns the tables, with a word on what was measured and where."""
+    """Returns the tables, with what was measured and where."""
     settings, results = report["settings"], report["results"]
     new, prompt = settings["new_tokens"], settings["prompt"]
     parts = [
         "# Speed",
         _about(report),
-        f"## Writing: tokens per second, {new} tokens after a prompt of {prompt}",
-        "All rows of a batch together. In brackets how many times as fast mpt_eqx is. The last columns are of one row: "
-        "the weights that a step reads, times steps per second, over the memory's speed; and for the largest batch "
-        "how many times the tokens of one row.",
+        f"## Decode: tokens per second, {new} tokens after a prompt of {prompt}",
+        "All rows of a batch together; in brackets the speedup of mpt_eqx over that row. Bandwidth: at batch 1, bytes "
+        "of weights read per second over the memory bandwidth measured. The last column is the throughput of the "
+        "largest batch over that of batch 1.",
         _speeds(report, "decode", settings["batch_sizes"], "batch"),
-        "## Reading: tokens per second, by the length of the prompt",
-        "One row. The last column is of the longest prompt: operations per second over the fastest product of "
-        "matrices that was seen here.",
+        "## Prefill: tokens per second, by prompt length",
+        "One row. Peak FLOP/s: at the longest prompt, operations per second over those of the fastest matrix product "
+        "measured.",
         _speeds(report, "prefill", settings["prefill_lengths"], "tokens"),
         "## Loading and memory",
-        "Each in a process of its own, files in the page cache; peaks count mapped files. Start is that of the process "
-        "until its library is imported and looks for devices. Compiling is what the first "
-        "calls of all sizes above took longer than the later ones. Temporary memory is that of the compiled step of "
-        "one row, over the weights.",
+        "Each in a process of its own, files in the page cache; peaks include mapped files. Start: until the process "
+        "has imported its library and found its devices. Compile: what the first calls of all sizes above took longer "
+        "than later ones. Temporary: buffers of the compiled decode step of one row, over the weights.",
         table(
-            ["form", "", "start, s", "load, s", "peak after load, GB", "peak, GB", "weights, GB", "compiling, s",
+            ["dtype", "", "start, s", "load, s", "peak after load, GB", "peak, GB", "weights, GB", "compile, s",
              "temporary"],
             [
                 [
-                    result["form"], result["implementation"], *(
+                    result["dtype"], result["implementation"], *(
                         _number(result.get(key), scale)
                         for key, scale in (
                             ("start_seconds", 1), ("load_seconds", 1), ("peak_bytes_after_load", 1e9),
@@ -91,16 +86,16 @@ def markdown(report: dict[str, Any]) -> str:
                 for result in results
             ],
         ),
-        "## Whether they compute the same",
-        f"Logits after the prompt, the last four tokens read one by one, against the full forward pass of mpt_eqx "
-        f"in the widest form that was measured: the root mean square of their difference over the standard deviation "
-        f"of all logits, the largest difference, and how many of the first {report['greedy_tokens']} likeliest tokens "
-        f"are the same. Of random weights two tokens are often as likely as each other.",
+        "## Numerical agreement",
+        f"Logits after the prompt, its last four tokens decoded one by one, against the full forward pass of mpt_eqx "
+        f"in the widest dtype measured: root mean square of the difference over the standard deviation of the logits, "
+        f"its tolerance, the largest difference, and how many of the first {report['greedy_tokens']} greedy tokens are "
+        f"the same. Random weights have near ties.",
         table(
-            ["form", "", "difference", "at most", "largest", "same tokens", ""],
+            ["dtype", "", "difference", "tolerance", "largest", "same tokens", ""],
             [
                 [
-                    result["form"], f"{result['implementation']} {result['their_form']}",
+                    result["dtype"], f"{result['implementation']} {result['their_dtype']}",
                     _number(found.get("difference")), _number(found.get("tolerance")),
                     _number(found.get("largest_difference")),
                     str(found.get("greedy_tokens", "–")), "" if found.get("agrees") else "**disagrees**",
@@ -111,7 +106,7 @@ def markdown(report: dict[str, Any]) -> str:
         ),
     ]  # fmt: skip
     if lines := [*report["skipped"], *(_failure(result) for result in results if "error" in result)]:
-        parts += ["## Left out", "\n".join(f"* {line}" for line in lines)]
+        parts += ["## Skipped and failed", "\n".join(f"* {line}" for line in lines)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -125,17 +120,16 @@ def _about(report: dict[str, Any]) -> str:
     seconds = (
         start["error"]
         if "error" in start
-        else f"{start['median_seconds']:.2f} s, {start['first_start_seconds']:.2f} s when nothing is compiled yet"
+        else f"{start['median_seconds']:.2f} s, {start['first_start_seconds']:.2f} s with an empty compilation cache"
     )
     lines = [
         f"model: {model['name']}; {model['parameters']:,} parameters, width {model['d_model']}, {model['n_layers']} "
         f"layers, {model['n_heads']} heads, vocabulary {model['vocab_size']:,}",
         f"machine: {hardware['cpu']}{device}, {hardware['cores']} cores, {hardware['memory_GB']} GB, "
         f"{hardware['system']}; load average {report['load_average'][0]} before, {report['load_average'][1]} after",
-        f"measured of it: memory is read at {max(machine['read_GB_per_s'].values()):.1f} GB/s, matrices multiplied at "
-        f"{peak}",
-        f"{settings['threads']} threads each; medians of {settings['rounds']} rounds, in each of which all take turns",
-        f"optional CPU kernel: {'used, but not in the rows (plain XLA)' if report['kernel'] else 'not used'}",
+        f"memory bandwidth {max(machine['read_GB_per_s'].values()):.1f} GB/s, matrix products {peak}; both measured",
+        f"{settings['threads']} threads each; medians of {settings['rounds']} alternating rounds",
+        f"optional CPU kernel: {'used, except in the rows (plain XLA)' if report['kernel'] else 'not used'}",
         f"from the start of `mpt-eqx generate` to its first text, model {start.get('model', '')}: {seconds}",
         f"{report['date']}, commit {report['git_commit']}; "
         + ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
@@ -144,17 +138,17 @@ def _about(report: dict[str, Any]) -> str:
 
 
 def _speeds(report: dict[str, Any], what: str, sizes: Sequence[int], unit: str) -> str:
-    """Returns the table of tokens per second, with what mpt_eqx makes of each other."""
-    ratios = {(r["form"], r["over"], r["what"], r["size"]): r["ratio"] for r in report["ratios"]}
+    """Returns the table of tokens per second, with the speedup of mpt_eqx over each other row."""
+    ratios = {(r["dtype"], r["over"], r["what"], r["size"]): r["ratio"] for r in report["ratios"]}
     by_batch = what == "decode"
-    header = ["form", "", *(f"{unit} {size}" if by_batch else f"{size} {unit}" for size in sizes)]
-    last = ["of the memory's speed", "of one row"] if by_batch else ["of the peak"]
+    header = ["dtype", "", *(f"{unit} {size}" if by_batch else f"{size} {unit}" for size in sizes)]
+    last = ["bandwidth", f"batch {max(sizes, default=1)} / 1"] if by_batch else ["peak FLOP/s"]
     rows = []
     for result in report["results"]:
         cells = []
         for size in map(str, sizes):
             run = result[what].get(size)
-            ratio = ratios.get((result["form"], result["implementation"], what, size))
+            ratio = ratios.get((result["dtype"], result["implementation"], what, size))
             cells.append("–" if run is None else _number(run["tokens_per_s"]) + (f" ({ratio:.2f}×)" if ratio else ""))
         runs = result[what]
         if by_batch:
@@ -163,7 +157,7 @@ def _speeds(report: dict[str, Any], what: str, sizes: Sequence[int], unit: str) 
             cells.append("–" if times is None else f"{times:.1f}×")
         else:
             cells.append(_percent(runs.get(str(max(sizes, default=0)), {}).get("share_of_peak")))
-        rows.append([result["form"], _label(result), *cells])
+        rows.append([result["dtype"], _label(result), *cells])
     return table([*header, *last], rows)
 
 
@@ -174,12 +168,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _label(result: dict[str, Any]) -> str:
-    name, theirs = result["implementation"], result["their_form"]
-    return name if theirs == result["form"] else f"{name}, {theirs}"
+    name, theirs = result["implementation"], result["their_dtype"]
+    return name if theirs == result["dtype"] else f"{name}, {theirs}"
 
 
 def _failure(result: dict[str, Any]) -> str:
-    return f"{result['implementation']}, {result['form']}: failed, {result['error']}"
+    return f"{result['implementation']}, {result['dtype']}: failed, {result['error']}"
 
 
 def _number(value: float | None, scale: float = 1) -> str:
@@ -194,27 +188,27 @@ def _percent(value: float | None) -> str:
 
 
 def plot(report: dict[str, Any], file: Path) -> None:
-    """Writes bars: for each form and size, tokens per second of each implementation."""
+    """Writes bars: for each dtype and size, tokens per second of each implementation."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     settings, results = report["settings"], report["results"]
     sides: list[tuple[str, str, Sequence[int], Callable[[int], str]]] = [
-        ("decode", "writing, tokens/s", settings["batch_sizes"], lambda n: f"{n} row{'s' * (n != 1)}"),
-        ("prefill", "reading, tokens/s", settings["prefill_lengths"], lambda n: f"{n:,} tokens"),
+        ("decode", "decode, tokens/s", settings["batch_sizes"], lambda n: f"{n} row{'s' * (n != 1)}"),
+        ("prefill", "prefill, tokens/s", settings["prefill_lengths"], lambda n: f"{n:,} tokens"),
     ]
-    forms = list(dict.fromkeys(result["form"] for result in results))
+    dtypes = list(dict.fromkeys(result["dtype"] for result in results))
     names = [name for name in COLORS if any(result["implementation"] == name for result in results)]
     most = max(1, *(len(sizes) for _, _, sizes, _ in sides))
     # Half an inch and a fifth of an inch a bar for each group, so that no number touches the next.
-    figure = Figure(figsize=(13, 1.6 + len(forms) * most * (0.12 + 0.2 * max(1, len(names)))), layout="constrained")
+    figure = Figure(figsize=(13, 1.6 + len(dtypes) * most * (0.12 + 0.2 * max(1, len(names)))), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(max(1, len(forms)), 2, squeeze=False)
-    for row, form in zip(axes, forms, strict=False):
-        own = [result for result in results if result["form"] == form]
+    axes = figure.subplots(max(1, len(dtypes)), 2, squeeze=False)
+    for row, dtype in zip(axes, dtypes, strict=False):
+        own = [result for result in results if result["dtype"] == dtype]
         for axis, (what, title, sizes, label) in zip(row, sides, strict=True):
             _bars(axis, own, what, sizes, label)
-            axis.set_title(f"{form}: {title}", loc="left", fontsize=10)
+            axis.set_title(f"{dtype}: {title}", loc="left", fontsize=10)
     handles = [_patch(COLORS[name], name) for name in names]
     figure.legend(handles=handles, loc="outside upper center", ncols=max(1, len(handles)), frameon=False)
     model, hardware = report["model"], report["hardware"]

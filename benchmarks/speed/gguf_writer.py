@@ -1,4 +1,4 @@
-"""Writing a model as GGUF, so that llama.cpp can be measured on the same weights."""
+"""Writes a model as GGUF, so that llama.cpp can be measured on the same weights."""
 
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from mpt_eqx.errors import CheckpointError
 from mpt_eqx.model import MPT
 
 KINDS = ("F32", "BF16", "Q8_0", "Q4_0")
-"""The types of number that matrices are written in."""
+"""The types that matrices are written in."""
 
-QUANTISED = ("Q8_0", "Q4_0")
+QUANTIZED = ("Q8_0", "Q4_0")
 GROUP = 32  # columns that share a scale in both of these
 
 
@@ -42,7 +42,7 @@ def write_gguf(model: MPT, file: str | Path, kind: str) -> None:
     if reason := not_in_llama_cpp(model.config, kind):
         raise CheckpointError(f"{file}: expected a model that llama.cpp can run, found {reason}")
     config = model.config
-    # The library would keep all tensors in memory otherwise until the header is written.
+    # Otherwise the library keeps all tensors in memory until the header is written.
     writer = gguf.GGUFWriter(file, "mpt", use_temp_file=True)
     writer.add_context_length(config.max_seq_len)
     writer.add_embedding_length(config.d_model)
@@ -78,7 +78,7 @@ def gguf_name(name: str) -> str:
 
 
 def not_in_llama_cpp(config: MPTConfig, kind: str) -> str | None:
-    """Returns what of a configuration llama.cpp's MPT does not have, or None."""
+    """Returns what of a configuration llama.cpp's MPT does not support, or None."""
     attn, ffn = config.attn_config, config.ffn_config
     wrong: list[tuple[Any, str]] = [
         (attn.rope, "rotary positions"),
@@ -94,7 +94,7 @@ def not_in_llama_cpp(config: MPTConfig, kind: str) -> str | None:
         ("layernorm" not in config.norm_type, f"norm_type {config.norm_type}"),
         (ffn.ffn_type != "mptmlp", f"ffn_type {ffn.ffn_type}"),
         (ffn.ffn_act_fn is not None and ffn.ffn_act_fn.name != "gelu", "another activation than GELU"),
-        (kind in QUANTISED and config.d_model % GROUP, f"d_model {config.d_model}, no multiple of {GROUP}"),
-        (kind in QUANTISED and config.ffn_hidden_size % GROUP, f"an FFN width that is no multiple of {GROUP}"),
+        (kind in QUANTIZED and config.d_model % GROUP, f"d_model {config.d_model}, no multiple of {GROUP}"),
+        (kind in QUANTIZED and config.ffn_hidden_size % GROUP, f"an FFN width that is no multiple of {GROUP}"),
     ]
     return next((reason for is_so, reason in wrong if is_so), None)

@@ -1,41 +1,45 @@
-"""The libraries that are measured beside this one, imported where they are installed, inside functions only."""
+"""The baselines, transformers and llama.cpp: imported inside functions only, and without importing mpt_eqx."""
 
 import ctypes
 import importlib.util
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpt_eqx.bench.measure import ONE_BY_ONE, Implementation, step_bytes, threads
-from mpt_eqx.config import MPTConfig
+from benchmarks.speed.implementation import SINGLE_STEPS, Implementation
 
-PEERS = ("transformers", "llama.cpp")
-THEIR_FORMS = {
+if TYPE_CHECKING:
+    from mpt_eqx import MPTConfig
+
+BASELINES = ("transformers", "llama.cpp")
+THEIR_DTYPES = {
     "transformers": {"float32": "float32", "bfloat16": "bfloat16"},
     "llama.cpp": {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"},
 }
-"""What each calls our forms; those that it does not have are not here."""
+"""What each calls our dtypes; those that it does not have are not here."""
 
 NEEDS = {"transformers": ("torch", "transformers"), "llama.cpp": ("llama_cpp", "gguf")}
 INSTALL = {"transformers": "pip install 'mpt_eqx[reference]'", "llama.cpp": "pip install 'mpt_eqx[bench]'"}
 
 
-def missing(peer: str) -> str | None:
-    """Returns a line on what a peer lacks and how to install it, or None where it is there."""
-    absent = [module for module in NEEDS[peer] if importlib.util.find_spec(module) is None]
-    return f"{peer}: skipped, {' and '.join(absent)} not installed; {INSTALL[peer]}" if absent else None
+def missing(baseline: str) -> str | None:
+    """Returns a line on what a baseline lacks and how to install it, or None where it is installed."""
+    absent = [module for module in NEEDS[baseline] if importlib.util.find_spec(module) is None]
+    return f"{baseline}: skipped, {' and '.join(absent)} not installed; {INSTALL[baseline]}" if absent else None
 
 
-def unsupported(peer: str, config: MPTConfig, form: str) -> str | None:
-    """Returns what of a model a peer does not have, or None."""
-    from mpt_eqx.bench.gguf_writer import not_in_llama_cpp
+def unsupported(baseline: str, config: "MPTConfig", dtype: str) -> str | None:
+    """Returns what of a model a baseline does not support, or None."""
+    from benchmarks.speed.gguf_writer import not_in_llama_cpp
 
-    return not_in_transformers(config) if peer == "transformers" else not_in_llama_cpp(config, THEIR_FORMS[peer][form])
+    if baseline == "transformers":
+        return not_in_transformers(config)
+    return not_in_llama_cpp(config, THEIR_DTYPES[baseline][dtype])
 
 
-def not_in_transformers(config: MPTConfig) -> str | None:
-    """Returns what of a configuration transformers' MPT does not have, or None."""
+def not_in_transformers(config: "MPTConfig") -> str | None:
+    """Returns what of a configuration transformers' MPT does not support, or None."""
     attn, ffn = config.attn_config, config.ffn_config
     wrong = [
         (not attn.alibi or attn.rope, "no ALiBi"),
@@ -57,9 +61,9 @@ def not_in_transformers(config: MPTConfig) -> str | None:
     return next((reason for is_so, reason in wrong if is_so), None)
 
 
-def uses_gpu(peer: str) -> bool:
-    """Tells whether an installed peer can use the GPU."""
-    if peer == "transformers":
+def uses_gpu(baseline: str) -> bool:
+    """Tells whether an installed baseline can use the GPU."""
+    if baseline == "transformers":
         import torch
 
         return torch.cuda.is_available()
@@ -68,14 +72,14 @@ def uses_gpu(peer: str) -> bool:
     return bool(llama_cpp.llama_supports_gpu_offload())
 
 
-def open_transformers(place: str, form: str, config: MPTConfig) -> Implementation:
+def open_transformers(place: str, dtype: str, threads: int) -> Implementation:
     """Returns transformers' own MPT with its own attention and its cache, called without the checks of its generate."""
     import torch
     import transformers
 
-    torch.set_num_threads(threads())
+    torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = transformers.MptForCausalLM.from_pretrained(place, dtype=getattr(torch, form)).eval().to(device)
+    model = transformers.MptForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype)).eval().to(device)
 
     def wait() -> None:
         if device == "cuda":
@@ -83,7 +87,7 @@ def open_transformers(place: str, form: str, config: MPTConfig) -> Implementatio
 
     @torch.inference_mode()
     def forward(tokens: Any, cache: Any) -> tuple[Any, Any]:
-        # Said here because config.json may say that there is to be no cache.
+        # config.json may switch the cache off.
         out = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1], out.past_key_values
 
@@ -120,16 +124,14 @@ def open_transformers(place: str, form: str, config: MPTConfig) -> Implementatio
         return run
 
     def logits(prompt: list[int]) -> np.ndarray:
-        _, cache = forward(as_tensor([prompt[:-ONE_BY_ONE]]), None)
-        for token in prompt[-ONE_BY_ONE:]:
+        _, cache = forward(as_tensor([prompt[:-SINGLE_STEPS]]), None)
+        for token in prompt[-SINGLE_STEPS:]:
             out, cache = forward(as_tensor([[token]]), cache)
         return out[0].float().cpu().numpy()
 
     def facts() -> dict[str, Any]:
-        sizes = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
         return {
-            "weight_bytes": sum(sizes.values()),
-            "step_bytes": step_bytes(config, sizes),
+            "sizes": {name: p.numel() * p.element_size() for name, p in model.named_parameters()},
             "attention": str(getattr(model.config, "_attn_implementation", "its own")),
             "device": device,
         }
@@ -137,25 +139,7 @@ def open_transformers(place: str, form: str, config: MPTConfig) -> Implementatio
     return Implementation(prefill, make, logits, facts)
 
 
-def multiply_by_torch(width: int, dtype: str) -> float:
-    """Returns how many GFLOP/s torch makes of a product of square matrices."""
-    import torch
-
-    from mpt_eqx.bench.measure import best_seconds
-
-    torch.set_num_threads(threads())
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    x = torch.ones((width, width), dtype=getattr(torch, dtype), device=device)
-
-    def run() -> None:
-        torch.matmul(x, x)
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    return 2 * width**3 / best_seconds(run, 3) / 1e9
-
-
-def open_llama_cpp(place: str, form: str, config: MPTConfig) -> Implementation:
+def open_llama_cpp(place: str, dtype: str, threads: int, vocab_size: int) -> Implementation:
     """Returns a GGUF file in llama.cpp, through its C functions.
 
     Its cache is float32 beside float32 weights, and otherwise float16, which is its default.
@@ -168,7 +152,6 @@ def open_llama_cpp(place: str, form: str, config: MPTConfig) -> Implementation:
     model = ll.llama_model_load_from_file(str(place).encode(), options)
     if not model:
         raise RuntimeError(f"llama.cpp does not load {place}")
-    vocab_size = config.vocab_size
 
     class Context:
         """A context of llama.cpp, which is freed with this object."""
@@ -179,8 +162,8 @@ def open_llama_cpp(place: str, form: str, config: MPTConfig) -> Implementation:
             params.n_ctx = rows * -(-length // 256) * 256
             params.n_seq_max = rows
             params.n_batch = max(512, length, rows)
-            params.n_threads = params.n_threads_batch = threads()
-            if form == "float32":
+            params.n_threads = params.n_threads_batch = threads
+            if dtype == "float32":
                 params.type_k = params.type_v = 0  # GGML_TYPE_F32
             self.context = ll.llama_init_from_model(model, params)
             if not self.context:
@@ -193,8 +176,8 @@ def open_llama_cpp(place: str, form: str, config: MPTConfig) -> Implementation:
                 ll.llama_batch_free(self.batch)
                 ll.llama_free(self.context)
 
-        def read(self, tokens: list[tuple[int, int, int]], wanted: int) -> np.ndarray:
-            """Reads (token, position, row) triples; returns the logits after the last `wanted` of them."""
+        def forward(self, tokens: list[tuple[int, int, int]], wanted: int) -> np.ndarray:
+            """Decodes (token, position, row) triples; returns the logits after the last `wanted` of them."""
             batch = self.batch
             batch.n_tokens = len(tokens)
             for i, (token, position, row) in enumerate(tokens):
@@ -202,7 +185,7 @@ def open_llama_cpp(place: str, form: str, config: MPTConfig) -> Implementation:
                 batch.seq_id[i][0] = row
                 batch.logits[i] = i >= len(tokens) - wanted
             if ll.llama_decode(self.context, batch) != 0:
-                raise RuntimeError("llama.cpp could not read the tokens")
+                raise RuntimeError("llama.cpp could not decode the tokens")
             first = ll.llama_get_logits_ith(self.context, len(tokens) - wanted)
             # The rows that were asked for lie one after the other.
             address = ctypes.addressof(first.contents)
@@ -215,7 +198,7 @@ def open_llama_cpp(place: str, form: str, config: MPTConfig) -> Implementation:
         def run() -> float:
             ll.llama_memory_clear(context.memory, True)
             started = time.perf_counter()
-            context.read([(token, i, 0) for i, token in enumerate(prompt)], 1).argmax()
+            context.forward([(token, i, 0) for i, token in enumerate(prompt)], 1).argmax()
             return time.perf_counter() - started
 
         return run
@@ -226,7 +209,7 @@ def open_llama_cpp(place: str, form: str, config: MPTConfig) -> Implementation:
         # Each row by itself, so that no batch is larger than a prompt.
         first = []
         for row, prompt in enumerate(prompts):
-            logits = context.read([(token, i, row) for i, token in enumerate(prompt)], 1)
+            logits = context.forward([(token, i, row) for i, token in enumerate(prompt)], 1)
             first.append(int(logits[0].argmax()))
 
         def run() -> tuple[float, list[int]]:
@@ -236,17 +219,17 @@ def open_llama_cpp(place: str, form: str, config: MPTConfig) -> Implementation:
             started = time.perf_counter()
             for step in range(steps):
                 made.append(tokens[0])
-                logits = context.read([(token, length + step, row) for row, token in enumerate(tokens)], rows)
+                logits = context.forward([(token, length + step, row) for row, token in enumerate(tokens)], rows)
                 tokens = logits.argmax(axis=1).tolist()
             return time.perf_counter() - started, made
 
         return run
 
     def logits(prompt: list[int]) -> np.ndarray:
-        context, split = Context(1, len(prompt)), len(prompt) - ONE_BY_ONE
-        context.read([(token, i, 0) for i, token in enumerate(prompt[:split])], 1)
+        context, split = Context(1, len(prompt)), len(prompt) - SINGLE_STEPS
+        context.forward([(token, i, 0) for i, token in enumerate(prompt[:split])], 1)
         for i in range(split, len(prompt)):
-            last = context.read([(prompt[i], i, 0)], 1)
+            last = context.forward([(prompt[i], i, 0)], 1)
         return last[0].copy()
 
     def facts() -> dict[str, Any]:
@@ -259,8 +242,7 @@ def open_llama_cpp(place: str, form: str, config: MPTConfig) -> Implementation:
             for name, size in names.items()
         }
         return {
-            "weight_bytes": sum(sizes.values()),
-            "step_bytes": step_bytes(config, sizes),
+            "sizes": sizes,
             "system": ll.llama_print_system_info().decode(),
             "device": "gpu" if options.n_gpu_layers else "cpu",
         }

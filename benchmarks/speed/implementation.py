@@ -1,0 +1,28 @@
+"""What every implementation that is measured can do."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+SINGLE_STEPS = 4
+"""Tokens at the end of a prompt that `Implementation.logits` decodes one by one."""
+
+
+class Implementation(NamedTuple):
+    """A loaded model.
+
+    Attributes:
+        prefill: from a prompt, a function that reads it from the start until the next token is known, and returns the
+            seconds.
+        decode: from the prompts of some rows and a number of steps, a function that decodes as many greedy tokens in
+            each row, and returns the seconds and the first row's tokens. The prompts are read once; every call
+            continues from there.
+        logits: the logits of the token after a prompt, whose last SINGLE_STEPS tokens are decoded one by one.
+        facts: what is known without measuring.
+    """
+
+    prefill: Callable[[list[int]], Callable[[], float]]
+    decode: Callable[[list[list[int]], int], Callable[[], tuple[float, list[int]]]]
+    logits: Callable[[list[int]], np.ndarray]
+    facts: Callable[[], dict[str, Any]]

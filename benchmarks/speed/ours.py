@@ -1,0 +1,92 @@
+"""mpt_eqx as it is measured, the reference for all others, and the weights that everybody loads."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import mpt_eqx
+from benchmarks.speed.implementation import SINGLE_STEPS, Implementation
+from mpt_eqx import MPT, AttnConfig, MPTConfig, MPTError, from_pretrained, save_pretrained
+from mpt_eqx.cli._measure import decode_run, decode_step, load_model, model_facts, one_row, prefill_run
+from mpt_eqx.surgery.quantization import quantization_of
+
+REFERENCE = MPTConfig(
+    d_model=1024, n_layers=24, n_heads=16, vocab_size=50368, max_seq_len=4096, no_bias=True,
+    attn_config=AttnConfig(alibi=True),
+)  # fmt: skip
+"""The model of random weights that published figures are of."""
+
+
+def open_mpt_eqx(place: str) -> Implementation:
+    """Returns a checkpoint that is written in the dtype to measure, used in place."""
+    model = load_model(place, "stored")
+
+    def logits(prompt: list[int]) -> np.ndarray:
+        cache = one_row(model, len(prompt))
+        read = eqx.filter_jit(lambda model, tokens, cache: jax.vmap(model.extend)(tokens, cache)[1])
+        cache = read(model, jnp.asarray([prompt[:-SINGLE_STEPS]]), cache)
+        for token in prompt[-SINGLE_STEPS:]:
+            out, cache = decode_step(model, cache, jnp.asarray([token]))
+        return np.asarray(out.astype(jnp.float32))[0]
+
+    return Implementation(
+        prefill=lambda prompt: prefill_run(model, prompt),
+        decode=lambda prompts, steps: decode_run(model, prompts[0], len(prompts), steps),
+        logits=logits,
+        facts=lambda: model_facts(model),
+    )
+
+
+def reference(place: str, prompt: list[int], steps: int) -> tuple[np.ndarray, list[int]]:
+    """Returns what all others are compared with: the logits of the full forward pass, and the greedy tokens."""
+    model = from_pretrained(place)
+    forward = eqx.filter_jit(lambda model, tokens: model(tokens)[-1].astype("float32"))
+    logits = np.asarray(forward(model, jnp.asarray(prompt, jnp.int32)))
+    tokens = mpt_eqx.generate(model, prompt, max_new_tokens=steps, progress=False).tokens[0].tolist()
+    return logits, tokens
+
+
+def cast(model: MPT, dtype: str) -> MPT:
+    """Returns the model with its weights in another dtype; other leaves, such as dropout's switches, stay."""
+    return jax.tree.map(lambda x: x.astype(dtype) if eqx.is_array(x) else x, model)
+
+
+def prepare(source: str | None, directory: Path, dtypes: Sequence[str]) -> dict[str, Any]:
+    """Writes the weights, a directory for each dtype; without a source, random ones of the reference size.
+
+    Returns:
+        The model's config.json, and why a dtype could not be made. Quantised weights are made of those in bfloat16,
+        which stays the dtype of computations; bfloat16 is written in any case.
+
+    Raises:
+        MPTError: the source is quantised already.
+    """
+    base = "float32" if "float32" in dtypes else "bfloat16"
+    if source is None:
+        model = MPT(REFERENCE, key=jax.random.key(0))
+    else:
+        model = from_pretrained(source, dtype=base, progress=False)
+    if (found := quantization_of(model)) is not None:
+        raise MPTError(
+            f"{source}: expected weights that are not quantised, found {found.scheme}; give the checkpoint that they "
+            f"were made from, and --dtypes {found.scheme}"
+        )
+    model = cast(model, base)
+    save_pretrained(model, directory / base)
+    half = cast(model, "bfloat16")
+    if base != "bfloat16":
+        save_pretrained(half, directory / "bfloat16")
+    del model
+    failed = {}
+    for dtype in dtypes:
+        if dtype in ("int8", "int4"):
+            try:
+                save_pretrained(mpt_eqx.quantize(half, dtype, embeddings=True), directory / dtype)
+            except MPTError as error:
+                failed[dtype] = str(error)
+    return {"config": half.config.to_dict(), "failed": failed}
