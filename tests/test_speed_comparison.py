@@ -38,7 +38,7 @@ def checkpoint(tmp_path_factory):
     from mpt_eqx import MPT, AttnConfig, InitConfig, MPTConfig, save_pretrained
 
     config = MPTConfig(
-        d_model=64, n_heads=4, n_layers=2, vocab_size=160, max_seq_len=256, no_bias=True,
+        d_model=64, n_heads=4, n_layers=1, vocab_size=160, max_seq_len=256, no_bias=True,
         attn_config=AttnConfig(alibi=True), init_config=InitConfig(emb_init_std=0.5),
     )  # fmt: skip
     place = tmp_path_factory.mktemp("model")
@@ -108,7 +108,7 @@ def canned():
         result("transformers", "float32", "float32", 1),
     ]
     return {
-        "format": 1, "date": "2026-01-02T03:04:05+00:00", "git_commit": "abc", "load_average": [0.1, 0.2],
+        "format": 2, "date": "2026-01-02T03:04:05+00:00", "git_commit": "abc", "load_average": [0.1, 0.2],
         "hardware": {"cpu": "A Processor", "cores": 2, "memory_GB": 24.0, "system": "Linux 6", "backend": "cpu",
                      "device": "cpu"},
         "versions": {"jax": "0.10.0"},
@@ -201,7 +201,7 @@ def test_all_files_are_written(measured, tmp_path):
     from benchmarks.speed.report import write_report
 
     assert write_report(measured[0], tmp_path) == []
-    assert json.loads((tmp_path / "speed.json").read_text())["format"] == 1
+    assert json.loads((tmp_path / "speed.json").read_text())["format"] == 2
     assert (tmp_path / "speed.md").read_text().startswith("# Speed\n")
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
@@ -245,8 +245,10 @@ def test_the_tables(canned):
         "* a line",
     ):
         assert line in text.split("\n"), line
-    for words in ("A Processor, 2 cores, 24.0 GB", "2 threads each; medians of 3 alternating rounds",
-                  "commit abc; jax 0.10.0",                 "20.0 GB/s", "100 GFLOP/s in float32", "2.00 s, 5.00 s with", "CPU kernel: used"):  # fmt: skip
+    for words in (
+        "A Processor, 2 cores, 24.0 GB", "2 threads each; medians of 3 alternating rounds", "commit abc; jax 0.10.0",
+        "20.0 GB/s", "100 GFLOP/s in float32", "2.00 s, 5.00 s with", "CPU kernel: used",
+    ):  # fmt: skip
         assert words in text
 
 
