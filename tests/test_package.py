@@ -94,7 +94,7 @@ def test_house_rules(path):
         modules = [node.module] if isinstance(node, ast.ImportFrom) else []
         modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         for module in modules:
-            assert module.split(".")[0] not in ("__future__", "torch", "transformers", "flax", "llama_cpp", "benchmarks")
+            assert module.split(".")[0] not in ("__future__", "torch", "transformers", "flax", "llama_cpp")
             if module.startswith("mpt_eqx.") and room in ORDER:
                 imported = module.split(".")[1]
                 assert ORDER.index(imported) <= ORDER.index(room) and (room, imported) not in APART
