@@ -38,7 +38,7 @@ def checkpoint(tmp_path_factory):
     from mpt_eqx import MPT, AttnConfig, InitConfig, MPTConfig, save_pretrained
 
     config = MPTConfig(
-        d_model=64, n_heads=4, n_layers=1, vocab_size=160, max_seq_len=256, no_bias=True,
+        d_model=64, n_heads=4, n_layers=2, vocab_size=160, max_seq_len=256, no_bias=True,
         attn_config=AttnConfig(alibi=True), init_config=InitConfig(emb_init_std=0.5),
     )  # fmt: skip
     place = tmp_path_factory.mktemp("model")
