@@ -1,4 +1,4 @@
-"""Loads an MPT checkpoint and continues several prompts of different lengths at once.
+"""Batched generation: continues several prompts of different lengths in one call, with sampling.
 
     python examples/generate.py                                       the model that ships with mpt_eqx
     python examples/generate.py --model ./mpt-7b --prompt "Once" --prompt "In a hole in the ground"
@@ -15,7 +15,7 @@ from mpt_eqx.text import load_tokenizer
 
 
 def main() -> None:
-    """Loads, generates, prints each text with its mean log-probability."""
+    """Prints each continuation with its mean log-probability."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=SHIPPED_MODEL, help="directory or Hub repository id")
     parser.add_argument("--prompt", action="append", help="text to continue; may be repeated")

@@ -1,11 +1,10 @@
-"""Goes on from a document far longer than the model was trained on, as MPT-7B-StoryWriter does from a whole book.
+"""Long contexts: continues a document far longer than the model was trained on, as MPT-7B-StoryWriter does.
 
     python examples/long_document.py                                   the model that ships with mpt_eqx, 4,000 tokens
     python examples/long_document.py --model ./mpt-7b-storywriter --text book.txt --tokens 65536
 
-ALiBi has no longest position: `max_seq_len` only has to be raised when the model is loaded. Memory grows with the
-tokens and not with their square, because attention takes a block of keys at a time. Needs the extra `text`:
-pip install 'mpt_eqx[text]'.
+ALiBi extrapolates to any length, so only `max_seq_len` has to be raised when the model is loaded. Blockwise attention
+makes memory linear in the number of tokens. Needs the extra `text`: pip install 'mpt_eqx[text]'.
 """
 
 import argparse
@@ -21,11 +20,11 @@ from mpt_eqx.text import load_tokenizer
 
 
 def main() -> None:
-    """Reads the document, then writes as tokens are made."""
+    """Prefills the document, then streams a continuation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=SHIPPED_MODEL, help="directory or Hub repository id")
     parser.add_argument("--text", type=Path, help="a file (default: pages of Python's language reference)")
-    parser.add_argument("--tokens", type=int, default=4000, help="how many of its tokens to read (default: 4000)")
+    parser.add_argument("--tokens", type=int, default=4000, help="length of the prompt (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=60)
     args = parser.parse_args()
     text = args.text.read_text() if args.text else "\n\n".join(topics.values())
@@ -35,9 +34,9 @@ def main() -> None:
     model = from_pretrained(
         args.model, config_overrides={"max_seq_len": max(2048, len(document) + args.max_new_tokens)}
     )
-    began = time.monotonic()
+    start = time.monotonic()
     prefix = prefill(model, document)
-    print(f"{len(prefix)} tokens read in {time.monotonic() - began:.1f} s, compilation included")
+    print(f"{len(prefix)} tokens of prefill in {time.monotonic() - start:.1f} s, with compilation")
     tokens = stream(
         model, [], prefix=prefix, max_new_tokens=args.max_new_tokens, temperature=0.8, top_p=0.95,
         repetition_penalty=1.05, eos_token_ids=tokenizer.eos_token_ids, key=jax.random.key(0),
@@ -45,7 +44,7 @@ def main() -> None:
     for piece in tokenizer.decode_stream(tokens):
         print(piece, end="", flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(f"\n{time.monotonic() - began:.1f} s in all; the process took {peak:.2f} GB at most")
+    print(f"\n{time.monotonic() - start:.1f} s in total; peak memory {peak:.2f} GB")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Reads a long text once and continues it in many ways, which costs a fraction of reading it every time.
+"""Prefix caching: prefills a long text once and continues it in several ways.
 
     python examples/prefix.py                                          the model that ships with mpt_eqx
     python examples/prefix.py --model ./mpt-7b-instruct --text report.txt --ending "In short," --ending "The risks are"
@@ -16,7 +16,7 @@ from mpt_eqx.text import load_tokenizer
 
 
 def main() -> None:
-    """Reads, continues with each ending, and says how long both took."""
+    """Prints the time of the prefill and of each continuation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=SHIPPED_MODEL, help="directory or Hub repository id")
     parser.add_argument("--text", type=Path, help="a file (default: a page of Python's language reference)")
@@ -27,20 +27,20 @@ def main() -> None:
     endings = args.ending or ["\n\nNote that", "\n\nFor example", "\n\nChanged in version"]
 
     model, tokenizer = from_pretrained(args.model), load_tokenizer(args.model)
-    start = tokenizer.encode(text)
-    warmup(model, batch_sizes=[1], prompt_lengths=[len(start)], max_new_tokens=args.max_new_tokens)
+    document = tokenizer.encode(text)
+    warmup(model, batch_sizes=[1], prompt_lengths=[len(document)], max_new_tokens=args.max_new_tokens)
 
-    began = time.monotonic()
-    prefix = prefill(model, start)
-    print(f"{len(prefix)} tokens read in {time.monotonic() - began:.2f} s")
+    start = time.monotonic()
+    prefix = prefill(model, document)
+    print(f"{len(prefix)} tokens of prefill in {time.monotonic() - start:.2f} s")
     for ending in endings:
-        began = time.monotonic()
+        start = time.monotonic()
         result = generate(
             model, tokenizer.encode(ending), prefix=prefix, max_new_tokens=args.max_new_tokens,
             repetition_penalty=1.1, eos_token_ids=tokenizer.eos_token_ids,
         )  # fmt: skip
-        made = tokenizer.decode(result.tokens[0, : result.lengths[0]])
-        print(f"--- {time.monotonic() - began:.2f} s\n…{ending.strip()}{made}")
+        new_text = tokenizer.decode(result.tokens[0, : result.lengths[0]])
+        print(f"--- {time.monotonic() - start:.2f} s\n…{ending.strip()}{new_text}")
 
 
 if __name__ == "__main__":

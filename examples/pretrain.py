@@ -1,7 +1,8 @@
-"""Trains the model that ships with mpt_eqx, from nothing but the text in a Python installation.
+"""Pretraining from scratch: the model that ships with mpt_eqx, trained on the text of a Python installation.
 
     python examples/pretrain.py my-model                  about an hour on two CPU cores
-    python examples/pretrain.py my-model --epochs 0.1     a short try
+    python examples/pretrain.py my-model --epochs 0.1     a short run
+    python examples/pretrain.py my-model --documents 200 --layers 1 --width 32 --length 64 --epochs 1      seconds
 
 The text is the language reference (`pydoc_data.topics`) and the docstrings of the standard library. One document in
 twenty is held out for choosing when to stop, and one in twenty for the figures in the model card. The directory then
@@ -15,6 +16,7 @@ import gzip
 import hashlib
 import importlib
 import inspect
+import itertools
 import json
 import lzma
 import math
@@ -45,13 +47,16 @@ END = "<|endoftext|>"
 # The text ------------------------------------------------------------------------------------------------------------
 
 
-def documents() -> list[str]:
-    """Returns the texts of this Python installation, without duplicates, in a fixed order."""
+def documents(limit: int | None = None) -> list[str]:
+    """Returns the texts of this Python installation, without duplicates, in a fixed order; the first `limit` found."""
     found: dict[str, str] = {}
-    for text in topics.topics.values():
-        found.setdefault(text, text.strip())
-    for heading, docstring in (*source_docstrings(), *compiled_docstrings()):
-        found.setdefault(docstring, f"{heading}\n\n{docstring.strip()}")
+    texts = ((text, text.strip()) for text in topics.topics.values())
+    docstrings = (
+        (docstring, f"{heading}\n\n{docstring.strip()}")
+        for heading, docstring in itertools.chain(source_docstrings(), compiled_docstrings())
+    )
+    for text, document in itertools.islice(itertools.chain(texts, docstrings), limit):
+        found.setdefault(text, document)
     return [found[text] for text in sorted(found, key=_digest)]
 
 
@@ -287,17 +292,21 @@ def write_json(path: Path, content: dict) -> None:
 def main() -> None:
     """Collects the text, trains tokenizer and model, measures, and writes the directory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path, help="where to write the checkpoint")
-    parser.add_argument("--epochs", type=float, default=10, help="passes over the text (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=16, help="windows per step (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=256, help="tokens per window (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=17, help="weights and order of the text (default: %(default)s)")
+    parser.add_argument("directory", type=Path, help="output directory of the checkpoint")
+    parser.add_argument("--epochs", type=float, default=10, help="passes over the data (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=16, help="batch size (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=256, help="tokens per sequence (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=6, help="blocks (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=192, help="d_model, heads of 32 each (default: %(default)s)")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="of the tokenizer (default: %(default)s)")
+    parser.add_argument("--documents", type=int, help="train on so many documents only (default: all)")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=17, help="of weights and data order (default: %(default)s)")
     args = parser.parse_args()
 
-    texts = documents()
+    texts = documents(args.documents)
     train, validation, test = split(texts)
-    tokenizer = train_tokenizer(train, vocab_size=4096)
+    tokenizer = train_tokenizer(train, args.vocab_size)
     rows, val_rows, test_rows = (
         [[*e.ids, 0] for e in tokenizer.encode_batch(part)] for part in (train, validation, test)
     )
@@ -310,9 +319,9 @@ def main() -> None:
     )
 
     config = MPTConfig(
-        d_model=192,
-        n_heads=6,
-        n_layers=6,
+        d_model=args.width,
+        n_heads=args.width // 32,
+        n_layers=args.layers,
         vocab_size=tokenizer.get_vocab_size(),
         max_seq_len=1024,
         no_bias=True,

@@ -1,10 +1,10 @@
-"""Shares a model between devices and generates with all of them.
+"""Sharding: loads a model onto a mesh of devices and generates with all of them.
 
-    python examples/sharded_generate.py --cpu-devices 4 --mesh fsdp=2,tp=2     try it on a CPU, as four devices
+    python examples/sharded_generate.py --cpu-devices 4 --mesh fsdp=2,tp=2     four simulated CPU devices
     python examples/sharded_generate.py --model ./mpt-30b --mesh tp=8 --rules TENSOR_PARALLEL
     python examples/sharded_generate.py --model ./mpt-30b --mesh fsdp=4,tp=2 --explain
 
---explain prints what each device gets, and loads nothing. Needs the extra `text`: pip install 'mpt_eqx[text]'.
+--explain prints the sharding of each weight and loads nothing. Needs the extra `text`: pip install 'mpt_eqx[text]'.
 """
 
 import argparse
@@ -25,13 +25,13 @@ def axes_of(text: str) -> dict[str, int]:
 
 
 def main() -> None:
-    """Explains, or loads to the mesh and continues prompts."""
+    """Explains the sharding, or loads onto the mesh and continues prompts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=SHIPPED_MODEL, help="directory or Hub repository id")
     parser.add_argument("--mesh", type=axes_of, default="fsdp=1,tp=1", help="axes and sizes, such as fsdp=2,tp=4")
     parser.add_argument("--rules", choices=RULES, default="FSDP_TP")
-    parser.add_argument("--cpu-devices", type=int, help="take the CPU for so many devices")
-    parser.add_argument("--explain", action="store_true", help="print what each device gets, and stop")
+    parser.add_argument("--cpu-devices", type=int, help="simulate this many devices on the CPU")
+    parser.add_argument("--explain", action="store_true", help="print the sharding of each weight and exit")
     parser.add_argument("--prompt", action="append", help="text to continue; may be repeated")
     parser.add_argument("--max-new-tokens", type=int, default=60)
     args = parser.parse_args()
@@ -56,7 +56,7 @@ def main() -> None:
     )
     for prompt, tokens, length in zip(prompts, result.tokens, result.lengths, strict=True):
         print(f"---\n{prompt}{tokenizer.decode(tokens[:length])}")
-    print(f"---\n{result.lengths.sum()} tokens in {time.monotonic() - started:.1f} s, with what was compiled")
+    print(f"---\n{result.lengths.sum()} tokens in {time.monotonic() - started:.1f} s with compilation")
 
 
 if __name__ == "__main__":

@@ -30,5 +30,18 @@ def run(*args, stdin=""):
 def run_process(*args, stdin=""):
     """Runs `python -m mpt_eqx`."""
     command = [sys.executable, "-m", "mpt_eqx", *map(str, args)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=240, env=environment)
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=240, env=environment())
+
+
+def environment():
+    """Returns the environment of a process that finds what these tests have compiled."""
+    import jax
+
+    return {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }

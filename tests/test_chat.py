@@ -417,7 +417,7 @@ def test_what_templates_can_use(tokenizer):
 
 
 LARGE = "the template makes a value of more than 1,000,000 characters"
-MADE = "the template makes more than 16,000,000 characters on its way"
+MADE = "the template makes more than 16,000,000 characters in intermediate values"
 LONG = "the template runs for more than 1 s"
 UNSAFE = "the template failed .SecurityError: a template may not use"
 ELSE = "line 1: expected a chat template, found something else"

@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from command import run, run_process
+from command import environment, run, run_process
 
 CHATML = ("--template", "chatml")
 
@@ -64,7 +64,7 @@ def test_a_conversation_is_its_prompt(talker):
             messages.append({"role": "user", "content": text})
             tokens = tokenizer.apply_chat_template(messages, chat_template="chatml")
             result = generate(
-                model, tokens, max_new_tokens=10, temperature=0.8, key=jax.random.key(3), eos_token_ids=ends
+                model, tokens, max_new_tokens=12, temperature=0.8, key=jax.random.key(3), eos_token_ids=ends
             )
             made = [token for token in result.tokens[0, : result.lengths[0]].tolist() if token not in ends]
             messages.append({"role": "assistant", "content": "".join(tokenizer.decode_stream(made))})
@@ -72,7 +72,7 @@ def test_a_conversation_is_its_prompt(talker):
 
     said = "What is a list?\nAnd a <|im_end|> dict?\n/reset\nWhat is a list?\n/system You are terse.\nWhat is a set?\n"
     done = run(
-        "chat", "--model", talker, *CHATML, "--max-new-tokens", 10, "--temperature", 0.8, "--seed", 3, stdin=said
+        "chat", "--model", talker, *CHATML, "--max-new-tokens", 12, "--temperature", 0.8, "--seed", 3, stdin=said
     )
     assert done.returncode == 0, done.stderr
     first, second = answers("What is a list?", "And a <|im_end|> dict?")
@@ -124,7 +124,7 @@ def test_a_model_without_a_template(talker):
 
 def test_a_template_from_a_file(talker, tmp_path):
     (tmp_path / "own.jinja").write_text("{{ messages[0].content }}")
-    options = ("--model", talker, "--max-new-tokens", 8, "--temperature", 0)
+    options = ("--model", talker, "--max-new-tokens", 12, "--temperature", 0)
     done = run("chat", *options, "--template", tmp_path / "own.jinja", stdin="The zip() function\n")
     text = json.loads(run("generate", "The zip() function", *options, "--json").stdout)["text"]
     assert done.stdout == text + "\n"
@@ -139,7 +139,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_conversation():
     process = subprocess.Popen(
         [sys.executable, "-m", "mpt_eqx", "chat", "--temperature", "0", "--min-new-tokens", "900", "--max-new-tokens",
          "900"],
-        stdin=terminal, stdout=terminal, stderr=terminal, close_fds=True, env={**os.environ, "TERM": "dumb"},
+        stdin=terminal, stdout=terminal, stderr=terminal, close_fds=True, env={**environment(), "TERM": "dumb"},
     )  # fmt: skip
     os.close(terminal)
     seen = b""
@@ -166,7 +166,7 @@ def test_ctrl_c_keeps_what_generate_has_made():
         sys.executable, "-u", "-m", "mpt_eqx", "generate", "The zip() function", "--temperature", "0",
         "--min-new-tokens", "1000", "--max-new-tokens", "1000",
     ]  # fmt: skip
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as process:
         begun = process.stdout.read(60)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=100)

@@ -19,8 +19,8 @@ def test_generate_writes_text_and_speed():
 
 
 def test_the_speed_of_a_short_text_counts_the_compilation():
-    done = run("generate", "The zip() function", "--max-new-tokens", 3)
-    assert done.stderr.startswith("4 prompt tokens, 3 new tokens, ") and done.stderr.endswith(
+    done = run("generate", "The zip() function", "--max-new-tokens", 8)
+    assert done.stderr.startswith("4 prompt tokens, 8 new tokens, ") and done.stderr.endswith(
         " tokens/s with compilation\n"
     )
 

@@ -1,34 +1,29 @@
-"""Chat templates: a list of messages as one prompt, in which nothing that a message says can act as a control token.
+"""Chat templates: messages as a prompt, in which special tokens in user messages are plain text.
 
 A template comes from the checkpoint (chat_template.jinja, else tokenizer_config.json) or is one of two built-ins. It
-writes the text of control tokens, such as <|im_end|>, and between them what the messages say. If the written text
-were simply encoded, a message with <|im_end|> in it would end its own turn. So where a control token begins must have
-been written by the template:
+writes the text of control tokens, such as <|im_end|>, and the messages between them. If its output were simply
+encoded, a message that contains <|im_end|> would end its own turn. So:
 
-1. Each control token (an added token of the tokenizer, but for runs of white space, which GPT-NeoX's vocabulary adds
-   as ordinary text) has a character that is not a letter or digit, mostly its first one. While the template runs,
-   these characters are replaced in roles and contents by stand-ins: private characters that no text here has. So no
-   cut, join or change of case that a template makes can put a control token together from what messages say.
-2. Templates look into messages too. Contents are therefore strings that replace the characters in what they are
-   compared with as well: `'</think>' in content`, `content.split('<')`, `content == '<b>'` answer as if nothing had
-   been replaced, and lengths and white space are the same anyway.
-3. What the template has written is cut at the control tokens, and the stand-ins are turned back. To encode it, the
-   control tokens are given private names in a tokenizer of the same model that knows no other name for them. Only
-   then is all of it encoded, at once, so that words next to a control token come out as they always do.
+1. A control token is an added token of the tokenizer, except runs of white space, which GPT-NeoX's vocabulary adds as
+   ordinary text. Each has a distinguishing character, its first one that is not a letter or digit if it has one.
+2. Roles and contents are passed to the template as `UntrustedText`, in which these characters are escaped.
+3. The output is split at the control tokens, which only the template can have written, and then unescaped.
+4. For encoding, the control tokens get private names in a tokenizer of the same model that knows no other name for
+   them. The whole prompt is encoded at once, so that words next to a control token are tokenised as usual.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpt_eqx.config.json_file import read_json_object
 from mpt_eqx.errors import CheckpointError, MPTError
+from mpt_eqx.text.untrusted_text import UntrustedText, private_characters, unescape
 
 if TYPE_CHECKING:
     import tokenizers
 
-# A piece of a prompt: its text, and the id of the control token it is, if it is one.
+# A piece of a prompt: its text, and its id if it is a control token.
 Piece = tuple[str, int | None]
 
 # llm-foundry's default for chat models.
@@ -39,7 +34,7 @@ CHATML = """
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}
 """
 
-# What MosaicML's instruct models were trained on, which is one instruction and one response; more of them repeat.
+# The format of MosaicML's instruct models, which were trained on one instruction and one response; turns repeat it.
 INSTRUCT = """
 {%- set intro = 'Below is an instruction that describes a task. '
     ~ 'Write a response that appropriately completes the request.' -%}
@@ -62,8 +57,6 @@ INSTRUCT = """
 
 BUILT_IN = {"chatml": CHATML, "mpt-instruct": INSTRUCT}
 
-PRIVATE = range(0xF0000, 0x10FFFE)  # the private planes; their few non-characters do no harm
-
 
 def chat_pieces(
     backend: "tokenizers.Tokenizer",
@@ -76,19 +69,19 @@ def chat_pieces(
     """Returns the prompt that a template makes of messages, in pieces: ordinary text and control tokens.
 
     The texts of the pieces, joined, are the prompt. The template reads `messages`, `add_generation_prompt`, and
-    `bos_token`, `eos_token` and their like from tokenizer_config.json; `tools` and `documents` are none.
+    `bos_token`, `eos_token` and the other special tokens of tokenizer_config.json; `tools` and `documents` are none.
 
     Args:
         backend: the tokenizer, for its added tokens.
         messages: dicts of role and content, at least one.
-        directory: where the checkpoint is, for its template and the names of its special tokens.
+        directory: the checkpoint, for its template and the names of its special tokens.
         chat_template: "chatml", "mpt-instruct", or a template; None for the checkpoint's own.
-        add_generation_prompt: whether the prompt ends where the assistant begins to speak.
+        add_generation_prompt: whether the prompt ends where the assistant's answer begins.
 
     Raises:
-        MPTError: messages of another form, no template, or one that fails, does not take the messages or is too
-            expensive; or jinja2 is not installed.
-        CheckpointError, ConfigError: a file of the checkpoint is not what it should be.
+        MPTError: invalid messages, no template, or one that fails, refuses the messages or exceeds a limit; or jinja2
+            is not installed.
+        CheckpointError, ConfigError: a file of the checkpoint is invalid.
     """
     try:
         from mpt_eqx.text import template_sandbox
@@ -101,34 +94,34 @@ def chat_pieces(
     special = special_tokens(directory)
     for text in (template, *special.values()):
         _check_unicode(text, origin)
-    controls = control_tokens(backend)
-    said = [text for message in messages for text in message.values()]
-    stand_ins = _private({_mark(text) for text in controls}, [template, *special.values(), *said])
+    contents = [text for message in messages for text in message.values()]
+    distinguishing = {_distinguishing_character(text) for text in control_tokens(backend)}
+    escapes = private_characters(distinguishing, [template, *special.values(), *contents])
     variables = {
         **special,
         "tools": None,
         "documents": None,
-        "messages": [{key: Said(text, stand_ins) for key, text in message.items()} for message in messages],
+        "messages": [{key: UntrustedText(text, escapes) for key, text in message.items()} for message in messages],
         "add_generation_prompt": add_generation_prompt,
     }
     try:
-        written = template_sandbox.render(template, variables, origin=origin)
+        rendered = template_sandbox.render(template, variables, origin=origin)
     except MPTError as error:
-        raise MPTError(_replaced(str(error), stand_ins, back=True)) from None
-    _check_unicode(written, f"{origin}: what the template writes")
-    return [(_replaced(text, stand_ins, back=True), id_) for text, id_ in _cut(written, backend)]
+        raise MPTError(unescape(str(error), escapes)) from None
+    _check_unicode(rendered, f"{origin}: what the template writes")
+    return [(unescape(text, escapes), id_) for text, id_ in _split(rendered, backend)]
 
 
 def encode_pieces(backend: "tokenizers.Tokenizer", pieces: Sequence[Piece]) -> list[int]:
-    """Returns the token ids of a prompt in pieces; tokens that tokenizer.json adds to every text are not added.
+    """Returns the token ids of a prompt in pieces, without the tokens that tokenizer.json adds to every text.
 
     Raises:
-        MPTError: the tokenizer's model makes a control token of ordinary text, or its ids have gaps.
+        MPTError: the tokenizer's model encodes ordinary text as a control token, or its ids have gaps.
     """
     import tokenizers
 
     controls = control_tokens(backend)
-    names = _private({id_ for _, id_ in pieces if id_ is not None}, [text for text, _ in pieces])
+    names = private_characters({id_ for _, id_ in pieces if id_ is not None}, [text for text, _ in pieces])
     tokens = _added(backend)
     spaces = {id_: token for id_, token in tokens.items() if token.content not in controls}
     clone = tokenizers.Tokenizer(backend.model)
@@ -142,7 +135,7 @@ def encode_pieces(backend: "tokenizers.Tokenizer", pieces: Sequence[Piece]) -> l
     text = "".join(text if id_ is None else names[id_] for text, id_ in pieces)
     encoded = [ids.get(id_, id_) for id_ in clone.encode(text, add_special_tokens=False).ids]
     unknown = backend.token_to_id(getattr(backend.model, "unk_token", None) or "")
-    # A word that was added, and that the model knows too, is an ordinary word.
+    # An added word that the model also knows is an ordinary word.
     words = {id_ for id_, token in tokens.items() if token.content.isalnum() and not token.special}
     guarded = set(controls.values()) - words - {unknown}
     if [i for i in encoded if i in guarded] != [i for _, i in pieces if i in guarded]:
@@ -154,7 +147,7 @@ def encode_pieces(backend: "tokenizers.Tokenizer", pieces: Sequence[Piece]) -> l
 
 
 def check_messages(messages: Any) -> None:
-    """Raises MPTError unless `messages` are dicts of role and content, both text, and at least one."""
+    """Raises MPTError unless `messages` is a non-empty list of dicts of role and content, both text."""
     if not isinstance(messages, (list, tuple)) or not messages:
         found = "none" if isinstance(messages, (list, tuple)) else type(messages).__name__
         raise MPTError(f"messages: expected a list of at least one message, found {found}")
@@ -171,11 +164,11 @@ def check_messages(messages: Any) -> None:
 
 
 def find_template(chat_template: str | None, directory: Path | None) -> tuple[str, str]:
-    """Returns the text of the template to use, and what messages call it: the argument or its file.
+    """Returns the text of the template and its origin for error messages: the argument's name or the file.
 
     Raises:
-        MPTError: `chat_template` is neither a built-in's name nor a template, or is None and there is no other.
-        CheckpointError, ConfigError: a file of the checkpoint is not what it should be.
+        MPTError: `chat_template` is neither a built-in's name nor a template, or it is None and there is no default.
+        CheckpointError, ConfigError: a file of the checkpoint is invalid.
     """
     names = " or ".join(map(repr, BUILT_IN))
     if chat_template is not None:
@@ -202,7 +195,7 @@ def find_template(chat_template: str | None, directory: Path | None) -> tuple[st
 
 
 def special_tokens(directory: Path | None) -> dict[str, str]:
-    """Returns the special tokens that tokenizer_config.json names: eos_token and their like, as templates read them."""
+    """Returns the special tokens of tokenizer_config.json by name (eos_token, …), as templates read them."""
     path = directory / "tokenizer_config.json" if directory is not None else None
     tokens = {}
     for key, value in (read_json_object(path) if path is not None and path.is_file() else {}).items():
@@ -217,90 +210,12 @@ def control_tokens(backend: "tokenizers.Tokenizer") -> dict[str, int]:
     return {token.content: id_ for id_, token in _added(backend).items() if token.content.strip()}
 
 
-class Said(str):
-    """What a message says, with stand-ins for the characters that mark control tokens.
-
-    It is the text with stand-ins, so whatever a template makes of it keeps them. Its methods take and compare
-    ordinary text.
-    """
-
-    stand_ins: Mapping[str, str]
-
-    def __new__(cls, text: str, stand_ins: Mapping[str, str]) -> "Said":
-        """Returns `text` with its characters replaced."""
-        self = super().__new__(cls, _replaced(text, stand_ins))
-        self.stand_ins = stand_ins
-        return self
-
-    def __hash__(self) -> int:
-        return hash(_replaced(str(self), self.stand_ins, back=True))
-
-    def __repr__(self) -> str:
-        return _replaced(repr(_replaced(str(self), self.stand_ins, back=True)), self.stand_ins)
-
-    def __iter__(self) -> Iterator[str]:
-        return map(self._again, super().__iter__())
-
-    def replace(self, old: Any, new: Any, count: Any = -1, /) -> Any:
-        """Returns the text with `old` replaced; `new` is the template's, and stays as it is."""
-        return self._again(super().replace(_replaced(str(old), self.stand_ins), new, count))
-
-    def _again(self, value: Any) -> Any:
-        """Returns what a method made of this text: what is text, as what a message says."""
-        if isinstance(value, (list, tuple)):
-            return type(value)(map(self._again, value))
-        if not isinstance(value, str):
-            return value
-        text = str.__new__(Said, value)
-        text.stand_ins = self.stand_ins
-        return text
-
-
-def _comparing(name: str) -> Any:
-    """Returns a method of str for `Said` that puts the stand-ins into its arguments."""
-
-    def method(self: Said, *args: Any, **kwargs: Any) -> Any:
-        args = tuple(_replaced_within(arg, self.stand_ins) for arg in args)
-        kwargs = {key: _replaced_within(arg, self.stand_ins) for key, arg in kwargs.items()}
-        return self._again(getattr(str, name)(self, *args, **kwargs))
-
-    method.__name__ = name
-    return method
-
-
-def _of_letters(name: str) -> Any:
-    """Returns a method of str for `Said` that works on the text itself, where a stand-in could be a letter's."""
-
-    def method(self: Said, *args: Any) -> Any:
-        text, *others = (
-            _replaced(arg, self.stand_ins, back=True) if isinstance(arg, str) else arg for arg in (self, *args)
-        )
-        result = getattr(str, name)(text, *others)
-        return Said(result, self.stand_ins) if isinstance(result, str) else result
-
-    method.__name__ = name
-    return method
-
-
-for _name in (
-    *("__eq__", "__ne__", "__contains__", "__getitem__", "count", "endswith", "find", "index", "lstrip", "partition"),
-    *("removeprefix", "removesuffix", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "split", "splitlines"),
-    *("startswith", "strip"),
-):
-    setattr(Said, _name, _comparing(_name))
-for _name in (
-    *("__lt__", "__le__", "__gt__", "__ge__", "capitalize", "isalnum", "isalpha", "isdecimal", "isdigit", "islower"),
-    *("isnumeric", "isspace", "istitle", "isupper", "lower", "title", "upper"),
-):
-    setattr(Said, _name, _of_letters(_name))
-
-
-def _cut(written: str, backend: "tokenizers.Tokenizer") -> Iterator[Piece]:
-    """Yields the pieces of a text: its control tokens, found as the tokenizer finds them, and what is between them."""
+def _split(rendered: str, backend: "tokenizers.Tokenizer") -> Iterator[Piece]:
+    """Yields the control tokens of a text, as the tokenizer finds them, and the text between them."""
     import tokenizers
 
     controls = control_tokens(backend)
-    # A model of no words, so that only the added tokens are found; what is between them is one unknown word.
+    # A model without words finds the added tokens only; the text between two of them is one unknown word.
     finder = tokenizers.Tokenizer(tokenizers.models.WordLevel({"": 0}, unk_token=""))
     finder.add_tokens(
         [
@@ -312,43 +227,22 @@ def _cut(written: str, backend: "tokenizers.Tokenizer") -> Iterator[Piece]:
         ]
     )
     ids = {finder.token_to_id(text): id_ for text, id_ in controls.items()}
-    encoding = finder.encode(written, add_special_tokens=False)
+    encoding = finder.encode(rendered, add_special_tokens=False)
     for id_, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-        yield written[start:end], ids.get(id_)
+        yield rendered[start:end], ids.get(id_)
 
 
 def _added(backend: "tokenizers.Tokenizer") -> dict[int, Any]:
     return dict(sorted(backend.get_added_tokens_decoder().items()))
 
 
-def _mark(token: str) -> str:
-    """Returns the character of a control token that only a template can write."""
+def _distinguishing_character(token: str) -> str:
+    """Returns the character of a control token that is escaped in messages."""
     return next((c for c in token if not c.isalnum() and not c.isspace() and c not in "\"'\\"), token.strip()[0])
 
 
-def _private(things: Iterable[Any], texts: Iterable[str]) -> dict[Any, str]:
-    """Returns a private character for each of the things, which none of the texts has."""
-    things, used = sorted(things), set().union(*texts)
-    unused = list(islice((chr(code) for code in PRIVATE if chr(code) not in used), len(things)))
-    if len(unused) < len(things):
-        raise MPTError("messages: expected a few private characters that they do not use, found nearly all used")
-    return dict(zip(things, unused, strict=True))
-
-
-def _replaced(text: str, stand_ins: Mapping[str, str], *, back: bool = False) -> str:
-    for character, stand_in in stand_ins.items():
-        text = str.replace(text, *((stand_in, character) if back else (character, stand_in)))
-    return text
-
-
-def _replaced_within(value: Any, stand_ins: Mapping[str, str]) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_replaced_within(item, stand_ins) for item in value)
-    return _replaced(value, stand_ins) if isinstance(value, str) else value
-
-
 def _default(template: Any, origin: str) -> str:
-    """Returns the template of tokenizer_config.json: a text, or the one named default of several."""
+    """Returns the template of tokenizer_config.json: a text, or the one named "default" in a list."""
     if isinstance(template, str):
         return template
     found = type(template).__name__

@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint: text to token ids and back, also piece by piece."""
+"""The tokenizer of a checkpoint: encoding, decoding and streaming decoding."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING
 from mpt_eqx.checkpoint.hub import find_checkpoint
 from mpt_eqx.config.json_file import read_json_object
 from mpt_eqx.errors import CheckpointError, MPTError
-from mpt_eqx.text import chat_template as templates
+from mpt_eqx.text.chat_template import Piece, chat_pieces, encode_pieces
 
 if TYPE_CHECKING:
     import tokenizers
 
 
 class Tokenizer:
-    """A tokenizer.json and the tokens that end a text.
+    """A tokenizer.json and its end-of-text tokens.
 
     Attributes:
-        eos_token_ids: ids that end a text.
-        vocab_size: the highest id that the tokenizer knows, plus one; an MPT's embedding may have more rows.
+        eos_token_ids: end-of-text ids.
+        vocab_size: the highest id of the tokenizer plus one; an MPT's embedding may have more rows.
     """
 
     def __init__(
@@ -29,32 +29,32 @@ class Tokenizer:
 
         Args:
             backend: the tokenizer.
-            eos_token_ids: ids that end a text.
-            directory: where the checkpoint is; its chat template is read from there when it is wanted.
+            eos_token_ids: end-of-text ids.
+            directory: the checkpoint, whose chat template is read when it is needed.
         """
         self._backend = backend
         self._directory = None if directory is None else Path(directory)
         self.eos_token_ids = tuple(eos_token_ids)
-        # Not the number of tokens: there may be gaps between the ids.
+        # Not the number of tokens, because ids may have gaps.
         self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
 
     def encode(self, text: str) -> list[int]:
-        """Returns the token ids of `text`; no beginning or end is added unless tokenizer.json says so."""
+        """Returns the token ids of `text`; start and end tokens are added only if tokenizer.json says so."""
         return self._backend.encode(text).ids
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Returns the text of token ids, special tokens left out."""
+        """Returns the text of token ids without special tokens."""
         return self._backend.decode([int(token) for token in tokens])
 
     def ids_of(self, tokens: Iterable[str]) -> list[int]:
-        """Returns the ids of those of the tokens that the vocabulary has."""
+        """Returns the ids of those tokens that are in the vocabulary."""
         ids = (self._backend.token_to_id(token) for token in tokens)
         return [id_ for id_ in ids if id_ is not None]
 
     def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Yields the text of token ids as it becomes certain: a character is never cut in half.
+        """Yields the text of token ids in pieces of whole characters.
 
-        Where the tokens end within a character, the last piece has what `decode` makes of it.
+        If the tokens end within a character, the last piece is what `decode` makes of it.
         """
         from tokenizers.decoders import DecodeStream
 
@@ -76,23 +76,23 @@ class Tokenizer:
     ) -> list[int]:
         """Returns the token ids of the prompt that a chat template makes of messages.
 
-        What a message says is always ordinary text: `<|im_end|>` in it ends nothing. Only the template writes control
-        tokens, and the tokens that tokenizer.json would add to every text it writes itself, if it wants them.
+        Special tokens in messages are plain text: `<|im_end|>` in a message does not end its turn. Only the template
+        writes control tokens. Tokens that tokenizer.json adds to every text are not added.
 
         Args:
             messages: dicts of role ("system", "user", "assistant") and content, at least one.
             chat_template: "chatml" (llm-foundry's default for chat models), "mpt-instruct" (MosaicML's instruct
                 models), or a Jinja template; None for the checkpoint's own, in chat_template.jinja or
                 tokenizer_config.json.
-            add_generation_prompt: whether the prompt ends where the assistant begins to speak.
+            add_generation_prompt: whether the prompt ends where the assistant's answer begins.
 
         Raises:
-            MPTError: messages of another form, no template, or one that fails, does not take the messages or is too
-                expensive; or the extra `text` is not installed.
-            CheckpointError, ConfigError: a file of the checkpoint is not what it should be.
+            MPTError: invalid messages, no template, or one that fails, refuses the messages or exceeds a limit on time
+                or size; or the extra `text` is not installed.
+            CheckpointError, ConfigError: a file of the checkpoint is invalid.
         """
         pieces = self.chat_pieces(messages, chat_template=chat_template, add_generation_prompt=add_generation_prompt)
-        return templates.encode_pieces(self._backend, pieces)
+        return encode_pieces(self._backend, pieces)
 
     def chat_pieces(
         self,
@@ -100,9 +100,9 @@ class Tokenizer:
         *,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
-    ) -> list[templates.Piece]:
-        """Returns the prompt of `apply_chat_template` as text: (text, id of the control token it is, or None) each."""
-        return templates.chat_pieces(
+    ) -> list[Piece]:
+        """Returns the prompt of `apply_chat_template` as pieces: (text, id if it is a control token or None)."""
+        return chat_pieces(
             self._backend, messages,
             directory=self._directory, chat_template=chat_template, add_generation_prompt=add_generation_prompt,
         )  # fmt: skip
@@ -123,8 +123,7 @@ def load_tokenizer(
     tokenizer_config.json.
 
     Raises:
-        CheckpointError: no checkpoint is there, or it has no tokenizer.json that can be read, or one whose added
-            tokens cannot have the ids it says.
+        CheckpointError: there is no checkpoint, no valid tokenizer.json, or one with gaps before its added ids.
         MPTError: the extra `text` is not installed.
     """
     try:
@@ -153,16 +152,16 @@ def load_tokenizer(
     except Exception as error:  # the library raises plain Exception
         raise CheckpointError(f"{path}: expected a tokenizer, found something else ({error})") from None
     _check_added_ids(path, backend)
-    # What a trainer set for its batches; text would be cut without a word.
+    # Settings for training batches, which would silently truncate text.
     backend.no_truncation()
     backend.no_padding()
     return Tokenizer(backend, _eos_token_ids(directory, backend), directory=directory)
 
 
 def until_stop(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
-    """Yields text up to the first of the stop strings, which may begin in one piece and end in another.
+    """Yields text up to the first stop string, which may span pieces.
 
-    Text that could be the beginning of a stop string is held back until that is certain.
+    Text that could be the beginning of a stop string is held back until it is decided.
     """
     held = ""
     for piece in pieces:
@@ -181,7 +180,7 @@ def until_stop(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
 
 
 def _check_added_ids(path: Path, backend: "tokenizers.Tokenizer") -> None:
-    """Raises where the library numbers an added token anew: it does so without a word where ids leave a gap."""
+    """Raises if the library renumbers an added token, as it silently does where ids have a gap."""
     for token in json.loads(path.read_text(encoding="utf-8")).get("added_tokens") or []:
         if (found := backend.token_to_id(token["content"])) != token["id"]:
             raise CheckpointError(
