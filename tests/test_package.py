@@ -213,20 +213,3 @@ def test_the_shipped_model_has_learned_to_write_documentation(shipped):
     tokens = [0, *load_tokenizer(SHIPPED_MODEL).encode(text)]
     nats = float(next_token_loss(shipped, jnp.asarray([tokens]))) * (len(tokens) - 1)
     assert nats / len(text.encode()) < 0.9
-
-
-def test_the_pretraining_example_runs(tmp_path):
-    """A two-hundredth of an epoch, written as a checkpoint that loads and generates."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "examples" / "pretrain.py", tmp_path / "m", "--epochs", "0.005", "--length", "64"],
-        capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    from mpt_eqx import from_pretrained, generate
-
-    model = from_pretrained(tmp_path / "m")
-    assert generate(model, [1, 2], max_new_tokens=2).tokens.shape == (1, 2)
-    card = (tmp_path / "m" / "README.md").read_text()
-    assert "nats per byte" in card and "{" not in card
-    assert (tmp_path / "m" / "loss_curve.png").stat().st_size > 5000
-    assert np.isfinite(json.loads((tmp_path / "m" / "training.json").read_text())["test_nats_per_byte"]["nats"])
