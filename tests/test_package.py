@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent

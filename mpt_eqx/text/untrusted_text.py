@@ -40,12 +40,14 @@ def escape(value: Any, escapes: Mapping[str, str]) -> Any:
     """Returns a text, or a tuple of texts, with its characters replaced by their escapes; other values as they are."""
     if isinstance(value, tuple):
         return tuple(escape(item, escapes) for item in value)
-    return str.translate(value, str.maketrans(dict(escapes))) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    return str.translate(value, {ord(character): escaped for character, escaped in escapes.items()})
 
 
 def unescape(text: str, escapes: Mapping[str, str]) -> str:
     """Returns the original of an escaped text."""
-    return str.translate(text, str.maketrans({escaped: character for character, escaped in escapes.items()}))
+    return str.translate(text, {ord(escaped): character for character, escaped in escapes.items()})
 
 
 class UntrustedText(str):
