@@ -17,19 +17,19 @@ CHATML = ("--template", "chatml")
 
 
 @pytest.fixture(scope="module")
-def talker(tmp_path_factory):
-    """The shipped model with ChatML's control tokens in its tokenizer."""
+def talker(one_layer, tmp_path_factory):
+    """One layer of the shipped model, with ChatML's control tokens in its tokenizer."""
     import equinox as eqx
     import jax
     import jax.numpy as jnp
     import tokenizers
 
-    from mpt_eqx import MPT, SHIPPED_MODEL, from_pretrained, save_pretrained
+    from mpt_eqx import MPT, from_pretrained, save_pretrained
 
     directory = tmp_path_factory.mktemp("talker")
-    tokenizer = tokenizers.Tokenizer.from_file(str(SHIPPED_MODEL / "tokenizer.json"))
+    tokenizer = tokenizers.Tokenizer.from_file(str(one_layer / "tokenizer.json"))
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    model = from_pretrained(SHIPPED_MODEL)
+    model = from_pretrained(one_layer)
     wider = MPT(dataclasses.replace(model.config, vocab_size=4098), key=jax.random.key(0))
     rows = jnp.concatenate([model.wte.weight, model.wte.weight[:2]])  # those of other tokens stand in for the new ones
     wider = eqx.tree_at(lambda m: (m.wte.weight, m.blocks, m.norm_f), wider, (rows, model.blocks, model.norm_f))
@@ -188,11 +188,12 @@ def test_ctrl_c_as_json(monkeypatch, capsys):
     assert record["tokens"] == [500, 501] and record["finish_reason"] == "interrupted"
 
 
-def test_what_is_compiled_can_be_kept(tmp_path):
+def test_what_is_compiled_can_be_kept(one_layer, tmp_path):
     cache = tmp_path / "cache"
-    first = run_process("generate", "The", "--max-new-tokens", 4, "--temperature", 0, "--compile-cache", cache)
+    command = ("generate", "The", "--model", one_layer, "--max-new-tokens", 8, "--compile-cache", cache)
+    first = run_process(*command)
     kept = {path.name for path in cache.iterdir()}
-    second = run_process("generate", "The", "--max-new-tokens", 4, "--temperature", 0, "--compile-cache", cache)
+    second = run_process(*command)
     assert first.returncode == second.returncode == 0 and first.stdout == second.stdout
     assert kept and {path.name for path in cache.iterdir() if path.name.endswith("-cache")} <= kept
 

@@ -25,13 +25,13 @@ def test_the_speed_of_a_short_text_counts_the_compilation():
     )
 
 
-def test_generate_is_the_librarys_generate():
+def test_generate_is_the_librarys_generate(one_layer):
     import jax
 
-    from mpt_eqx import SHIPPED_MODEL, from_pretrained, generate
+    from mpt_eqx import from_pretrained, generate
     from mpt_eqx.text import load_tokenizer
 
-    model, tokenizer = from_pretrained(SHIPPED_MODEL, dtype="float32"), load_tokenizer(SHIPPED_MODEL)
+    model, tokenizer = from_pretrained(one_layer, dtype="float32"), load_tokenizer(one_layer)
     prompt = "Return a list of"
     result = generate(
         model, tokenizer.encode(prompt), max_new_tokens=20, temperature=0.9, top_k=50, top_p=0.8,
@@ -39,7 +39,7 @@ def test_generate_is_the_librarys_generate():
     )  # fmt: skip
     done = run(
         "generate", "--max-new-tokens", 20, "--temperature", 0.9, "--top-k", 50, "--top-p", 0.8, "--seed", 7,
-        "--dtype", "float32", "--json", stdin=prompt,
+        "--dtype", "float32", "--json", "--model", one_layer, stdin=prompt,
     )  # fmt: skip
     record = json.loads(done.stdout)
     tokens = result.tokens[0, : result.lengths[0]].tolist()

@@ -1,17 +1,14 @@
 """The examples run as their first lines say, on the model that ships with the package."""
 
-import dataclasses
 import io
 import json
 import re
 import runpy
-import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
-import equinox as eqx
 import jax
 import numpy as np
 import pytest
@@ -31,20 +28,6 @@ def run(monkeypatch, capsys):
         return capsys.readouterr().out
 
     return run
-
-
-@pytest.fixture(scope="module")
-def one_layer(shipped, tmp_path_factory):
-    """A checkpoint with the first block of the shipped model, which compiles in a fraction of the time."""
-    from mpt_eqx import MPT, SHIPPED_MODEL, save_pretrained
-
-    directory = tmp_path_factory.mktemp("one-layer")
-    model = MPT(dataclasses.replace(shipped.config, n_layers=1), key=jax.random.key(0))
-    weights = (shipped.wte, shipped.blocks[:1], shipped.norm_f)
-    save_pretrained(eqx.tree_at(lambda m: (m.wte, m.blocks, m.norm_f), model, weights), directory)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(SHIPPED_MODEL / name, directory)
-    return directory
 
 
 def test_batched_generation(run):
