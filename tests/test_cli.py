@@ -49,6 +49,26 @@ def test_generate_is_the_librarys_generate(one_layer):
     }  # fmt: skip
 
 
+def test_every_sampling_option_reaches_stream(monkeypatch):
+    """With its own type; the checkpoint's generation_config.json gives what is not on the command line."""
+    from mpt_eqx import generation
+    from mpt_eqx.cli.options import SAMPLING
+
+    seen = {}
+    monkeypatch.setattr(generation, "stream", lambda model, tokens, **options: seen.update(options) or iter(()))
+    values = {flag: 0.75 if kind is float else 3 for flag, kind, *_ in SAMPLING}
+    assert run("generate", "x", *(part for pair in values.items() for part in pair)).returncode == 0
+    for flag, value in values.items():
+        found = seen[flag.removeprefix("--").replace("-", "_")]
+        assert found == value and type(found) is type(value), flag
+    seen.clear()
+    assert run("generate", "x").returncode == 0
+    assert (seen["temperature"], seen["top_p"], seen["max_new_tokens"], seen["eos_token_ids"]) == (0.7, 0.95, 128, (0,))
+    seen.clear()
+    assert run("generate", "x", "--no-defaults").returncode == 0
+    assert seen["temperature"] == 0 and "top_p" not in seen
+
+
 def test_stop():
     whole = json.loads(run("generate", "def", "--temperature", 0, "--json", "--max-new-tokens", 30).stdout)["text"]
     stop = whole[8:11]

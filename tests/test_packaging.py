@@ -70,6 +70,14 @@ def test_the_package_is_typed():
     assert (ROOT / "mpt_eqx" / "py.typed").is_file()
 
 
+def test_importing_needs_no_module_of_posix():
+    """As on Windows, where there is neither fcntl nor resource."""
+    python(
+        "import sys; sys.modules.update(dict.fromkeys(('fcntl', 'resource', 'pwd', 'termios')))\n"
+        "import mpt_eqx, mpt_eqx.sharding, mpt_eqx.text, mpt_eqx.train, mpt_eqx.cli"
+    )
+
+
 def imports(path):
     """Yields (top-level package, whether it is imported with the module) for what a module imports."""
     tree = ast.parse(path.read_text())
