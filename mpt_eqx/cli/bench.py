@@ -65,7 +65,7 @@ def add_to(commands: Any, shared: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kernel", choices=KERNEL, default="on", help="the optional CPU kernel, where it is compiled (default: on)"
     )
-    parser.add_argument("--json", action="store_true", help="write one JSON object instead of the table")
+    parser.add_argument("--json", action="store_true", help="write one JSON object (default: a table)")
     parser.set_defaults(run=run)
 
 
