@@ -19,6 +19,8 @@ SAMPLING = (
     ("--top-p", float, "P", "sample from the smallest set of tokens with total probability P (nucleus)", "off"),
     ("--min-p", float, "P", "drop tokens less probable than P times the most probable one", "off"),
     ("--typical-p", float, "P", "sample from the most typical tokens with total probability P", "off"),
+    ("--epsilon-cutoff", float, "E", "drop tokens less probable than E", "off"),
+    ("--eta-cutoff", float, "E", "drop tokens below a cutoff of E that adapts to the entropy (eta sampling)", "off"),
     ("--repetition-penalty", float, "R", "values above 1 make tokens that occurred before less probable", "off"),
     ("--no-repeat-ngram-size", int, "N", "never repeat a sequence of N tokens", "off"),
     ("--min-new-tokens", int, "N", "minimum number of new tokens", "0"),
