@@ -1,4 +1,4 @@
-"""What a decode step costs at position 200, in caches of several capacities.
+"""Time and memory of a decode step at position 200, by capacity of the KV cache.
 
     python benchmarks/capacity.py
 
@@ -58,11 +58,11 @@ def main() -> None:
                 print(figures[-1])
     (RESULTS / "capacity.json").write_text(json.dumps({"jax": jax.__version__, "steps": figures}, indent=2) + "\n")
     lines = [
-        "# A decode step at position 200, by the capacity of the cache",
+        "# Decode step at position 200, by capacity of the KV cache",
         "",
         f"`python benchmarks/capacity.py`: width 256, 4 layers, jax {jax.__version__}, {os.cpu_count()} cores",
         "",
-        "| type | rows | capacity | ms per step | temporary MB | cache MB |",
+        "| dtype | batch | capacity | ms per step | temporary MB | cache MB |",
         "|---|---|---|---|---|---|",
     ]
     for f in figures:

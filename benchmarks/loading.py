@@ -1,4 +1,4 @@
-"""A checkpoint of MPT-7B's shape: written as two torch shards, converted, loaded and asked for three tokens.
+"""A checkpoint of MPT-7B's shape: written as two torch shards, converted, loaded and decoded.
 
     python benchmarks/loading.py /path/with/30/GB
 
@@ -21,19 +21,19 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-sys.path.insert(0, str(ROOT / "tests"))  # for the writer of torch files, which the tests have, too
+sys.path.insert(0, str(ROOT / "tests"))  # for the writer of torch files
 PART = 2**24
 TOKENS = 3
 
 
 def memory() -> dict[str, float]:
-    """Returns this process's memory in GB: the most it had, and what of it is its own and not a file's."""
+    """Returns this process's memory in GB: the peak, mapped files included, and the anonymous part now."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {key: int(fields[key].split()[0]) * 1024 / 1e9 for key in ("VmHWM", "RssAnon")}
 
 
-def most_of_its_own(function: Callable[[], None]) -> float:
-    """Runs the function; returns the most memory of its own that this process had meanwhile, in GB, beyond before."""
+def peak_anonymous(function: Callable[[], None]) -> float:
+    """Runs the function; returns the peak of anonymous memory meanwhile, in GB, beyond what was there before."""
     before, most, stop = memory()["RssAnon"], [0.0], threading.Event()
 
     def watch() -> None:
@@ -87,7 +87,7 @@ def convert(directory: Path, source: Path, name: str) -> None:
 
 
 def load(directory: Path, source: Path, name: str) -> None:
-    """Loads what was converted, in place."""
+    """Loads the converted checkpoint in place (memory-mapped)."""
     from mpt_eqx import from_pretrained
 
     from_pretrained(directory / "converted")
@@ -101,15 +101,15 @@ def load_torch(directory: Path, source: Path, name: str) -> None:
 
 
 def decode(directory: Path, source: Path, name: str) -> None:
-    """Loads what was converted and writes three tokens after a prompt of eight, each on its own."""
+    """Loads the converted checkpoint and decodes three tokens after a prompt of eight, one by one."""
     from mpt_eqx import from_pretrained, stream
 
-    model, written = from_pretrained(directory / "converted"), []
+    model, decoded = from_pretrained(directory / "converted"), []
     started = time.monotonic()
     for token in stream(model, list(range(8)), max_new_tokens=TOKENS, chunk_size=1):
-        written.append((token, round(time.monotonic() - started, 2)))
+        decoded.append((token, round(time.monotonic() - started, 2)))
         started = time.monotonic()
-    print(json.dumps({"tokens": [token for token, _ in written], "seconds_per_token": [s for _, s in written]}))
+    print(json.dumps({"tokens": [token for token, _ in decoded], "seconds_per_token": [s for _, s in decoded]}))
 
 
 STEPS = {"write": write, "convert": convert, "load": load, "load_torch": load_torch, "decode": decode}
@@ -118,14 +118,14 @@ STEPS = {"write": write, "convert": convert, "load": load, "load_torch": load_to
 def main() -> None:
     """Runs one step here (for the parent), or all of them in processes of their own."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("directory", type=Path, help="where to write 27 GB; what is there under mpt-7b is removed")
+    parser.add_argument("directory", type=Path, help="where to write 27 GB; its subdirectory mpt-7b is removed")
     parser.add_argument("--preset", default="mpt-7b", help="the shape (default: mpt-7b)")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     directory = args.directory / args.preset
     if args.step:
         started = time.monotonic()
-        own = most_of_its_own(lambda: STEPS[args.step](directory, directory / "torch", args.preset))
+        own = peak_anonymous(lambda: STEPS[args.step](directory, directory / "torch", args.preset))
         record = {
             "seconds": round(time.monotonic() - started, 1),
             "peak_GB": round(memory()["VmHWM"], 2),
@@ -157,15 +157,15 @@ def main() -> None:
     table = [
         f"# Loading {args.preset}'s shape in bfloat16",
         "",
-        "`python benchmarks/loading.py DIRECTORY`, each step in a process of its own. The first peak counts mapped",
-        "files; the second is the most memory that was the process's own at any time, beyond what it had before.",
+        "`python benchmarks/loading.py DIRECTORY`, each step in a process of its own. The first peak includes mapped",
+        "files; the second is the peak of anonymous memory, beyond what the process had before.",
         f"Load average before the first step: {record['load_average']}.",
         "",
-        "| step | | seconds | peak GB | peak of its own, GB |",
+        "| step | | seconds | peak, GB | peak anonymous, GB |",
         "|---|---|---|---|---|",
         *rows,
         "",
-        f"Seconds per token: {record['steps']['decode']['seconds_per_token']}, the first with compilation.",
+        f"Seconds per token: {record['steps']['decode']['seconds_per_token']}, the first includes compilation.",
     ]
     (RESULTS / "loading.md").write_text("\n".join(table) + "\n")
 

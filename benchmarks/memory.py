@@ -1,4 +1,4 @@
-"""Memory and seconds of loading and writing a model of almost a gigabyte; the tests assert the memory.
+"""Memory and time of loading and saving a model of 0.97 GB; the tests assert the memory.
 
     python benchmarks/memory.py
 
@@ -85,18 +85,18 @@ def main() -> None:
                     seconds = [measure(name, mmap=False, readers=readers)["seconds"] for _ in range(TIMES)]
                     note("readers", format=NAMES[name], threads=readers, seconds=round(min(seconds), 2))
     text = [
-        "# Memory of loading and writing",
+        "# Memory and time of loading and saving",
         "",
-        "`python benchmarks/memory.py`, files in the page cache, two cores. VmHWM counts mapped files.",
+        "`python benchmarks/memory.py`, files in the page cache, two cores. VmHWM includes mapped files.",
         f"Load average {os.getloadavg()[0]:.1f}.",
         "",
-        *_table("format||weights, GB|peak memory of its own / weights|VmHWM, GB|seconds", record["memory"]),
+        *_table("format||weights, GB|peak anonymous memory / weights|VmHWM, GB|seconds", record["memory"]),
         "",
-        "In place, the time does not depend on the size, because nothing but the header is read:",
+        "In place (memory-mapped), only headers are read, so time does not depend on size:",
         "",
         *_table("weights, GB|MB read|seconds", record["size"]),
         "",
-        "Copying in several threads:",
+        "Copying with several threads:",
         "",
         *_table("format|threads|seconds", record["readers"]),
     ]

@@ -1,4 +1,4 @@
-"""What 8 and 4 bits change in what the model that ships predicts, on documents it was not trained on.
+"""Quality of int8 and int4 weights: predictions of the shipped model on documents it was not trained on.
 
     python benchmarks/quality.py
 
@@ -31,7 +31,7 @@ LENGTH, BATCH = 256, 8  # tokens of a window, as in training; windows at once
 def compared(
     model: MPT, tokens: Int[Array, "B T"], reference: Float32[Array, "B T V"]
 ) -> tuple[Float32[Array, "B T"], Float32[Array, "B T-1"], Int[Array, "B T"]]:
-    """Returns, in nats, KL(reference ‖ model) at each position and −log p of each token; and the likeliest tokens."""
+    """Returns, in nats, KL(reference ‖ model) at each position and −log p of each token; and the greedy tokens."""
     log_probs = jax.nn.log_softmax(jax.vmap(model)(tokens).astype(jnp.float32))
     losses = -jnp.take_along_axis(log_probs[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
     return jnp.sum(jnp.exp(reference) * (reference - log_probs), axis=-1), losses, jnp.argmax(log_probs, axis=-1)
@@ -53,7 +53,7 @@ def windows() -> np.ndarray:
 
 
 def main() -> None:
-    """Measures and writes."""
+    """Measures, and writes the results."""
     whole = from_pretrained(SHIPPED_MODEL, dtype="float32")
     models = {"float32": whole, "bfloat16": from_pretrained(SHIPPED_MODEL)}
     for scheme in ("int8", "int4"):
@@ -67,8 +67,8 @@ def main() -> None:
             found[name].append(tuple(map(np.asarray, compared(model, batch, reference))))
     rows = []
     for name, model in models.items():
-        divergence, losses, likeliest = map(np.stack, zip(*found[name], strict=True))
-        same = likeliest == np.stack([one[2] for one in found["float32"]])
+        divergence, losses, greedy = map(np.stack, zip(*found[name], strict=True))
+        same = greedy == np.stack([one[2] for one in found["float32"]])
         rows.append(
             {
                 "weights": name,
@@ -82,13 +82,13 @@ def main() -> None:
     record = {"python": platform.python_version(), "tokens": batches.size, "weights": rows}
     (RESULTS / "quality.json").write_text(json.dumps(record, indent=2) + "\n")
     lines = [
-        "# What 8 and 4 bits change",
+        "# Quality of int8 and int4 weights",
         "",
-        f"`python benchmarks/quality.py`: the model that ships, on {batches.size:,} tokens of the test documents of",
-        f"its card (Python {record['python']}), in windows of {LENGTH}. Computed in float32, but for bfloat16; what is",
-        "not quantised is float32. KL is that of the predictions from those of float32, in nats per token.",
+        f"`python benchmarks/quality.py`: the shipped model on {batches.size:,} tokens of the test documents of",
+        f"its card (Python {record['python']}), in windows of {LENGTH}. Computed in float32 but for bfloat16; what is",
+        "not quantised is float32. KL divergence from the float32 predictions, in nats per token.",
         "",
-        "| weights | MB | KL | perplexity | the same likeliest token, % |",
+        "| weights | MB | KL | perplexity | same greedy token, % |",
         "|---|---|---|---|---|",
         *(f"| {' | '.join(str(value) for value in row.values())} |" for row in rows),
     ]
