@@ -235,7 +235,7 @@ def open_llama_cpp(place: str, dtype: str, threads: int, vocab_size: int) -> Imp
     def facts() -> dict[str, Any]:
         import gguf
 
-        # Of the file itself: what the library keeps besides, such as weights in another order, is not read as well.
+        # Sizes in the file: copies that the library keeps, such as repacked weights, are not counted twice.
         names = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(place).tensors}
         sizes = {
             name.replace("token_embd", "transformer.wte").replace("position_embd", "transformer.wpe"): size

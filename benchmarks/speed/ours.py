@@ -1,4 +1,4 @@
-"""mpt_eqx as it is measured, the reference for all others, and the weights that everybody loads."""
+"""mpt_eqx as it is measured, the reference for all others, and the weights that all implementations load."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -268,8 +268,9 @@ def measure_dtype(job: Job, dtype: str, names: Sequence[str], stack: ExitStack) 
             result["agreement"] = {**found, "greedy_tokens": same_tokens[name]}
             if not found["agrees"]:
                 job.warn(disagreement(result))
+        peak = peak_bytes(workers[name].process.pid)
         if (facts := ask(name, "looking at its memory", "facts")) is not None:
-            result["peak_bytes"] = peak_bytes(workers[name].process.pid)
+            result["peak_bytes"] = peak
             if (sizes := facts.pop("sizes", None)) is not None:
                 result |= {"weight_bytes": sum(sizes.values()), "step_bytes": step_bytes(job.config, sizes)}
             result |= facts

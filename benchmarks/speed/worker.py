@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def prepare(kept: dict[str, Any], source: str | None, directory: str, dtypes: list[str]) -> dict[str, Any]:
-    """Writes the weights that everybody loads."""
+    """Writes the weights that all implementations load."""
     from benchmarks.speed import ours
 
     return ours.prepare(source, Path(directory), dtypes)

@@ -185,7 +185,7 @@ def measure(
     for rows in batch_sizes:
         run = decode_run(model, tokens[:prompt], rows, new_tokens)
         decodes[rows] = rate(lambda run=run: run()[0], rows * new_tokens)  # type: ignore[misc]
-    quantization, facts, peak = quantization_of(model), model_facts(model), peak_bytes()
+    peak, quantization, facts = peak_bytes(), quantization_of(model), model_facts(model)
     used = facts["step_bytes"] * decodes[batch_sizes[0]] / batch_sizes[0]
     return {
         "dtype": model.wte.weight.dtype.name if quantization is None else quantization.scheme,
