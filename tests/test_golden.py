@@ -472,6 +472,15 @@ def stretched_the_other_way(original):
     return rotary
 
 
+def without_blend(original):
+    """Frequencies are left alone or divided by the factor, with none in between."""
+
+    def llama3(frequencies, scaling):
+        return np.where(original(frequencies, scaling) == frequencies, frequencies, frequencies / scaling.factor)
+
+    return llama3
+
+
 def slopes_in_order_of_size(original):
     return lambda n_heads, bias_max: original(8, bias_max)[:n_heads]
 
@@ -530,7 +539,7 @@ MUTATIONS = [
     ("f_final_softcap_scale", "no scale", replaced("mpt", "scale", lambda f: lambda x, factor: x)),
     ("f_rope", "half the angle", replaced("rotary", "rotate", lambda f: lambda x, angles: f(x, angles / 2))),
     ("f_rope", "neighbours paired", replaced("rotary", "rotate", paired_with_neighbours)),
-    ("f_rope_llama3", "no blend", replaced("rotary", "np.clip", lambda f: lambda x, low, high: (x > 0.5) * 1.0)),
+    ("f_rope_llama3", "no blend", replaced("rotary", "_llama3", without_blend)),
     ("f_temp_tuning", "late", replaced("attention", "Temperature.__call__", lambda f: lambda t, q, p: f(t, q, p - 1))),
     ("f_sliding_window", "one key fewer", replaced("attention", "Attention.__call__", window_one_shorter)),
     ("f_learned_pos", "late", replaced("linear", "Embedding.__call__", positions_one_late)),
