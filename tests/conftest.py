@@ -82,7 +82,7 @@ def fresh_caches():
     jax.clear_caches()
 
 
-@pytest.fixture(params=["ops", "XLA"])
+@pytest.fixture(params=["kernel", "XLA"])
 def way(request, monkeypatch):
     """Each test runs with the kernel and without."""
     from mpt_eqx.ops import cpu

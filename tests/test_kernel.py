@@ -308,6 +308,7 @@ def test_what_is_no_number_stays_visible_in_a_step(bad, way):
 def test_a_model_writes_the_same_with_the_kernel_and_without(tiny_config, prompts):
     """Logits of each step, with what the kernel has (groups, windows, ALiBi or none) and has not."""
     from mpt_eqx import MPT, AttnConfig, InitConfig, generate
+    from mpt_eqx.ops import cpu
 
     if not cpu.available():
         pytest.skip(f"no kernel: {cpu.missing()}")
