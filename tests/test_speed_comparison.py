@@ -356,6 +356,7 @@ def test_a_baselines_process_imports_nothing_of_ours():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root).stdout == "set()\n"
 
 
+@pytest.mark.slow
 def test_our_process_decodes_what_generate_does(checkpoint):
     """The tokens of steps and the logits of single steps are those of the library's calls, in every round."""
     from benchmarks.speed.ours import open_mpt_eqx
