@@ -15,8 +15,8 @@ import jax
 import numpy as np
 
 from mpt_eqx import MPT, AttnConfig, MPTConfig
-from mpt_eqx.generation.decode import decode, empty_state, read
-from mpt_eqx.generation.validate import check_options
+from mpt_eqx.generation import SamplingParams
+from mpt_eqx.generation.decode import decode_chunk, empty_state, prefill_chunk
 
 RESULTS = Path(__file__).parent / "results"
 CAPACITIES = (512, 4096, 16_384)
@@ -25,16 +25,16 @@ STEPS, TIMES, POSITION = 16, 9, 200
 
 def measured(model: MPT, rows: int, capacity: int) -> dict[str, float]:
     """Returns milliseconds per step, and MB of temporary memory and of the cache."""
-    fixed = (model, check_options(model.config, max_new_tokens=STEPS), jax.random.key(0))
+    fixed = (model, SamplingParams(max_new_tokens=STEPS).of_rows(rows), jax.random.key(0), ())
     milliseconds = []
     for _ in range(TIMES + 1):
         state = empty_state(model, rows, capacity)
         piece, ends = np.ones((rows, POSITION), np.int32), np.full(rows, POSITION, np.int32)
-        state = jax.block_until_ready(read(model, state, jax.device_put(piece), jax.device_put(ends)))
+        state = jax.block_until_ready(prefill_chunk(model, state, jax.device_put(piece), jax.device_put(ends)))
         started = time.perf_counter()
-        state, _ = jax.block_until_ready(decode(fixed, state, STEPS, False))
+        state, _ = jax.block_until_ready(decode_chunk(fixed, state, STEPS, False))
         milliseconds.append((time.perf_counter() - started) / STEPS * 1e3)
-    memory = decode.lower(fixed, state, STEPS, False).compile().compiled.memory_analysis()
+    memory = decode_chunk.lower(fixed, state, STEPS, False).compile().compiled.memory_analysis()
     return {
         "milliseconds": round(statistics.median(milliseconds[1:]), 3),  # the first one compiles
         "temporary_MB": round(memory.temp_size_in_bytes / 1e6, 2),

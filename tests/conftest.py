@@ -25,7 +25,6 @@ CHECKED = (
     "model",
     "checkpoint",
     "surgery",
-    "generation.choose",
     "generation.decode",
     "generation.sampling",
     "generation.beam_step",

@@ -29,6 +29,11 @@ def checkpoint(tmp_path):
             {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "typical_p": 0.8},
         ),
         (
+            {"do_sample": True, "epsilon_cutoff": 3e-4, "eta_cutoff": 2e-3},
+            {"temperature": 1.0, "epsilon_cutoff": 3e-4, "eta_cutoff": 2e-3},
+        ),
+        ({"epsilon_cutoff": 3e-4, "eta_cutoff": 0.0}, {"temperature": 0.0}),
+        (
             {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "min_new_tokens": 2, "max_new_tokens": 9},
             {
                 "temperature": 0.0, "repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "min_new_tokens": 2,
@@ -99,6 +104,7 @@ def test_an_argument_at_the_call_wins(shipped):
         ),
         ({"do_sample": "yes"}, "do_sample: expected true or false, found 'yes'"),
         ({"do_sample": True, "temperature": "hot"}, "temperature: expected a number, found 'hot'"),
+        ({"do_sample": True, "eta_cutoff": "x"}, "eta_cutoff: expected a number, found 'x'"),
         ({"do_sample": True, "top_k": 50.0}, "top_k: expected a whole number, found 50.0"),
         ({"eos_token_id": "x"}, "eos_token_id, pad_token_id: expected token ids, found 'x'"),
         ({"min_length": 50}, "min_length=50 is not something that generate does"),

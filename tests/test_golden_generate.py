@@ -22,14 +22,15 @@ def generated(case, run):
 
 def opened(case, result, options, prompts):
     """What may come at each step of a result, after these prompts, as logits."""
-    from mpt_eqx.generation.choose import allowed
-    from mpt_eqx.generation.validate import check_options
+    from mpt_eqx import SamplingParams
+    from mpt_eqx.generation.sampling import process_logits
 
-    options, rows = check_options(case.model.config, **options), []
+    rows = []
     for prompt, tokens, logits in zip(prompts, result.tokens.tolist(), result.logits, strict=True):
         so_far = jnp.asarray([[*prompt, *tokens]] * len(tokens), jnp.int32)
         lengths = len(prompt) + jnp.arange(len(tokens))
-        rows.append(allowed(jnp.asarray(logits), options, so_far, lengths, jnp.int32(0)))
+        params = SamplingParams(**options).of_rows(len(tokens))
+        rows.append(process_logits(jnp.asarray(logits), params, so_far, lengths, jnp.int32(0)))
     return np.stack(rows)
 
 

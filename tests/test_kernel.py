@@ -385,8 +385,8 @@ def test_several_calls_at_once_end(way):
 def test_a_step_makes_no_copy_of_the_weights(kind, way):
     """In no type, neither widened nor turned: what a step needs for itself is small beside the weights."""
     from mpt_eqx import MPT, AttnConfig, MPTConfig, quantize
-    from mpt_eqx.generation.decode import decode, empty_state
-    from mpt_eqx.generation.validate import check_key, check_options
+    from mpt_eqx.generation import SamplingParams
+    from mpt_eqx.generation.decode import decode_chunk, empty_state
 
     config = MPTConfig(
         d_model=1024, n_heads=16, n_layers=6, vocab_size=4096, max_seq_len=512, no_bias=True,
@@ -400,8 +400,8 @@ def test_a_step_makes_no_copy_of_the_weights(kind, way):
     size = sum(x.nbytes for x in jax.tree.leaves(model))
     for rows in (1, 4) if kind == "bfloat16" else (1,):
         state = empty_state(model, rows, 512)
-        fixed = (model, check_options(config, max_new_tokens=64), check_key(None, 0.0))
-        compiled = decode.lower(fixed, state, 8, False).compile()
+        fixed = (model, SamplingParams(max_new_tokens=64).of_rows(rows), jax.random.key(0), ())
+        compiled = decode_chunk.lower(fixed, state, 8, False).compile()
         compiled = getattr(compiled, "compiled", compiled)
         assert compiled.memory_analysis().temp_size_in_bytes <= 0.05 * size
         # Fusions aside, which read what they widen number by number, no array of a weight's shape is made.

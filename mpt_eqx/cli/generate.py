@@ -84,9 +84,9 @@ def run(args: argparse.Namespace) -> int:
 
 def speed(prompt_tokens: int, started: float, times: list[float]) -> str:
     """Returns a line on the speed: without the first chunk, which includes compilation, if there are others."""
-    from mpt_eqx.generation.loop import CHUNK
+    from mpt_eqx.generation.buckets import DECODE_CHUNK
 
     counts = f"{prompt_tokens} prompt tokens, {len(times)} new tokens"
-    if len(times) > CHUNK:
-        return f"{counts}, {(len(times) - CHUNK) / (times[-1] - times[0]):.1f} tokens/s"
+    if len(times) > DECODE_CHUNK:
+        return f"{counts}, {(len(times) - DECODE_CHUNK) / (times[-1] - times[0]):.1f} tokens/s"
     return f"{counts}, {len(times) / (time.monotonic() - started):.1f} tokens/s with compilation"

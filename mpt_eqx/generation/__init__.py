@@ -1,4 +1,4 @@
-"""Writing text with an MPT: sampling, the decode loop, and the calls people make."""
+"""Generation: sampling, prefill and decode, beam search."""
 
 from mpt_eqx.generation import sampling as sampling
 from mpt_eqx.generation.beam_search import beam_search as beam_search
@@ -8,4 +8,5 @@ from mpt_eqx.generation.generate import generate as generate
 from mpt_eqx.generation.generate import stream as stream
 from mpt_eqx.generation.prefix import Prefix as Prefix
 from mpt_eqx.generation.prefix import prefill as prefill
+from mpt_eqx.generation.sampling_params import SamplingParams as SamplingParams
 from mpt_eqx.generation.warmup import warmup as warmup

@@ -1,4 +1,4 @@
-"""The arguments of `generate` that a checkpoint asks for in its generation_config.json."""
+"""The arguments of `generate` that a checkpoint's generation_config.json asks for."""
 
 from pathlib import Path
 from typing import Any
@@ -8,15 +8,13 @@ from mpt_eqx.config.json_file import read_json_object
 from mpt_eqx.errors import GenerationError
 
 COUNTS = ("top_k", "no_repeat_ngram_size", "min_new_tokens", "max_new_tokens", "num_return_sequences")
-WARPERS = ("temperature", "top_k", "top_p", "min_p", "typical_p")
-TAKEN = ("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "max_new_tokens", "num_return_sequences")
+WARPERS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+SUPPORTED = ("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "max_new_tokens", "num_return_sequences")
 
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
     "penalty_alpha": (0,),
-    "epsilon_cutoff": (0,),
-    "eta_cutoff": (0,),
     "top_h": (),
     "diversity_penalty": (0,),
     "min_length": (0,),
@@ -37,19 +35,19 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "dola_layers": (),
     "stop_strings": ([],),
 }
-"""What else changes the tokens in transformers, and the values with which it does not; null never does.
+"""Other keys that change the tokens in transformers, with the values that change nothing; null never does.
 
-`max_length` is not among them: what it bounds is said by max_new_tokens here.
+`max_length` is not among them: max_new_tokens takes its place here.
 """
 
 
 def generation_defaults(source: str | Path, *, revision: str | None = None) -> dict[str, Any]:
     """Returns the arguments of `generate` that the generation_config.json of a checkpoint asks for.
 
-    An argument given at the call wins where the two are put together so:
+    Arguments of your own override them in
     `generate(model, prompts, **{**generation_defaults(source), "max_new_tokens": 40})`. Only what the file says is
-    there: without `do_sample` it is greedy, whatever temperature stands beside; transformers' own default of top_k 50
-    is not added.
+    returned: without `do_sample` that is greedy decoding, whatever temperature the file has, and transformers' own
+    default of top_k 50 is not added.
 
     Args:
         source: directory, weight file or Hub repository id, as in `from_pretrained`.
@@ -72,7 +70,7 @@ def generation_defaults(source: str | Path, *, revision: str | None = None) -> d
     if not isinstance(sampled, bool):
         raise GenerationError(f"{path}: do_sample: expected true or false, found {sampled!r:.60}")
     asked.setdefault("temperature", 1.0)
-    names = (*WARPERS, *TAKEN) if sampled else TAKEN
+    names = (*WARPERS, *SUPPORTED) if sampled else SUPPORTED
     defaults: dict[str, Any] = {} if sampled else {"temperature": 0.0}
     for name in names:
         if name in asked:

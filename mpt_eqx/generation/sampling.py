@@ -1,19 +1,22 @@
-"""Sampling: pure functions on the logits of one row. Entries that are filtered out become −∞.
+"""Choosing a token: pure functions on the logits of one row, and `process_logits` and `sample`, which apply them.
 
-Each does what the class of that name in transformers 5.23, generation/logits_process.py, does with its default
-min_tokens_to_keep of 1. All are for jit and vmap: an option may be a traced array, so that another value never
-compiles again, and has a neutral value that leaves the logits as they are. Entries that are −∞ already stay −∞.
-Probabilities are computed in float32 whatever the type of the logits, which the result has too. They are summed in an
-order of our own, so that a row keeps the same entries alone and in a batch. Nothing is sorted: on a CPU that takes as
-long for 50,000 logits as a whole step of a small model.
+Each function of one row does what the class of that name in transformers 5.23, generation/logits_process.py, does with
+its default min_tokens_to_keep of 1. Entries that are filtered out become −∞, and those that are stay so. All are for
+jit and vmap: an option may be a traced array, so that changing it never recompiles, and has a neutral value that leaves
+the logits as they are. Probabilities are computed in float32 whatever the type of the logits, which the result has too.
+They are summed in a fixed order, so that a row keeps the same entries alone and in a batch. Nothing is sorted: on a CPU
+that takes as long for 50,000 logits as a whole step of a small model.
 """
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
+from mpt_eqx.generation.sampling_params import SamplingParams
 from mpt_eqx.ops.numerics import accum_dtype
 
 
@@ -39,7 +42,7 @@ def top_p(logits: Float[Array, " V"], p: float | Float32[Array, ""]) -> Float[Ar
     last = _border(keys, probs, p)
     # Of the entries that equal the last one kept, the first ones, until they have what the larger ones leave of p.
     places, level = -jnp.arange(logits.shape[0], dtype=jnp.int32), keys == last
-    last_place = _border(places, jnp.where(level, probs, 0), p - _total(jnp.where(keys > last, probs, 0)))
+    last_place = _border(places, jnp.where(level, probs, 0), p - _tree_sum(jnp.where(keys > last, probs, 0)))
     # p = 1 keeps all, whatever the sum is rounded to.
     kept = (keys > last) | (level & (places >= last_place)) | (p >= 1)
     return jnp.where(kept, logits, -jnp.inf)
@@ -146,6 +149,108 @@ def no_repeat_ngram(
     return jnp.where(_among(tokens, follows, logits.shape[0]), -jnp.inf, logits)
 
 
+class LogitsProcessor(Protocol):
+    """What `logits_processors` takes: a function of one row that is traced by JAX."""
+
+    def __call__(
+        self, logits: Float32[Array, " V"], tokens: Int[Array, " S"], length: Int[Array, ""], /
+    ) -> Float[Array, " V"]:
+        """Returns the logits to choose the next token from.
+
+        Args:
+            logits: of the next token.
+            tokens: prompt and new tokens from place 0 on; what stands from `length` on means nothing.
+            length: how many tokens there are.
+        """
+
+
+def process_logits(
+    logits: Float32[Array, "B V"],
+    params: SamplingParams,
+    tokens: Int[Array, "B S"],
+    lengths: Int[Array, " B"],
+    step: Int[Array, ""],
+    processors: Sequence[LogitsProcessor] = (),
+) -> Float32[Array, "B V"]:
+    """Returns the logits of the tokens that may come next, −∞ for all others.
+
+    repetition_penalty, no_repeat_ngram_size, min_new_tokens and vocab_size come first, then the processors in their
+    order; so transformers does with its argument `logits_processor`. What greedy decoding takes the maximum of is this,
+    and what `sample` filters.
+
+    Args:
+        logits: logits of B rows, or their log-probabilities.
+        params: the options of each row.
+        tokens: prompt and new tokens of each row, from place 0 on.
+        lengths: how many of them there are.
+        step: how many of them are new.
+        processors: functions of one row.
+    """
+    ids = jnp.arange(logits.shape[-1])
+    mask = jnp.arange(tokens.shape[-1]) < lengths[:, None]
+
+    def barred(row: Float32[Array, " V"], p: SamplingParams) -> Array:
+        ends = jnp.any(ids[:, None] == p.eos_token_ids, axis=-1)
+        return jnp.where((ids >= p.vocab_size) | (ends & (step < p.min_new_tokens)), -jnp.inf, row)
+
+    p = params
+    logits = _where(p.repetition_penalty != 1, repetition_penalty, logits, tokens, mask, p.repetition_penalty)
+    logits = _where(p.no_repeat_ngram_size > 0, no_repeat_ngram, logits, tokens, mask, p.no_repeat_ngram_size)
+    logits = _where((step < p.min_new_tokens) | (p.vocab_size < logits.shape[-1]), barred, logits, p)
+    for processor in processors:
+        logits = jax.vmap(processor)(logits, tokens, lengths).astype(jnp.float32)
+    return logits
+
+
+def sample(
+    logits: Float32[Array, "B V"], params: SamplingParams, key: Key[Array, ""], step: Int[Array, ""]
+) -> Int[Array, " B"]:
+    """Returns one token for each row. It depends on the row's logits, options and number, the key and the step only.
+
+    A row of temperature 0 takes the largest logit. Others are filtered, in transformers' order of temperature, top_k,
+    top_p, min_p, typical_p, epsilon_cutoff and eta_cutoff, and drawn from.
+
+    Args:
+        logits: from `process_logits`.
+        params: the options of each row.
+        key: row i draws with fold_in(fold_in(key, i), step).
+        step: how many new tokens the rows have so far.
+    """
+    draws = params.temperature > 0
+
+    def greedy() -> Int[Array, " B"]:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def draw() -> Int[Array, " B"]:
+        p, warped = params, logits
+        warped = _where(draws & (p.temperature != 1), temperature, warped, p.temperature)
+        warped = _where(draws & (p.top_k < logits.shape[-1]), top_k, warped, p.top_k)
+        warped = _where(draws & (p.top_p < 1), top_p, warped, p.top_p)
+        warped = _where(draws & (p.min_p > 0), min_p, warped, p.min_p)
+        warped = _where(draws & (p.typical_p < 1), typical_p, warped, p.typical_p)
+        warped = _where(draws & (p.epsilon_cutoff > 0), epsilon_cutoff, warped, p.epsilon_cutoff)
+        warped = _where(draws & (p.eta_cutoff > 0), eta_cutoff, warped, p.eta_cutoff)
+
+        def row(number: Int[Array, ""], logits: Float32[Array, " V"]) -> Int[Array, ""]:
+            return jax.random.categorical(jax.random.fold_in(jax.random.fold_in(key, number), step), logits)
+
+        drawn = jax.vmap(row)(jnp.arange(logits.shape[0]), warped).astype(jnp.int32)
+        return jnp.where(draws, drawn, greedy())
+
+    return jax.lax.cond(jnp.any(draws), draw, greedy)
+
+
+def _where(
+    asked: Bool[Array, " B"], change: Callable[..., Float[Array, " V"]], logits: Float32[Array, "B V"], *rows: Any
+) -> Float32[Array, "B V"]:
+    """Returns the logits with change(row, …) in the rows that ask for it; at no cost where none does."""
+
+    def changed() -> Float32[Array, "B V"]:
+        return jnp.where(asked[:, None], jax.vmap(change)(logits, *rows), logits)
+
+    return jax.lax.cond(jnp.any(asked), changed, lambda: logits)
+
+
 def _with_probability(
     logits: Float[Array, " V"], probs: Float32[Array, " V"], least: float | Float32[Array, ""]
 ) -> Float[Array, " V"]:
@@ -155,29 +260,28 @@ def _with_probability(
 
 def _entropy(log_probs: Float32[Array, " V"]) -> Float32[Array, ""]:
     """Returns −Σ P log P in nats; what has no probability adds nothing."""
-    return -_total(jnp.where(jnp.isneginf(log_probs), 0, jnp.exp(log_probs) * log_probs))
+    return -_tree_sum(jnp.where(jnp.isneginf(log_probs), 0, jnp.exp(log_probs) * log_probs))
 
 
 def _softmax(logits: Float[Array, " V"]) -> Float32[Array, " V"]:
     """Returns the probabilities, as `jax.nn.softmax` does but for the order of the sum."""
     h = logits.astype(jnp.float32)
     weights = jnp.exp(h - h.max())
-    return weights / _total(weights)
+    return weights / _tree_sum(weights)
 
 
 def _log_softmax(logits: Float[Array, " V"]) -> Float32[Array, " V"]:
     """Returns the logarithms of the probabilities, as `jax.nn.log_softmax` does but for the order of the sum."""
     h = logits.astype(jnp.float32)
     h = h - h.max()
-    return h - jnp.log(_total(jnp.exp(h)))
+    return h - jnp.log(_tree_sum(jnp.exp(h)))
 
 
 @jax.jit
-def _total(x: Float32[Array, " V"]) -> Float32[Array, ""]:
-    """Returns the sum, in an order that does not depend on how many rows there are: sixteenth by sixteenth.
+def _tree_sum(x: Float32[Array, " V"]) -> Float32[Array, ""]:
+    """Returns the sum, sixteenth by sixteenth: the same order for any number of rows, which XLA's sum does not keep.
 
-    The order of a reduction is XLA's choice, and that of a product its library's; both choose another for more rows.
-    Additions of whole arrays leave no choice.
+    `numerics.tree_sum` halves instead, which for a vocabulary takes four times as many passes.
     """
     while x.shape[0] > 1:
         x = functools.reduce(jnp.add, jnp.pad(x, (0, -x.shape[0] % 16)).reshape(16, -1))
@@ -207,7 +311,7 @@ def _border(
 
     def with_next_bit(i: Int[Array, ""], border: Int[Array, ""]) -> Int[Array, ""]:
         higher = border ^ jnp.left_shift(jnp.ones_like(border), (integer.bits - 1 - i).astype(border.dtype))
-        return jnp.where(_total(jnp.where(keys >= higher, weights, 0)) >= enough, higher, border)
+        return jnp.where(_tree_sum(jnp.where(keys >= higher, weights, 0)) >= enough, higher, border)
 
     return jax.lax.fori_loop(0, integer.bits, with_next_bit, jnp.asarray(integer.min, keys.dtype))
 

@@ -1,7 +1,7 @@
-"""What callers may ask for: checks on the host, before anything is traced, each with a message of its own."""
+"""Checks of prompts, keys and numbers, on the host and before anything is traced; each has a message of its own."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -10,83 +10,14 @@ from jaxtyping import Array, Key, PRNGKeyArray
 
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.errors import GenerationError
-from mpt_eqx.generation.choose import SamplingOptions
+from mpt_eqx.generation.buckets import MIN_CACHE
 from mpt_eqx.model.mpt import max_len_hint
 
-
-def check_options(
-    config: MPTConfig,
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    typical_p: float | None = None,
-    repetition_penalty: float | None = None,
-    no_repeat_ngram_size: int | None = None,
-    min_new_tokens: int = 0,
-    eos_token_ids: Sequence[int] = (),
-    pad_token_id: int = 0,
-    vocab_size: int | None = None,
-) -> SamplingOptions:
-    """Returns the options as arrays, None as what changes nothing; arguments as in `generate`.
-
-    Raises:
-        GenerationError: one of them is not valid.
-    """
-    v = config.vocab_size
-    ends = check_ends(eos_token_ids, v)
-    check_count("max_new_tokens", max_new_tokens)
-    check_number("temperature", temperature, "a finite number ≥ 0", lambda t: 0 <= t < math.inf)
-    for name, count in (("top_k", top_k), ("no_repeat_ngram_size", no_repeat_ngram_size), ("vocab_size", vocab_size)):
-        if count is not None:
-            check_count(name, count)
-    for name, p in (("top_p", top_p), ("typical_p", typical_p)):
-        if p is not None:
-            check_number(name, p, f"a number with 0 < {name} ≤ 1", lambda p: 0 < p <= 1)
-    if min_p is not None:
-        check_number("min_p", min_p, "a number with 0 ≤ min_p ≤ 1", lambda p: 0 <= p <= 1)
-    if repetition_penalty is not None:
-        check_number("repetition_penalty", repetition_penalty, "a finite number > 0", lambda r: 0 < r < math.inf)
-    check_count("min_new_tokens", min_new_tokens, least=0)
-    if min_new_tokens > max_new_tokens:
-        raise GenerationError(
-            f"min_new_tokens: expected at most max_new_tokens={max_new_tokens}, found {min_new_tokens}"
-        )
-    if vocab_size is not None and vocab_size > v:
-        raise GenerationError(
-            f"vocab_size: expected at most the model's {v}, found {vocab_size}; the tokenizer is not this model's"
-        )
-    check_ids("pad_token_id", [pad_token_id], v)
-    # One shape for up to eight ends, so that their number does not compile again.
-    ends += (-1,) * (max(8, power_of_two(len(ends))) - len(ends))
-
-    # By numpy and device_put, because jnp.asarray would compile something.
-    def real(value: float | None, neutral: float) -> Array:
-        return jax.device_put(np.float32(neutral if value is None else value))
-
-    def whole(value: int | None, neutral: int) -> Array:
-        return jax.device_put(np.int32(neutral if value is None else min(value, 2**31 - 1)))
-
-    return SamplingOptions(
-        temperature=real(temperature, 0),
-        top_k=whole(top_k, v),
-        top_p=real(top_p, 1),
-        min_p=real(min_p, 0),
-        typical_p=real(typical_p, 1),
-        repetition_penalty=real(repetition_penalty, 1),
-        no_repeat_ngram_size=whole(no_repeat_ngram_size, 0),
-        min_new_tokens=whole(min_new_tokens, 0),
-        max_new_tokens=whole(max_new_tokens, 1),
-        vocab_size=whole(vocab_size, v),
-        eos_token_ids=jax.device_put(np.asarray(ends, np.int32)),
-        pad_token_id=whole(pad_token_id, 0),
-    )
+MAX_INT = 2**31 - 1
 
 
 def check_key(key: PRNGKeyArray | None, temperature: float) -> Key[Array, ""]:
-    """Returns the key, made typed if it is one of `jax.random.PRNGKey`; any key where none is needed.
+    """Returns the key as a typed one, also of `jax.random.PRNGKey`; any key where none is needed.
 
     Raises:
         GenerationError: it is no key, or tokens are to be drawn and there is none.
@@ -103,18 +34,43 @@ def check_key(key: PRNGKeyArray | None, temperature: float) -> Key[Array, ""]:
     raise GenerationError(f"key: expected one key, such as jax.random.key(0), found {_kind(key)}")
 
 
-def check_ends(ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
-    """Returns the tokens that end a row, which may come in any collection.
+def check_eos(ids: Iterable[int], vocab_size: int | None = None) -> tuple[int, ...]:
+    """Returns the end-of-sequence tokens, which may come in any collection.
 
     Raises:
-        GenerationError: there is no collection, or something else than token ids in it.
+        GenerationError: it is no collection, or something in it is not a token id.
     """
     try:
-        ends = np.asarray(list(ids)).tolist()
+        eos = np.asarray(list(ids)).tolist()
     except TypeError:
         raise GenerationError(f"eos_token_ids: expected a list of token ids, found {ids!r}") from None
-    check_ids("eos_token_ids", ends, vocab_size)
-    return tuple(ends)
+    check_ids("eos_token_ids", eos, vocab_size)
+    return tuple(eos)
+
+
+def check_processors(processors: Sequence[Callable[..., Any]], vocab_size: int) -> tuple[Callable[..., Any], ...]:
+    """Returns the functions of `logits_processors`.
+
+    Raises:
+        GenerationError: it is no sequence of functions, or one does not return logits for a row of logits.
+    """
+    if not isinstance(processors, Sequence) or isinstance(processors, str):
+        raise GenerationError(f"logits_processors: expected a list of functions, found {_kind(processors)}")
+    logits = jax.ShapeDtypeStruct((vocab_size,), np.float32)
+    tokens, length = jax.ShapeDtypeStruct((MIN_CACHE,), np.int32), jax.ShapeDtypeStruct((), np.int32)
+    for number, processor in enumerate(processors):
+        name = f"logits_processors[{number}]"
+        if not callable(processor):
+            raise GenerationError(f"{name}: expected a function of logits, tokens and length, found {_kind(processor)}")
+        # Traces a function only at its first call, as jit does.
+        found = jax.eval_shape(processor, logits, tokens, length)
+        shape, dtype = getattr(found, "shape", None), getattr(found, "dtype", None)
+        if shape != logits.shape or not jax.dtypes.issubdtype(dtype, np.floating):
+            what = _kind(found) if dtype is None else f"an array of shape {shape} and type {dtype}"
+            raise GenerationError(
+                f"{name}: expected logits of shape {logits.shape} in floating point, as it was given, found {what}"
+            )
+    return tuple(processors)
 
 
 def check_prompts(
@@ -151,28 +107,30 @@ def check_prompts(
 
 
 def check_one_prompt(prompt: Sequence[int]) -> None:
-    """Refuses what is not one prompt."""
+    """Raises unless it is one prompt."""
     if not _is_list(prompt):
         raise GenerationError(f"prompt: expected a list of token ids, found {_kind(prompt)}")
     if len(prompt) and not isinstance(prompt, str) and np.ndim(prompt[0]) > 0:
         raise GenerationError(f"prompt: expected the token ids of one prompt, found {_kind(prompt[0])} in it")
 
 
-def check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
-    """Refuses what is no token id."""
+def check_ids(name: str, ids: Sequence[int], vocab_size: int | None) -> None:
+    """Raises unless all are valid token ids; without a vocab_size, unless they are whole numbers ≥ 0."""
+    bound = MAX_INT if vocab_size is None else vocab_size
     for token in ids:
-        if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token < vocab_size:
-            raise GenerationError(f"{name}: expected token ids from 0 to {vocab_size - 1}, found {token!r}")
+        if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token < bound:
+            valid = "≥ 0" if vocab_size is None else f"from 0 to {vocab_size - 1}"
+            raise GenerationError(f"{name}: expected token ids {valid}, found {token!r}")
 
 
 def check_count(name: str, value: object, *, least: int = 1) -> None:
-    """Refuses what is no whole number from `least` on."""
+    """Raises unless the value is a whole number ≥ `least`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise GenerationError(f"{name}: expected a whole number ≥ {least}, found {value!r}")
 
 
 def check_number(name: str, value: Any, expected: str, valid: Callable[[Any], bool]) -> None:
-    """Refuses what is no number, or not a valid one."""
+    """Raises unless the value is a number, and a valid one."""
     array = isinstance(value, np.ndarray | jax.Array) and value.ndim == 0 and value.dtype.kind in "iuf"
     number = not isinstance(value, bool) and (array or isinstance(value, int | float | np.number))
     if not number or not valid(_single(value)):
@@ -186,11 +144,6 @@ def _single(value: Any) -> float:
             return float(np.float32(value))
     except OverflowError:
         return math.inf
-
-
-def power_of_two(n: int) -> int:
-    """Returns the smallest power of two ≥ n."""
-    return 1 << max(n - 1, 0).bit_length()
 
 
 def _as_rows(prompts: Sequence[Sequence[int]] | Sequence[int]) -> list[np.ndarray]:

@@ -65,6 +65,7 @@ def check_same_arguments(function: Callable[P, T]) -> Callable[P, T]:
         if layout is not None and layout.several_processes:
             bound.apply_defaults()
             given = {name: x for name, x in bound.arguments.items() if name not in ("model", "progress")}
+            given |= given.pop("options", {})  # keyword arguments that a function collects
             if given.get("prefix") is not None:
                 given["prefix"] = len(given["prefix"])
             assert_same_across_processes(**{n: x for n, x in given.items() if not isinstance(x, Iterator)})

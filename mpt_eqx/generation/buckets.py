@@ -1,0 +1,49 @@
+"""The sizes that programs are compiled for: of the KV cache, of a prompt's chunks, of a chunk of decode steps.
+
+Every other size is rounded up to one of these, so that few programs serve prompts of all lengths.
+"""
+
+from collections.abc import Iterator
+
+from mpt_eqx.config import MPTConfig
+
+MIN_CACHE = 512
+"""The smallest KV cache, in tokens. The next size is four times that, then each twice the one before."""
+
+PREFILL_CHUNKS = (256, 128, 32)
+"""Prompt tokens per prefill call: the largest of which more than half is left, else the smallest."""
+
+DECODE_CHUNK = 8
+"""Decode steps between two host syncs."""
+
+MIN_EOS = 8
+"""The end-of-sequence tokens that every program has room for."""
+
+
+def cache_bucket(config: MPTConfig, length: int) -> int:
+    """Returns the capacity of the KV cache that holds `length` tokens."""
+    size = MIN_CACHE if length <= MIN_CACHE else max(4 * MIN_CACHE, next_power_of_two(length))
+    return min(size, max(config.max_seq_len, length))
+
+
+def prefill_buckets(length: int) -> Iterator[int]:
+    """Yields the sizes of the chunks in which a prompt of `length` tokens is prefilled."""
+    while length > 0:
+        size = next((size for size in PREFILL_CHUNKS if length > size // 2), PREFILL_CHUNKS[-1])
+        yield size
+        length -= size
+
+
+def decode_bucket(chunk: int, max_new_tokens: int) -> int:
+    """Returns the number of decode steps per call: at most `chunk`, and few more than max_new_tokens."""
+    return min(chunk, next_power_of_two(max_new_tokens))
+
+
+def eos_bucket(count: int) -> int:
+    """Returns the room for `count` end-of-sequence tokens."""
+    return max(MIN_EOS, next_power_of_two(count))
+
+
+def next_power_of_two(n: int) -> int:
+    """Returns the smallest power of two ≥ n."""
+    return 1 << max(n - 1, 0).bit_length()
