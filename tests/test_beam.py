@@ -1,8 +1,7 @@
 """beam_search: what transformers recorded, what a plain search finds, each row by itself, an error for the rest."""
 
-import inspect
+import importlib
 import itertools
-import types
 
 import equinox as eqx
 import jax
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mutate import mutant
 from test_generate import counting_compiles
 
 ATOL = 1e-4
@@ -188,11 +188,11 @@ def test_a_prompt_alone_equals_the_prompt_in_a_batch(model, rows, search, return
 @given(PROMPTS, SEARCHES)
 def test_the_chunks_do_not_show(model, prompt, search):
     from mpt_eqx import beam_search
-    from mpt_eqx.generation import beam
 
+    beam_module = importlib.import_module("mpt_eqx.generation.beam_search")  # the function has the module's name
     whole = beam_search(model, prompt, num_beams=3, num_return_sequences=3, **search)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(beam, "CHUNK", 3)
+        patch.setattr(beam_module, "DECODE_CHUNK", 3)
         other = beam_search(model, prompt, num_beams=3, num_return_sequences=3, **search)
     np.testing.assert_array_equal(other.tokens, whole.tokens)
     np.testing.assert_allclose(other.scores, whole.scores, rtol=1e-6)
@@ -287,16 +287,18 @@ def test_after_a_prefix(model):
 
 def test_the_cache_grows(tiny_config, prompts, monkeypatch):
     from mpt_eqx import MPT, InitConfig, beam_search
-    from mpt_eqx.generation import beam, loop
+    from mpt_eqx.generation import buckets, decode
 
     config = tiny_config(n_layers=1, max_seq_len=1024, init_config=InitConfig(emb_init_std=0.5))
     model, (prompt,) = MPT(config, key=jax.random.key(3)), prompts(500)
-    sizes, spread = [], loop.spread
-    for module in (beam, loop):
-        monkeypatch.setattr(module, "spread", lambda state, n, to: sizes.append((n, to)) or spread(state, n, to))
+    sizes, repeat = [], decode.repeat_and_resize
+    for module in (importlib.import_module("mpt_eqx.generation.beam_search"), decode):
+        monkeypatch.setattr(
+            module, "repeat_and_resize", lambda state, n, to: sizes.append((n, to)) or repeat(state, n, to)
+        )
     search = {"num_beams": 3, "max_new_tokens": 24, "num_return_sequences": 3}
     found = beam_search(model, prompt, **search)
-    monkeypatch.setattr(loop, "SMALLEST", 1024)
+    monkeypatch.setattr(buckets, "MIN_CACHE", 1024)
     wanted = beam_search(model, prompt, **search)
     assert sizes == [(3, 512), (1, 1024), (3, 1024)]
     np.testing.assert_array_equal(found.tokens, wanted.tokens)
@@ -327,14 +329,14 @@ def test_nothing_compiles_again(model, prompts):
 
 def test_a_step_of_beams_needs_the_cache_and_little_else(tiny_model):
     """The cache is donated, and its rows are put in order block by block."""
+    from mpt_eqx import SamplingParams
     from mpt_eqx.generation.beam_search import search_options
-    from mpt_eqx.generation.beam_step import BeamState, first_beams, search
+    from mpt_eqx.generation.beam_step import BeamState, beam_chunk, initial_beams
     from mpt_eqx.generation.decode import empty_state
-    from mpt_eqx.generation.validate import check_options
 
-    options = search_options(check_options(tiny_model.config, max_new_tokens=8), 8, 1.0, False)
-    state = BeamState(empty_state(tiny_model, 6, 8192), *first_beams(2, 3))
-    memory = search.lower((tiny_model, options), state, 8).compile().compiled.memory_analysis()
+    options = search_options(SamplingParams(max_new_tokens=8), 8, 1.0, False)
+    state = BeamState(empty_state(tiny_model, 6, 8192), *initial_beams(2, 3))
+    memory = beam_chunk.lower((tiny_model, options, ()), state, 8).compile().compiled.memory_analysis()
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.rows.cache))
     assert memory.alias_size_in_bytes > 0.99 * cache_bytes
     assert memory.temp_size_in_bytes < 0.3 * cache_bytes
@@ -352,20 +354,20 @@ def test_logits_that_are_not_finite_are_an_error_and_not_a_token(model):
 def test_ctrl_c_leaves_the_best_so_far(golden, monkeypatch, chunks):
     """Of the sequences that have ended and the beams as they are."""
     from mpt_eqx import Interrupted, beam_search
-    from mpt_eqx.generation import beam
 
+    module = importlib.import_module("mpt_eqx.generation.beam_search")
     case = golden("hf_generate")
     rows, arguments = recorded(case, "beam3_eos")
     whole = beam_search(case.model, rows, **{**arguments, "max_new_tokens": 8 * chunks or 8})
-    calls, search = [], beam.search
+    calls, beam_chunk = [], module.beam_chunk
 
     def pressed(*args):
         if len(calls) == chunks:
             raise KeyboardInterrupt
         calls.append(1)
-        return search(*args)
+        return beam_chunk(*args)
 
-    monkeypatch.setattr(beam, "search", pressed)
+    monkeypatch.setattr(module, "beam_chunk", pressed)
     with pytest.raises(Interrupted) as caught:
         beam_search(case.model, rows, **{**arguments, "max_new_tokens": 24})
     result = caught.value.result
@@ -407,6 +409,7 @@ def test_ctrl_c_leaves_the_best_so_far(golden, monkeypatch, chunks):
         ({"vocab_size": 62}, "vocab_size: expected at most the model's 61, found 62"),
         ({"eos_token_ids": [61]}, "eos_token_ids: expected token ids from 0 to 60, found 61"),
         ({"pad_token_id": -1}, "pad_token_id: expected token ids from 0 to 60, found -1"),
+        ({"temperature": 1.0}, "temperature: expected an option of beam_search, found an unknown name; there are rep"),
     ],
 )
 def test_bad_arguments(tiny_model, arguments, message):
@@ -426,33 +429,30 @@ def test_numbers_of_numpy(model):
     np.testing.assert_array_equal(found.tokens, wanted.tokens)
 
 
-OTHER_ENDS = "jnp.where(jnp.tile(ends, beams), -jnp.inf, totals)"
+# What each shows, the run that notices it, a function, an expression of it, and what takes its place.
+OTHER_ENDS = "jnp.where(jnp.tile(A, B), -jnp.inf, C)"
 MUTATIONS = [
-    ("penalty left out", "beam3_eos_lp2", "** length_penalty\n", "** 1.0\n"),
-    ("the end is no token", "beam3_eos", "ended.lengths.astype", "(ended.lengths - 1).astype"),
-    ("candidates: what ended goes on", "beam3_eos", OTHER_ENDS, "totals"),
+    ("penalty left out", "beam3_eos_lp2", "length_penalized", "A / B**C", "A / B"),
+    ("the end is no token", "beam3_eos", "length_penalized", "A.lengths.astype", "(A.lengths - 1).astype"),
+    ("what ended goes on", "beam3_eos", "beam_chunk", OTHER_ENDS, "C"),
     (
-        *("candidates: the M likeliest of all only", "beam3_eos", OTHER_ENDS),
-        OTHER_ENDS.replace("beams),", "beams) | (totals < jax.lax.top_k(totals, beams)[0][:, -1:]),"),
+        *("only the M best of all go on", "beam3_eos", "beam_chunk", OTHER_ENDS),
+        "jnp.where(jnp.tile(A, B) | (C < jax.lax.top_k(C, B)[0][:, -1:]), -jnp.inf, C)",
     ),
-    (
-        *("candidates: any end counts", "beam3_eos_early", "best(totals,"),
-        "best(jnp.where(jnp.tile(ends, beams) | last, totals, -jnp.inf),",
-    ),
-    ("no end counts", "beam3_eos", "(ends[ended.tokens] | last)", "last"),
-    ("found sequences are forgotten", "beam3_eos", "likeliest(ended, state.finished)", "ended"),
-    ("done prompts find more", "beam3_eos_early", "| last) & ~done[:, None]", "| last)"),
-    ("early_stopping: not at the first", "beam3_eos_early", "options.first_found | (reach", "(reach"),
-    ("early_stopping: always at the first", "beam3_eos", "options.first_found |", "True |"),
-    ("early_stopping: never", "stops", "(reachable <= worst)", "False"),
-    ("early_stopping: the longest length always", "stops", "options.never_early &", "True &"),
-    ("early_stopping: the longest length at no time", "stops", "options.never_early &", "False &"),
-    ("early_stopping: whatever the penalty", "stops", " & (options.length_penalty > 0)", ""),
-    ("early_stopping: before all have ended", "stops", "jnp.isfinite(worst) & ", ""),
-    ("early_stopping: not when nothing goes on", "stops", "jnp.isneginf(going) | ", ""),
-    ("rows stay where they are", "beam3", "part[order]", "part"),
-    ("all beams at first", "beam3", "scores[:, 0] = 0", "scores[:] = 0"),
-    ("penalties do not count", "plain", ".reshape(-1, 1) + open_)", ".reshape(-1, 1) + logprobs)"),
+    ("no end counts", "beam3_eos", "beam_chunk", "(A[B.tokens] | C) & D", "C & D"),
+    ("finished sequences are forgotten", "beam3_eos", "beam_chunk", "merge_finished(A, B)", "A"),
+    ("done prompts find more", "beam3_eos_early", "beam_chunk", "(A | B) & ~C", "A | B"),
+    ("early_stopping: not at the first", "stops", "is_done", "options.first_found | A", "A"),
+    ("early_stopping: always at the first", "stops", "is_done", "options.first_found | A", "True | A"),
+    ("early_stopping: never", "stops", "is_done", "A <= B", "False"),
+    ("early_stopping: the longest length always", "stops", "is_done", "options.never_early & A", "True & A"),
+    ("early_stopping: the longest length at no time", "stops", "is_done", "options.never_early & A", "False & A"),
+    ("early_stopping: whatever the penalty", "stops", "is_done", "A & (options.length_penalty > 0)", "A"),
+    ("early_stopping: before all have ended", "stops", "is_done", "jnp.isfinite(A) & B", "B"),
+    ("early_stopping: not when nothing goes on", "stops", "is_done", "jnp.isneginf(A) | B", "B"),
+    ("rows stay where they are", "beam3", "reorder_cache", "A[order]", "A"),
+    ("all beams at first", "beam3", "initial_beams", "A[:, 0]", "A[:]"),
+    ("penalties do not count", "plain", "beam_chunk", "process_logits(A, B, C, D, E, F)", "A"),
 ]
 
 
@@ -478,22 +478,22 @@ STOPS = [
 ]
 
 
-def check_stops(config, search):
-    from mpt_eqx.generation import beam
-    from mpt_eqx.generation.validate import check_options
+def check_stops(search):
+    from mpt_eqx import SamplingParams
+    from mpt_eqx.generation.beam_search import search_options
 
-    choice = check_options(config, max_new_tokens=4)
+    params = SamplingParams(max_new_tokens=4)
     for early_stopping, length_penalty, going, worst, wanted in STOPS:
-        options = beam.search_options(choice, 4, length_penalty, early_stopping)
+        options = search_options(params, 4, length_penalty, early_stopping)
         finished = eqx.tree_at(lambda s: s.scores, search.no_sequences(1, 2), jnp.asarray([[-0.5, worst]], jnp.float32))
-        ends = search.hopeless(jnp.asarray([going], jnp.float32), finished, jnp.int32(2), options)
+        ends = search.is_done(jnp.asarray([going], jnp.float32), finished, jnp.int32(2), options)
         assert bool(ends[0]) == wanted, (early_stopping, length_penalty, going, worst)
 
 
 def check(case, run, search):
     """Compares with a recorded run, with a plain search, or with what is known of when a search ends."""
     if run == "stops":
-        check_stops(case.model.config, search)
+        check_stops(search)
     elif run == "plain":
         check_plain(case.model, [5, 6], {"max_new_tokens": 14, "repetition_penalty": 1.3, "eos_token_ids": [11]})
     else:
@@ -502,30 +502,21 @@ def check(case, run, search):
 
 @pytest.mark.parametrize("run", ["stops", "plain"])
 def test_the_checks_pass(golden, run):
-    from mpt_eqx.generation import search
+    from mpt_eqx.generation import beam_step
 
-    check(golden("hf_generate"), run, search)
-
-
-def mutated(part, other):
-    """The module of the search, with a part of it replaced."""
-    from mpt_eqx.generation import search
-
-    source = inspect.getsource(search)
-    assert source.count(part) == 1
-    module = types.ModuleType("mutated")
-    exec(source.replace(part, other), module.__dict__)
-    return module
+    check(golden("hf_generate"), run, beam_step)
 
 
-@pytest.mark.parametrize(("run", "part", "other"), [m[1:] for m in MUTATIONS], ids=[m[0] for m in MUTATIONS])
-def test_the_checks_notice_a_mutation(golden, monkeypatch, run, part, other):
+@pytest.mark.parametrize(
+    ("run", "function", "part", "other"), [m[1:] for m in MUTATIONS], ids=[m[0] for m in MUTATIONS]
+)
+def test_the_checks_notice_a_mutation(golden, monkeypatch, run, function, part, other):
     from mpt_eqx import GenerationError
-    from mpt_eqx.generation import beam
+    from mpt_eqx.generation import beam_step
 
-    module = mutated(part, other)
-    for name in ("BeamState", "SearchOptions", "first_beams", "no_sequences", "search", "with_beams", "written"):
-        monkeypatch.setattr(beam, name, getattr(module, name))
+    module, beam_search = mutant(beam_step, function, part, other), "mpt_eqx.generation.beam_search"
+    for name in ("BeamState", "SearchOptions", "initial_beams", "no_sequences", "beam_chunk", "finalize", "backtrace"):
+        monkeypatch.setattr(importlib.import_module(beam_search), name, getattr(module, name))
     jax.config.update("jax_disable_most_optimizations", True)  # each is compiled for one run
     try:
         with pytest.raises((AssertionError, GenerationError)):

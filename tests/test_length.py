@@ -18,18 +18,18 @@ from test_generate import counting_compiles
     [(1, 512), (512, 512), (513, 2048), (2048, 2048), (2049, 4096), (5000, 8192), (9000, 10_000), (10_000, 10_000)],
 )
 def test_sizes_of_the_cache(tiny_config, length, capacity):
-    from mpt_eqx.generation.loop import capacity_for
+    from mpt_eqx.generation.buckets import cache_bucket
 
-    assert capacity_for(tiny_config(max_seq_len=10_000), length) == capacity
+    assert cache_bucket(tiny_config(max_seq_len=10_000), length) == capacity
 
 
 @given(st.integers(1, 5000))
 def test_pieces_cover_a_prompt_with_little_to_spare(length):
-    from mpt_eqx.generation.loop import PIECES, piece_sizes
+    from mpt_eqx.generation.buckets import PREFILL_CHUNKS, prefill_buckets
 
-    sizes = list(piece_sizes(length))
-    assert set(sizes) <= set(PIECES) and sizes == sorted(sizes, reverse=True)
-    assert length <= sum(sizes) < length + PIECES[0] / 2
+    sizes = list(prefill_buckets(length))
+    assert set(sizes) <= set(PREFILL_CHUNKS) and sizes == sorted(sizes, reverse=True)
+    assert length <= sum(sizes) < length + PREFILL_CHUNKS[0] / 2
 
 
 def test_thirty_lengths_of_prompts_compile_at_most_twelve_times(tiny_config):
@@ -43,20 +43,6 @@ def test_thirty_lengths_of_prompts_compile_at_most_twelve_times(tiny_config):
         for length in rng.integers(1, 2001, size=30):
             generate(model, rng.integers(61, size=length).tolist(), max_new_tokens=24)
     assert len(compiles) <= 12
-
-
-def test_options_do_not_compile_again(tiny_model, prompts):
-    from mpt_eqx import generate
-
-    a, b = prompts(5, 30)
-    generate(tiny_model, [a, b], max_new_tokens=9)
-    key = jax.random.key(1)
-    with counting_compiles() as compiles:
-        generate(tiny_model, [a, b], max_new_tokens=9, repetition_penalty=1.3, no_repeat_ngram_size=3)
-        generate(tiny_model, [b, a], max_new_tokens=30, repetition_penalty=0.7, no_repeat_ngram_size=1)
-        generate(tiny_model, [b, a], max_new_tokens=9, temperature=0.7, min_p=0.1, typical_p=0.9, top_k=5, key=key)
-        generate(tiny_model, [b, a], max_new_tokens=9, min_new_tokens=4, eos_token_ids=[3], vocab_size=50)
-    assert compiles == []
 
 
 def test_after_a_warmup_nothing_is_compiled(tiny_config, prompts):
@@ -81,14 +67,14 @@ def test_after_a_warmup_nothing_is_compiled(tiny_config, prompts):
 def test_a_growing_cache_changes_nothing(tiny_config, prompts):
     """From 500 to 560 tokens the cache grows once; the same with room for all from the start."""
     from mpt_eqx import MPT, InitConfig, generate
-    from mpt_eqx.generation import loop
+    from mpt_eqx.generation import buckets
 
     model = MPT(tiny_config(max_seq_len=3000, init_config=InitConfig(emb_init_std=0.5)), key=jax.random.key(3))
     (prompt,) = prompts(500)
     grown = generate(model, prompt, max_new_tokens=60, return_logits=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "SMALLEST", 1024)
-        patch.setattr("mpt_eqx.generation.prefix.capacity_for", lambda config, length: 2048)
+        patch.setattr(buckets, "MIN_CACHE", 1024)
+        patch.setattr("mpt_eqx.generation.prefix.cache_bucket", lambda config, length: 2048)
         roomy = generate(model, prompt, max_new_tokens=60, return_logits=True)
     np.testing.assert_array_equal(grown.logits, roomy.logits)
     full = np.asarray(eqx.filter_jit(model)(jnp.asarray([*prompt, *grown.tokens[0].tolist()])))
@@ -99,13 +85,13 @@ def test_a_growing_cache_changes_nothing(tiny_config, prompts):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_the_size_of_the_cache_does_not_count_what_a_step_costs(tiny_model, rows, dtype):
     """The loop over keys ends at the longest row, whatever the capacity."""
-    from mpt_eqx.generation.decode import append, empty_state
+    from mpt_eqx.generation.decode import decode_step, empty_state
 
     model = jax.tree.map(lambda x: x.astype(dtype), tiny_model)
 
     def flops(capacity: int) -> float:
         state = empty_state(model, rows, capacity)
-        step = jax.jit(lambda state: append(model, state, jnp.zeros(rows, jnp.int32)), donate_argnums=0)
+        step = jax.jit(lambda state: decode_step(model, state, jnp.zeros(rows, jnp.int32)), donate_argnums=0)
         return step.lower(state).compile().cost_analysis()["flops"]
 
     assert flops(8192) == flops(1024)

@@ -24,6 +24,7 @@ from mpt_eqx.generation.buckets import DECODE_CHUNK, decode_bucket
 from mpt_eqx.generation.decode import (
     check_finite,
     ensure_capacity,
+    loosen,
     prefill_prompts,
     progress_bar,
     repeat_and_resize,
@@ -148,7 +149,7 @@ def beam_search(
     for number in np.flatnonzero(found < num_return_sequences):
         raise GenerationError(
             f"prompts[{number}]: found {found[number]} of num_return_sequences={num_return_sequences} sequences before "
-            f"no token was left to choose from; loosen no_repeat_ngram_size, min_new_tokens or vocab_size"
+            f"no token was left to choose from; {loosen(processors)}"
         )
     return result()
 

@@ -311,10 +311,7 @@ def decode_tokens(
         bad_step, empty_step, done = jax.device_get((state.not_finite, state.nothing_left, state.done))
         check_finite(bad_step, processors)
         if empty_step >= 0:
-            culprits = "no_repeat_ngram_size, min_new_tokens" + (", logits_processors" if processors else "")
-            raise GenerationError(
-                f"no token is left to choose from for new token {empty_step}; loosen {culprits} or vocab_size"
-            )
+            raise GenerationError(f"no token is left to choose from for new token {empty_step}; {loosen(processors)}")
         last = min(chunk, max_new_tokens - decoded)
         yield jax.tree.map(lambda x, last=last: x[:last], jax.device_get(output))
         decoded += chunk
@@ -342,6 +339,11 @@ def check_finite(bad_step: int, processors: tuple[LogitsProcessor, ...] = ()) ->
             f"the logits of new token {bad_step} are not finite; look for NaN or infinity in {where} with "
             f"from_pretrained(…, check_finite=True), or use a wider dtype"
         )
+
+
+def loosen(processors: tuple[LogitsProcessor, ...]) -> str:
+    """Returns what to do where no token is left."""
+    return f"loosen no_repeat_ngram_size, min_new_tokens{', logits_processors' if processors else ''} or vocab_size"
 
 
 def progress_bar(total: int, shown: bool | None) -> tqdm:

@@ -10,7 +10,7 @@ that takes as long for 50,000 logits as a whole step of a small model.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -149,19 +149,8 @@ def no_repeat_ngram(
     return jnp.where(_among(tokens, follows, logits.shape[0]), -jnp.inf, logits)
 
 
-class LogitsProcessor(Protocol):
-    """What `logits_processors` takes: a function of one row that is traced by JAX."""
-
-    def __call__(
-        self, logits: Float32[Array, " V"], tokens: Int[Array, " S"], length: Int[Array, ""], /
-    ) -> Float[Array, " V"]:
-        """Returns the logits to choose the next token from.
-
-        Args:
-            logits: of the next token.
-            tokens: prompt and new tokens from place 0 on; what stands from `length` on means nothing.
-            length: how many tokens there are.
-        """
+LogitsProcessor = Callable[[Float32[Array, " V"], Int[Array, " S"], Int[Array, ""]], Float[Array, " V"]]
+"""What `logits_processors` takes: a function of one row's logits, tokens and number of tokens, which JAX traces."""
 
 
 def process_logits(

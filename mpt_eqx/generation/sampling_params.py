@@ -178,9 +178,7 @@ def check_names(options: Mapping[str, Any], known: type, caller: str) -> None:
         if name not in names:
             near = difflib.get_close_matches(name, names)
             hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}"
-            raise GenerationError(
-                f"{name}: expected an option of {caller}, such as {', '.join(near)}; found another name"
-            )
+            raise GenerationError(f"{name}: expected an option of {caller}, found an unknown name; {hint}")
 
 
 def _as_array(value: Any, dtype: type) -> Array | np.ndarray:

@@ -1,0 +1,248 @@
+"""Options of each row and functions of the logits: rows may differ, nothing compiles again, the order is fixed."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_generate import counting_compiles
+
+V = 61
+# One row each; none of them changes what the others get.
+ROWS = (
+    {},
+    {"temperature": 0.7, "top_k": 5, "min_p": 0.02},
+    {"temperature": 1.3, "top_p": 0.8, "typical_p": 0.9},
+    {"temperature": 1.0, "epsilon_cutoff": 0.01, "eta_cutoff": 0.02, "repetition_penalty": 1.3},
+    {"repetition_penalty": 0.7, "no_repeat_ngram_size": 1, "vocab_size": 40},
+    {"eos_token_ids": list(range(0, 60, 2)), "min_new_tokens": 3, "pad_token_id": 60},
+)
+
+
+def in_one_batch(*options):
+    """The options of a batch of rows."""
+    from mpt_eqx import SamplingParams
+
+    rows = [{"eos_token_ids": [61 + i for i in range(20)], **row} for row in options]  # ends of one shape
+    return jax.tree.map(lambda *x: np.stack(x), *(SamplingParams(**row) for row in rows))
+
+
+@pytest.fixture(scope="module")
+def decoded(tiny_model):
+    """Decodes eight tokens of a prompt for each row."""
+    from mpt_eqx.generation.decode import decode_chunk, empty_state, prefill_chunk
+
+    prompt = np.random.default_rng(0).integers(V, size=32)
+
+    def decode(*options):
+        rows = len(options)
+        state = empty_state(tiny_model, rows, 512)
+        state = prefill_chunk(tiny_model, state, jnp.asarray(np.stack([prompt] * rows)), jnp.full(rows, 32))
+        return decode_chunk((tiny_model, in_one_batch(*options), jax.random.key(4), ()), state, 8, True)[1]
+
+    return decode
+
+
+def test_rows_with_different_options_do_not_change_each_other(decoded):
+    """Each row of a mixed batch is what it is where all others have no options, and no other row changes it."""
+    mixed = decoded(*ROWS)
+    for i, row in enumerate(ROWS):
+        alone = decoded(*({},) * i, row, *({},) * (len(ROWS) - 1 - i))
+        np.testing.assert_array_equal(alone.tokens[:, i], mixed.tokens[:, i])
+        np.testing.assert_array_equal(alone.logprobs[:, i], mixed.logprobs[:, i])
+    # Every option did something.
+    assert len({tuple(row) for row in mixed.tokens.T.tolist()}) == len(ROWS)
+    assert mixed.tokens[:, 4].max() < 40 and len(set(mixed.tokens[:, 4].tolist())) == 8
+    ended = mixed.tokens[:, 5].tolist()
+    assert all(token % 2 for token in ended[:3]) and ended[-1] == 60
+
+
+def test_a_row_that_asks_for_nothing_keeps_every_bit():
+    from mpt_eqx.generation.sampling import process_logits, sample
+
+    logits = jnp.asarray(np.random.default_rng(1).normal(size=(len(ROWS), V)), jnp.float32).at[:, 3].set(-jnp.inf)
+    tokens, lengths = jnp.tile(jnp.arange(20), (len(ROWS), 1)), jnp.full(len(ROWS), 20)
+    params = in_one_batch(*ROWS)
+    processed = process_logits(logits, params, tokens, lengths, jnp.asarray(0))
+    changed = (np.asarray(processed) != np.asarray(logits)).any(axis=1)
+    assert changed.tolist() == [False, False, False, True, True, True]
+    assert int(sample(processed, params, jax.random.key(0), jnp.asarray(0))[0]) == int(jnp.argmax(logits[0]))
+
+
+def test_epsilon_and_eta_filter_what_is_drawn(tiny_model):
+    """After temperature: no token of less probability is drawn, and without them some are."""
+    from mpt_eqx import generate
+
+    options = {"max_new_tokens": 1, "temperature": 2.0, "key": jax.random.key(0), "return_logits": True}
+    free = generate(tiny_model, [[5, 6]] * 400, **options)
+    probs = np.asarray(jax.nn.softmax(free.logits[0, 0] / 2))
+    entropy = -(probs * np.log(probs)).sum()
+    eta = min(0.05, np.sqrt(0.05) * np.exp(-entropy))
+    for name, cutoff, least in (("epsilon_cutoff", 0.02, 0.02), ("eta_cutoff", 0.05, eta)):
+        drawn = generate(tiny_model, [[5, 6]] * 400, **options, **{name: cutoff}).tokens[:, 0]
+        assert probs[drawn].min() >= least > probs[free.tokens[:, 0]].min()
+        assert set(drawn.tolist()) == set(np.flatnonzero(probs >= least).tolist())
+
+
+def test_parameters_take_numbers_and_traced_values():
+    from mpt_eqx import GenerationError, SamplingParams
+    from mpt_eqx.generation.sampling_params import SamplingOptions
+
+    names = set(SamplingOptions.__annotations__) | {"max_new_tokens"}
+    assert names == set(SamplingParams.__dataclass_fields__)
+    default, same = SamplingParams(), SamplingParams(**dict.fromkeys(names - {"eos_token_ids"}))
+    assert eqx.tree_equal(default, same)
+    given = SamplingParams(temperature=np.float32(0.5), top_k=np.int64(2**40), eos_token_ids={3}, max_new_tokens=9)
+    assert given.temperature == np.float32(0.5) and given.top_k == 2**31 - 1 and given.max_new_tokens == 9
+    assert given.eos_token_ids.tolist() == [3, *[-1] * 7]
+    traced = jax.jit(jax.vmap(lambda t, k: SamplingParams(temperature=t, top_k=k)))(jnp.arange(3.0), jnp.arange(3))
+    assert traced.temperature.tolist() == [0, 1, 2] and traced.top_k.dtype == np.int32
+    for options, message in (
+        ({"temperature": -1}, "temperature: expected a finite number ≥ 0, found -1"),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected a whole number ≥ 1, found 0"),
+        ({"eos_token_ids": [-1]}, "eos_token_ids: expected token ids ≥ 0, found -1"),
+        ({"num_beams": 3}, "num_beams: expected an option of SamplingParams, found an unknown name; there are temp"),
+    ):
+        with pytest.raises(GenerationError, match=message):
+            SamplingParams(**options)
+
+
+def successor(logits, tokens, length):
+    """Allows only the token after the last one."""
+    return jnp.where(jnp.arange(logits.shape[0]) == (tokens[length - 1] + 1) % V, logits, -jnp.inf)
+
+
+def test_a_processor_sees_the_tokens_of_its_row(tiny_model):
+    """In generate, stream and beam_search, for prompts of different lengths, after a prefix, and past a chunk."""
+    from mpt_eqx import beam_search, generate, prefill, stream
+
+    rows, options = [[5], [9, 9, 9, 20], [1] * 40], {"max_new_tokens": 10, "logits_processors": [successor]}
+    wanted = [[(row[-1] + i) % V for i in range(1, 11)] for row in rows]
+    assert generate(tiny_model, rows, **options).tokens.tolist() == wanted
+    assert (
+        generate(tiny_model, [[20], [20], [20]], prefix=prefill(tiny_model, [9, 9, 9]), **options).tokens.tolist()[0]
+        == (wanted[1])
+    )
+    assert list(stream(tiny_model, rows[1], **options)) == wanted[1]
+    assert beam_search(tiny_model, rows, num_beams=2, **options).tokens.tolist() == wanted
+    sampled = generate(tiny_model, rows, temperature=1.0, key=jax.random.key(0), **options)
+    assert sampled.tokens.tolist() == wanted
+
+
+def test_results_have_the_logits_of_the_model(tiny_model):
+    from mpt_eqx import generate
+
+    free = generate(tiny_model, [[5], [7], [8]], max_new_tokens=10, return_logits=True)
+    forced = generate(tiny_model, [[5], [7], [8]], max_new_tokens=10, return_logits=True, logits_processors=[successor])
+    np.testing.assert_array_equal(forced.logits[:, 0], free.logits[:, 0])
+    logprobs = jax.nn.log_softmax(forced.logits)
+    np.testing.assert_allclose(forced.logprobs[0, 0], logprobs[0, 0, 6], rtol=1e-6)
+
+
+def halved(logits, tokens, length):
+    return logits / 2
+
+
+def without_the_best(logits, tokens, length):
+    return logits.at[jnp.argmax(logits)].set(-jnp.inf)
+
+
+def test_processors_come_after_penalties_and_before_the_temperature(tiny_model):
+    from mpt_eqx import generate
+    from mpt_eqx.generation.sampling import process_logits
+
+    logits = jnp.asarray(np.random.default_rng(2).normal(size=(2, V)), jnp.float32)
+    arguments = (in_one_batch(*ROWS[3:5]), jnp.ones((2, 9), jnp.int32), jnp.full(2, 9), jnp.asarray(0))
+    built_in = process_logits(logits, *arguments)
+    both = process_logits(logits, *arguments, (halved, without_the_best))
+    for row, found in zip(np.asarray(built_in) / 2, np.asarray(both), strict=True):
+        np.testing.assert_array_equal(found, np.where(np.arange(V) == row.argmax(), -np.inf, row))
+
+    rows, key = [[5], [7], [8]], jax.random.key(3)
+    options = {"max_new_tokens": 10, "key": key}
+    wanted = generate(tiny_model, rows, temperature=1.4, **options).tokens
+    found = generate(tiny_model, rows, temperature=0.7, logits_processors=[halved], **options).tokens
+    np.testing.assert_array_equal(found, wanted)
+    second = generate(tiny_model, rows, temperature=1.0, top_k=1, logits_processors=(without_the_best,), **options)
+    greedy = generate(tiny_model, rows, max_new_tokens=10, return_logits=True, logits_processors=(without_the_best,))
+    np.testing.assert_array_equal(second.tokens, greedy.tokens)
+    np.testing.assert_array_equal(greedy.tokens, np.argsort(greedy.logits, axis=-1)[..., -2])
+
+
+class Bias(eqx.Module):
+    """A processor with an array."""
+
+    bias: jax.Array
+
+    def __call__(self, logits, tokens, length):
+        return logits + self.bias
+
+
+def test_a_processor_is_compiled_once(tiny_model):
+    from mpt_eqx import beam_search, generate, stream
+
+    traced, rows = [], [[5], [7], [8]]
+
+    def counted(logits, tokens, length):
+        traced.append(1)
+        return logits.at[0].set(-jnp.inf)
+
+    def calls():
+        generate(tiny_model, rows, max_new_tokens=10, logits_processors=[counted])
+        generate(tiny_model, rows, max_new_tokens=12, logits_processors=(counted,), top_k=3)
+        list(stream(tiny_model, [5], max_new_tokens=10, logits_processors=[counted]))
+        beam_search(tiny_model, rows, num_beams=2, max_new_tokens=10, logits_processors=[counted])
+
+    calls()
+    before = len(traced)
+    with counting_compiles() as compiles:
+        calls()
+    assert len(traced) == before and compiles == []
+    biases = [Bias(jnp.zeros(V).at[token].set(1e4)) for token in (3, 4)]
+    found = []
+    with counting_compiles() as compiles:
+        for bias in biases:
+            found.append(generate(tiny_model, rows, max_new_tokens=10, logits_processors=[bias]).tokens)
+            compiles.append("end")
+    assert (found[0] == 3).all() and (found[1] == 4).all()
+    assert compiles[compiles.index("end") :] == ["end", "end"]
+
+
+def test_what_a_processor_may_not_leave(tiny_model):
+    """No token at all, or NaN."""
+    from mpt_eqx import GenerationError, beam_search, generate
+
+    def all_banned(logits, tokens, length):
+        return jnp.where(length > 4, -jnp.inf, logits)
+
+    def not_a_number(logits, tokens, length):
+        return jnp.where(length > 4, jnp.nan, logits)
+
+    options = {"max_new_tokens": 10, "logits_processors": [all_banned]}
+    with pytest.raises(GenerationError, match="no token is left to choose from for new token 3; .*logits_processors"):
+        generate(tiny_model, [[1, 2]], **options)
+    with pytest.raises(GenerationError, match=r"prompts\[0\]: found 0 of num_return_sequences=1 .*logits_processors"):
+        beam_search(tiny_model, [[1, 2]], num_beams=2, **options)
+    options = {"max_new_tokens": 10, "logits_processors": [not_a_number]}
+    message = "the logits of new token 3 are not finite; look for NaN or infinity in what logits_processors return"
+    with pytest.raises(GenerationError, match=message):
+        generate(tiny_model, [[1, 2]], **options)
+    with pytest.raises(GenerationError, match=message):
+        beam_search(tiny_model, [[1, 2]], num_beams=2, **options)
+
+
+def lowered(logits, tokens, length):
+    return logits - 1
+
+
+def test_a_search_goes_by_what_a_processor_makes_of_log_probabilities(tiny_model):
+    from mpt_eqx import beam_search
+
+    search = {"num_beams": 2, "max_new_tokens": 10, "length_penalty": 0.0, "num_return_sequences": 2}
+    free, found = (
+        beam_search(tiny_model, [[5], [7], [8]], logits_processors=processors, **search)
+        for processors in ((), (lowered,))
+    )
+    np.testing.assert_array_equal(found.tokens, free.tokens)
+    np.testing.assert_allclose(found.scores, free.scores - 10, rtol=1e-5)
+    np.testing.assert_allclose(found.logprobs, free.logprobs, rtol=1e-5)
