@@ -450,7 +450,11 @@ MUTATIONS = [
     ("early_stopping: whatever the penalty", "stops", "is_done", "A & (options.length_penalty > 0)", "A"),
     ("early_stopping: before all have ended", "stops", "is_done", "jnp.isfinite(A) & B", "B"),
     ("early_stopping: not when nothing goes on", "stops", "is_done", "jnp.isneginf(A) | B", "B"),
-    ("rows stay where they are", "beam3", "reorder_cache", "A[order]", "A"),
+    (
+        *("rows stay where they are", "beam3", "reorder_cache"),
+        "jax.lax.dynamic_update_slice_in_dim(A, B[order], C, axis=D)",
+        "jax.lax.dynamic_update_slice_in_dim(A, B, C, axis=D)",
+    ),
     ("all beams at first", "beam3", "initial_beams", "A[:, 0]", "A[:]"),
     ("penalties do not count", "plain", "beam_chunk", "process_logits(A, B, C, D, E, F)", "A"),
 ]

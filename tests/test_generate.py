@@ -200,11 +200,12 @@ def test_no_prompts_no_rows(tiny_model):
         ({"penalty": 1.0}, r"penalty: expected an option of generate, .*; did you mean repetition_penalty\?"),
         ({"xyz": 1.0}, "xyz: expected an option of generate, found an unknown name; there are .*eta_cutoff"),
         ({"logits_processors": 5}, "logits_processors: expected a list of functions, found int"),
-        ({"logits_processors": [5]}, r"logits_processors\[0\]: expected a function of logits, tokens and length, found"),
-        ({"logits_processors": [lambda logits, tokens, length: logits[1:]]}, r"logits_processors\[0\]: expected logits of "
-         r"shape \(61,\) in floating point, as it was given, found an array of shape \(60,\) and type float32"),
-        ({"logits_processors": [lambda logits, tokens, length: tokens[:61]]}, r"found an array of shape \(61,\) and type "
-         "int32"),
+        ({"logits_processors": [5]}, r"logits_processors\[0\]: expected a function of logits, tokens and length, "
+         "found int"),
+        ({"logits_processors": [lambda logits, tokens, length: logits[1:]]}, r"logits_processors\[0\]: expected logits "
+         r"of shape \(61,\) in floating point, as it was given, found an array of shape \(60,\) and type float32"),
+        ({"logits_processors": [lambda logits, tokens, length: tokens[:61]]}, r"found an array of shape \(61,\) and "
+         "type int32"),
         ({"logits_processors": [lambda logits, tokens, length: None]}, "as it was given, found NoneType"),
         ({"repetition_penalty": 0}, "repetition_penalty: expected a finite number > 0, found 0"),
         ({"repetition_penalty": float("inf")}, "repetition_penalty: expected a finite number > 0, found inf"),

@@ -136,7 +136,7 @@ def beam_search(
                 sequences, beams, bad_step, done, output = jax.device_get(
                     (state.finished, state.scores, state.rows.not_finite, state.rows.done, output)
                 )
-                check_finite(bad_step, processors)
+                check_finite(int(bad_step), processors)
                 shown.update(min(chunk, max_new_tokens - decoded))
                 steps.append(output)
                 decoded += chunk

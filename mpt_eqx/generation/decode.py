@@ -309,7 +309,7 @@ def decode_tokens(
         state = ensure_capacity(model, state, length + min(decoded + chunk, max_new_tokens))
         state, output = decode_chunk((model, params, key, processors), state, chunk, with_logits)
         bad_step, empty_step, done = jax.device_get((state.not_finite, state.nothing_left, state.done))
-        check_finite(bad_step, processors)
+        check_finite(int(bad_step), processors)
         if empty_step >= 0:
             raise GenerationError(f"no token is left to choose from for new token {empty_step}; {loosen(processors)}")
         last = min(chunk, max_new_tokens - decoded)

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from mpt_eqx.generation.sampling_params import SamplingParams
@@ -230,7 +231,10 @@ def sample(
 
 
 def _where(
-    asked: Bool[Array, " B"], change: Callable[..., Float[Array, " V"]], logits: Float32[Array, "B V"], *rows: Any
+    asked: Bool[Array | np.ndarray, " B"],
+    change: Callable[..., Float[Array, " V"]],
+    logits: Float32[Array, "B V"],
+    *rows: Any,
 ) -> Float32[Array, "B V"]:
     """Returns the logits with change(row, …) in the rows that ask for it; at no cost where none does."""
 
