@@ -197,7 +197,7 @@ def test_no_prompts_no_rows(tiny_model):
         ({"epsilon_cutoff": 1}, "epsilon_cutoff: expected a number with 0 ≤ epsilon_cutoff < 1, found 1"),
         ({"eta_cutoff": -0.1}, "eta_cutoff: expected a number with 0 ≤ eta_cutoff < 1, found -0.1"),
         ({"temprature": 1.0}, "temprature: expected an option of generate, found an unknown name; did you mean temper"),
-        ({"penalty": 1.0}, r"penalty: expected an option of generate, .*; did you mean repetition_penalty\?"),
+        ({"repeat_penalty": 1.0}, r"repeat_penalty: .*; did you mean repetition_penalty\?"),
         ({"xyz": 1.0}, "xyz: expected an option of generate, found an unknown name; there are .*eta_cutoff"),
         ({"logits_processors": 5}, "logits_processors: expected a list of functions, found int"),
         ({"logits_processors": [5]}, r"logits_processors\[0\]: expected a function of logits, tokens and length, "
