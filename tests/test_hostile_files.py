@@ -607,7 +607,7 @@ INSPECTED = {
     "an index with a lone surrogate": ("error: ", 1),
     "an index with colours": ("error: ", 1),
     "another head": (
-        "output matrix tied (lm_head.weight is there too; that it is the same shows when it is loaded)",
+        "lm_head tied (lm_head.weight is stored, too; loading checks that it is the same)",
         0,
     ),
 }
