@@ -113,8 +113,8 @@ def test_blocks_of_keys_equal_the_formula_at_4096_tokens(tiny_config):
 
 def difference(blockwise_attention, seed, seen, asked, window):
     """How far the formula read from a cache is from the formula, for `asked` queries after `seen` keys."""
-    from mpt_eqx.model.alibi import alibi_bias, alibi_slopes
-    from mpt_eqx.ops.attention import attention
+    from mpt_eqx.model.alibi import alibi_slopes
+    from mpt_eqx.ops.attention import alibi_bias, attention
     from mpt_eqx.ops.layer_cache import KeysValues, LayerCache
 
     rng, total = np.random.default_rng(seed), seen + asked
@@ -172,8 +172,8 @@ def test_the_formula_notices_a_mutation_of_its_blocks(function, part, other):
 
 def fused_difference(cudnn_attention, seed, seen, asked, window, dtype="float32", alibi=True):
     """As `difference`, for the arguments that the kernel is given, and for two rows of other lengths under vmap."""
-    from mpt_eqx.model.alibi import alibi_bias, alibi_slopes
-    from mpt_eqx.ops.attention import attention
+    from mpt_eqx.model.alibi import alibi_slopes
+    from mpt_eqx.ops.attention import alibi_bias, attention
 
     capacity, rng = 1024, np.random.default_rng(seed)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 3, n, 8)), dtype) for n in (asked, capacity, capacity))
