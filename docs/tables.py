@@ -1,0 +1,111 @@
+"""Fills in the measured figures: `python docs/tables.py` rewrites the tables of README.md and docs/, and docs/speed.svg.
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`, and comes from the committed results of the benchmarks.
+A test compares what is committed with what this would write.
+"""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+COLOURS = {"mpt_eqx": "#0b6e4f", "transformers": "#d98e2b", "llama.cpp": "#56718f"}
+
+
+def markdown_tables(path: Path) -> list[list[list[str]]]:
+    """Returns the tables of a Markdown file: for each its rows of cells, the first of them the header."""
+    blocks = re.findall(r"(?:^\|.*\n)+", path.read_text(), re.MULTILINE)
+    return [
+        [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines() if set(line) - set("|- ")]
+        for block in blocks
+    ]
+
+
+def to_markdown(rows: list[list[str]]) -> str:
+    """Returns rows of cells, the first of them the header, as a Markdown table."""
+    header, *body = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([header, "|" + "---|" * len(rows[0]), *body])
+
+
+def tables() -> dict[str, str]:
+    """Returns every table by its name."""
+    decode, prefill = markdown_tables(RESULTS / "speed.md")[:2]
+    short = [[dtype, library, *(cell.split(" ")[0] for cell in row[:3])] for dtype, library, *row in decode[1:]]
+    memory = [
+        [row["format"], row["how"], str(row["peak_over_weights"])]
+        for row in json.loads((RESULTS / "memory.json").read_text())
+    ]
+    steps = json.loads((RESULTS / "loading.json").read_text())["steps"]
+    words = {
+        "convert": "`mpt-eqx convert` from torch shards",
+        "load": "load what it wrote, in place",
+        "load_torch": "load the torch shards themselves",
+    }
+    loading = [
+        [words[name], str(steps[name]["seconds"]), str(steps[name]["anonymous_GB"])] for name in words
+    ]
+    return {
+        "speed": to_markdown(
+            [["weights", "library", "1 row", "4 rows", "16 rows"]] + [row for row in short if "XLA" not in row[1]]
+        ),
+        "decode": to_markdown(decode),
+        "prefill": to_markdown(prefill),
+        "memory": to_markdown([["format", "how", "peak memory / weights"], *memory]),
+        "loading": to_markdown([["step", "seconds", "peak memory, GB"], *loading]),
+        "quality": to_markdown(markdown_tables(RESULTS / "quality.md")[0]),
+    }
+
+
+def chart() -> str:
+    """Returns an SVG with a bar for each type and library: tokens per second of one sequence."""
+    rows = [row for row in markdown_tables(RESULTS / "speed.md")[0][1:] if "XLA" not in row[1]]
+    figures = [(row[0], row[1].split(",")[0], float(row[2].split(" ")[0])) for row in rows]
+    largest = max(value for *_, value in figures)
+    left, bar, gap, width = 84, 15, 10, 720
+    parts, y, before = [], 62, None
+    for dtype, library, value in figures:
+        if dtype != before:
+            y += gap if before else 0
+            count = sum(other == dtype for other, *_ in figures)
+            parts.append(f'<text x="{left - 10}" y="{y + count * bar / 2 + 4:g}" text-anchor="end">{dtype}</text>')
+        length = round((width - left - 70) * value / largest, 1)
+        parts += [
+            f'<rect x="{left}" y="{y}" width="{length}" height="{bar - 2}" fill="{COLOURS[library]}"/>',
+            f'<text x="{left + length + 6:g}" y="{y + 11}" font-size="11">{value:g}</text>',
+        ]
+        y, before = y + bar, dtype
+    legend = []
+    for index, (library, colour) in enumerate(COLOURS.items()):
+        legend += [
+            f'<rect x="{left + 120 * index}" y="38" width="12" height="12" fill="{colour}"/>',
+            f'<text x="{left + 120 * index + 18}" y="48">{library}</text>',
+        ]
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y + 14}" width="{width}" '
+            f'height="{y + 14}" font-family="sans-serif" font-size="12" fill="#1f2933">',
+            f'<rect width="{width}" height="{y + 14}" rx="8" fill="#f6f7f9"/>',
+            f'<text x="{left}" y="24" font-size="14">Generation on two CPU cores: tokens per second, one sequence, '
+            "354M parameters</text>",
+            *legend, *parts, "</svg>", "",
+        ]
+    )  # fmt: skip
+
+
+def filled(text: str) -> str:
+    """Returns a page with its tables filled in."""
+    known = tables()
+    pattern = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return pattern.sub(lambda match: f"{match[1]}{known[match[2]]}\n{match[3]}", text)
+
+
+def main() -> None:
+    """Writes the tables and the chart."""
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        page.write_text(filled(page.read_text()))
+    (ROOT / "docs" / "speed.svg").write_text(chart())
+
+
+if __name__ == "__main__":
+    main()
