@@ -7,9 +7,17 @@ default:
 setup:
     python -m pip install -e '.[dev]'
 
-# The test suite; arguments go to pytest.
+# The tests but for the long proofs; arguments go to pytest: `just test tests/test_model.py -k alibi`.
 test *args:
     python -m pytest {{args}}
+
+# All tests, the long proofs (large files, crashes, long prompts) among them.
+test-all *args:
+    python -m pytest -m "" {{args}}
+
+# The tests in a fresh environment of another installed Python: `just test-python 3.13`.
+test-python version *args:
+    bash .ci/test-python {{version}} {{args}}
 
 # Lint, formatting and types.
 lint:
@@ -22,8 +30,16 @@ fmt:
     ruff check --fix .
     ruff format .
 
-# What CI runs.
+# Lint and tests.
 check: lint test
+
+# Build the documentation site into site/; a warning is an error. Needs the extra `docs`.
+docs:
+    bash .ci/docs
+
+# Show the site at http://localhost:8000, rebuilt on every change.
+docs-serve:
+    zensical serve
 
 # Compare with transformers, live; needs the extra `reference`.
 reference:

@@ -50,6 +50,12 @@ GOLDEN = Path(__file__).parent / "golden"
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Keeps the names of all tests that were collected, before any are deselected: pages name them."""
+    config.collected_names = {item.name for item in items}
+
+
 @contextmanager
 def asked_by_line(script: str):
     """Runs one of the helper scripts and yields a function that gives it a line and returns the line it answers."""

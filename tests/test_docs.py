@@ -34,7 +34,7 @@ def fences(path):
     """Returns (language, content, what the block right after it shows as output) of each fenced block."""
     text = path.read_text()
     found = list(re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
-    for block, following in zip(found, [*found[1:], None], strict=True):
+    for block, following in zip(found, [*found[1:], None], strict=False):
         shown = following is not None and following[1] == "text" and not text[block.end() : following.start()].strip()
         yield block[1], block[2], following[2] if shown else None
 

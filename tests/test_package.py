@@ -1,4 +1,4 @@
-"""The package as a whole: what it imports, its house rules, the README, and the model that ships with it."""
+"""The package as a whole: what it imports, its house rules, and the model that ships with it."""
 
 import ast
 import json
@@ -118,75 +118,6 @@ def test_no_string_is_compared_in_a_forward_pass(path):
             for compare in (node for node in ast.walk(function) if isinstance(node, ast.Compare)):
                 for side in ast.walk(compare):
                     assert not (isinstance(side, ast.Constant) and isinstance(side.value, str)), function.name
-
-
-def readme_blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-
-
-@pytest.mark.parametrize("number", range(len(readme_blocks("python"))))
-def test_the_readmes_python_runs(number):
-    python(readme_blocks("python")[number])
-
-
-def test_the_readmes_table_of_places_is_true():
-    rows = re.findall(
-        r"^\|[^|]*\| `(mpt_eqx/[\w/]+\.py)`(?:, `(\w+)`)?", (ROOT / "README.md").read_text(), re.MULTILINE
-    )
-    assert len(rows) > 5
-    for file, name in rows:
-        assert re.search(rf"^(def|class) {name}\b|^{name}(: .*)? = ", (ROOT / file).read_text(), re.MULTILINE), (
-            file,
-            name,
-        )
-
-
-def test_every_test_that_the_readme_names_exists():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-n0", "--collect-only", ROOT / "tests"], capture_output=True, text=True
-    )
-    there = {line.split("::")[-1] for line in done.stdout.splitlines() if "::" in line}
-    there |= {name.split("[")[0] for name in there}
-    named = set(re.findall(r"`(test_\w+(?:\[[^`]+\])?)`", (ROOT / "README.md").read_text()))
-    assert len(named) > 40 and named <= there, named - there
-
-
-def test_the_readmes_figures_are_the_committed_ones():
-    from mpt_eqx import SHIPPED_MODEL
-
-    figures = json.loads((SHIPPED_MODEL / "training.json").read_text())["test_nats_per_byte"]
-    readme, card = (ROOT / "README.md").read_text(), (SHIPPED_MODEL / "README.md").read_text()
-    for name in ("nats", "gzip", "xz", "xz_after"):
-        assert f"{figures[name]:.3f}" in card
-    for name in ("nats", "gzip", "xz"):
-        assert f"{figures[name]:.2f}" in readme
-
-
-def test_the_readmes_figures_of_loading_are_the_committed_ones():
-    steps = json.loads((ROOT / "benchmarks" / "results" / "loading.json").read_text())["steps"]
-    readme = (ROOT / "README.md").read_text()
-    for figure in (
-        f"takes {steps['convert']['seconds']} s and {steps['convert']['anonymous_GB']} GB",
-        f"loads in {steps['load']['seconds']} s with {steps['load']['anonymous_GB']} GB",
-        f"load in {steps['load_torch']['seconds']} s",
-    ):
-        assert figure in readme
-    for row in json.loads((ROOT / "benchmarks" / "results" / "memory.json").read_text()):
-        assert f"| {row['format']} | {row['how']} | {row['peak_over_weights']} |" in readme
-
-
-def test_the_readmes_figures_of_speed_are_the_committed_ones():
-    """Each row of a table below "Speed" that begins with a type stands in speed.md, which the JSON was written with."""
-    section = (ROOT / "README.md").read_text().split("\n## Speed\n")[1].split("\n## ")[0]
-    rows = [line for line in section.splitlines() if line.startswith(("| float", "| bfloat", "| int"))]
-    assert len(rows) >= 8
-    results = ROOT / "benchmarks" / "results"
-    sys.path.insert(0, str(ROOT))  # the benchmarks are not installed
-    from benchmarks.speed.report import markdown
-
-    written = markdown(json.loads((results / "speed.json").read_text()))
-    assert written.strip() == (results / "speed.md").read_text().strip()
-    assert set(rows) <= set(written.splitlines())
 
 
 def test_the_shipped_model(shipped):

@@ -675,7 +675,7 @@ def test_on_the_command_line(tmp_path, capsys):
 def test_the_readmes_figures_of_quality_are_the_committed_ones():
     root = Path(__file__).parent.parent
     found = json.loads((root / "benchmarks" / "results" / "quality.json").read_text())
-    for text in ((root / "README.md").read_text(), (root / "benchmarks" / "results" / "quality.md").read_text()):
+    for text in ((root / "docs" / "quantization.md").read_text(), (root / "benchmarks" / "results" / "quality.md").read_text()):
         assert f"on {found['tokens']:,} tokens" in text
         for row in found["weights"]:
             assert f"| {' | '.join(map(str, row.values()))} |" in text
