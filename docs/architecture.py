@@ -39,7 +39,10 @@ def picture() -> str:
         f'<rect width="{width}" height="{height}" rx="8" fill="#f6f7f9"/>',
     ]
     for index, name in enumerate(names):
-        colour, imported = COLOURS[index] if ROOMS[name][1] else "#9aa5b1", [other for other in names if other in ROOMS[name][1]]
+        colour, imported = (
+            COLOURS[index] if ROOMS[name][1] else "#9aa5b1",
+            [other for other in names if other in ROOMS[name][1]],
+        )
         parts += [
             f'<rect x="20" y="{top[name]}" width="{BOX}" height="{HEIGHT}" rx="6" fill="white" stroke="#9aa5b1"/>',
             f'<rect x="20" y="{top[name]}" width="6" height="{HEIGHT}" rx="3" fill="{colour}"/>',

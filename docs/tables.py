@@ -1,4 +1,4 @@
-"""Fills in the measured figures: `python docs/tables.py` rewrites the tables of README.md and docs/, and docs/speed.svg.
+"""Fills in the measured figures: `python docs/tables.py` rewrites tables of README.md and docs/, and docs/speed.svg.
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`, and comes from the committed results of the benchmarks.
 A test compares what is committed with what this would write.
@@ -42,9 +42,7 @@ def tables() -> dict[str, str]:
         "load": "load what it wrote, in place",
         "load_torch": "load the torch shards themselves",
     }
-    loading = [
-        [words[name], str(steps[name]["seconds"]), str(steps[name]["anonymous_GB"])] for name in words
-    ]
+    loading = [[words[name], str(steps[name]["seconds"]), str(steps[name]["anonymous_GB"])] for name in words]
     return {
         "speed": to_markdown(
             [["weights", "library", "1 row", "4 rows", "16 rows"]] + [row for row in short if "XLA" not in row[1]]

@@ -672,10 +672,11 @@ def test_on_the_command_line(tmp_path, capsys):
     assert main(["convert", str(SHIPPED_MODEL), str(tmp_path / "x"), "--quantize", "int7"]) == 1
 
 
-def test_the_readmes_figures_of_quality_are_the_committed_ones():
+def test_the_pages_figures_of_quality_are_the_committed_ones():
     root = Path(__file__).parent.parent
     found = json.loads((root / "benchmarks" / "results" / "quality.json").read_text())
-    for text in ((root / "docs" / "quantization.md").read_text(), (root / "benchmarks" / "results" / "quality.md").read_text()):
+    for page in (root / "docs" / "quantization.md", root / "benchmarks" / "results" / "quality.md"):
+        text = page.read_text()
         assert f"on {found['tokens']:,} tokens" in text
         for row in found["weights"]:
             assert f"| {' | '.join(map(str, row.values()))} |" in text
