@@ -8,7 +8,7 @@ HERE = Path(__file__).parent
 ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "errors": ("MPTError and its kinds", ()),
     "config": ("config.json to MPTConfig and back", ("errors",)),
-    "ops": ("products, attention, kernels: all that knows platforms", ("errors", "config")),
+    "ops": ("products, attention, kernels: all that knows platforms", ("config",)),
     "model": ("MPT, Block, Attention, FFN, norms: the formulas", ("errors", "config", "ops")),
     "sharding": ("rules, shards, several processes", ("errors", "config", "ops", "model")),
     "surgery": ("models changed: quantize", ("errors", "config", "ops", "model", "sharding")),
@@ -20,7 +20,10 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "train": ("the loss", ("model",)),
     "text": ("tokenizer, chat templates", ("errors", "config", "checkpoint")),
-    "cli": ("mpt-eqx", ("errors", "config", "model", "checkpoint", "generation", "text")),
+    "cli": (
+        "the commands of mpt-eqx",
+        ("errors", "config", "ops", "model", "surgery", "checkpoint", "generation", "text"),
+    ),
 }  # fmt: skip
 
 COLOURS = ("#0b6e4f", "#c2571a", "#2f6fd0", "#8a3ffc", "#b28600", "#007d79", "#d12771", "#56718f", "#6f4e37", "#198038")

@@ -1,7 +1,6 @@
 """The package as a whole: what it imports, its house rules, and the model that ships with it."""
 
 import ast
-import json
 import re
 import subprocess
 import sys
