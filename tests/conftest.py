@@ -26,6 +26,8 @@ CHECKED = (
     "checkpoint",
     "surgery",
     "generation.decode",
+    "generation.prompts",
+    "generation.state",
     "generation.sampling",
     "generation.beam_step",
     "train",

@@ -287,12 +287,12 @@ def test_after_a_prefix(model):
 
 def test_the_cache_grows(tiny_config, prompts, monkeypatch):
     from mpt_eqx import MPT, InitConfig, beam_search
-    from mpt_eqx.generation import buckets, decode
+    from mpt_eqx.generation import buckets, state
 
     config = tiny_config(n_layers=1, max_seq_len=1024, init_config=InitConfig(emb_init_std=0.5))
     model, (prompt,) = MPT(config, key=jax.random.key(3)), prompts(500)
-    sizes, repeat = [], decode.repeat_and_resize
-    for module in (importlib.import_module("mpt_eqx.generation.beam_search"), decode):
+    sizes, repeat = [], state.repeat_and_resize
+    for module in (importlib.import_module("mpt_eqx.generation.beam_search"), state):
         monkeypatch.setattr(
             module, "repeat_and_resize", lambda state, n, to: sizes.append((n, to)) or repeat(state, n, to)
         )
@@ -332,7 +332,7 @@ def test_a_step_of_beams_needs_the_cache_and_little_else(tiny_model):
     from mpt_eqx import SamplingParams
     from mpt_eqx.generation.beam_search import search_options
     from mpt_eqx.generation.beam_step import BeamState, beam_chunk, initial_beams
-    from mpt_eqx.generation.decode import empty_state
+    from mpt_eqx.generation.state import empty_state
 
     options = search_options(SamplingParams(max_new_tokens=8), 8, 1.0, False)
     state = BeamState(empty_state(tiny_model, 6, 8192), *initial_beams(2, 3))

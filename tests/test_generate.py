@@ -132,7 +132,8 @@ def test_nothing_compiles_again(tiny_model, prompts):
 def test_a_step_needs_the_cache_and_little_else(tiny_model, rows, dtype):
     """The cache is donated and written in place, in every type; a step needs little memory besides, at any capacity."""
     from mpt_eqx import SamplingParams
-    from mpt_eqx.generation.decode import decode_chunk, empty_state
+    from mpt_eqx.generation.decode import decode_chunk
+    from mpt_eqx.generation.state import empty_state
 
     model = jax.tree.map(lambda x: x.astype(dtype), tiny_model)
     fixed = (model, SamplingParams(max_new_tokens=8).of_rows(rows), jax.random.key(0), ())
@@ -424,19 +425,21 @@ def kernel():
 
 @settings(max_examples=6, deadline=None)
 @given(
-    st.lists(st.integers(1, 60), min_size=4, max_size=4), st.sampled_from([0, 1, 3]),
+    st.sampled_from(["bfloat16", "float16", "float32"]), st.lists(st.integers(1, 60), min_size=4, max_size=4),
+    st.sampled_from([0, 1, 3]),
     st.sampled_from([{}, {**SAMPLED, "min_p": 0.01, "repetition_penalty": 1.1, "key": jax.random.key(5)}]),
 )  # fmt: skip
-def test_a_row_is_the_same_in_every_bit(kernel, tiny_model, lengths, at, sampling):
-    """Alone or in a batch, first or padded, with long neighbours or short: in bfloat16 logits are equal exactly."""
+def test_a_row_is_the_same_in_every_bit(kernel, tiny_model, dtype, lengths, at, sampling):
+    """Alone or in a batch, first or padded, with long neighbours or short: logits are equal exactly."""
     from mpt_eqx import generate
 
-    rng, model = np.random.default_rng(lengths), in_bfloat16(tiny_model)
+    rng, model = np.random.default_rng(lengths), jax.tree.map(lambda x: x.astype(dtype), tiny_model)
     rows = [rng.integers(61, size=n).tolist() for n in (*lengths, 200)]
     options = {"max_new_tokens": 10, "return_logits": True, **sampling}
     together = generate(model, rows, **options)
     others = generate(model, [*[[1]] * at, rows[at]], **options)
     np.testing.assert_array_equal(others.logits[at], together.logits[at])
+    np.testing.assert_array_equal(others.logprobs[at], together.logprobs[at])
     np.testing.assert_array_equal(others.tokens[at], together.tokens[at])
 
 

@@ -348,7 +348,7 @@ def test_rows_with_traced_options_equal_each_row_alone(name):
     assert traced == [name]
 
 
-SUMS = ("_softmax", "_log_softmax", "_entropy")
+SUMS = ("_softmax", "log_softmax", "_entropy")
 
 
 # Of 50,432 entries, more than 4,096, a reduction by XLA sums 3 or 8 rows in another order than one.
@@ -421,7 +421,7 @@ MUTATIONS = [
     ("_entropy", "jnp.isneginf(A)", "A > 0"),
     ("_entropy", "jnp.exp(A) * A", "jnp.exp2(A) * A"),
     ("_softmax", "A / _tree_sum(A)", "A / A.max()"),
-    ("_log_softmax", "jnp.log", "jnp.log1p"),
+    ("log_softmax", "jnp.log", "jnp.log1p"),
     ("_tree_sum", "jnp.add", "jnp.maximum"),
     ("_ordered", "A - B", "B"),
     ("_border", "A - 1 - B", "A - 2 - B"),
@@ -437,7 +437,7 @@ PART_OF = {
     "_with_probability": ("min_p", "epsilon_cutoff", "eta_cutoff"),
     "_entropy": ("typical_p", "eta_cutoff"),
     "_softmax": ("top_p", "min_p", "epsilon_cutoff"),
-    "_log_softmax": ("typical_p", "eta_cutoff"),
+    "log_softmax": ("typical_p", "eta_cutoff"),
     "_tree_sum": (*FILTERS,),
     "_ordered": ("top_k", "top_p", "typical_p"),
     "_border": ("top_k", "top_p", "typical_p"),

@@ -30,7 +30,9 @@ def in_one_batch(*options):
 @pytest.fixture(scope="module")
 def decoded(tiny_model):
     """Decodes eight tokens of a prompt for each row."""
-    from mpt_eqx.generation.decode import decode_chunk, empty_state, prefill_chunk
+    from mpt_eqx.generation.decode import decode_chunk
+    from mpt_eqx.generation.prompts import prefill_chunk
+    from mpt_eqx.generation.state import empty_state
 
     prompt = np.random.default_rng(0).integers(V, size=32)
 

@@ -11,17 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int
 
-from mpt_eqx.generation.decode import (
-    DecodeState,
-    constrain,
-    constrain_replicated,
-    decode_step,
-    first_step,
-    next_logits,
-    not_finite,
-)
-from mpt_eqx.generation.sampling import LogitsProcessor, process_logits
+from mpt_eqx.generation.decode import decode_step, first_step, next_logits, not_finite
+from mpt_eqx.generation.sampling import LogitsProcessor, log_softmax, process_logits
 from mpt_eqx.generation.sampling_params import SamplingParams
+from mpt_eqx.generation.state import DecodeState, constrain, constrain_replicated
 from mpt_eqx.model import MPT, KVCache
 from mpt_eqx.ops.layer_cache import BLOCK
 
@@ -134,7 +127,7 @@ def beam_chunk(
     def one(state: BeamState, _: None) -> tuple[BeamState, BeamStep]:
         rows, length = state.rows, state.rows.step + 1
         logits = next_logits(model, rows.hidden)
-        logprobs = jax.nn.log_softmax(logits)
+        logprobs = jax.vmap(log_softmax)(logits)
         each = jax.tree.map(lambda x: jnp.broadcast_to(x, (prompts * beams, *x.shape)), options.params)
         processed = process_logits(logprobs, each, rows.tokens, rows.cache.length, rows.step, processors)
         totals = (state.scores.reshape(-1, 1) + processed).reshape(prompts, -1)

@@ -1,46 +1,21 @@
-"""Prefill and decode: the programs that are compiled, and after them the loops on the host that call them.
+"""Decode: the program of several steps in a scan, and the loop on the host that calls it.
 
 Arguments are checked before, in `validate` and `sampling_params`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, DTypeLike, Float, Float32, Int, Key
-from tqdm import tqdm
+from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from mpt_eqx.errors import GenerationError
-from mpt_eqx.generation.buckets import DECODE_CHUNK, cache_bucket, prefill_buckets
-from mpt_eqx.generation.sampling import LogitsProcessor, process_logits, sample
+from mpt_eqx.generation.buckets import DECODE_CHUNK
+from mpt_eqx.generation.sampling import LogitsProcessor, log_softmax, process_logits, sample
 from mpt_eqx.generation.sampling_params import SamplingParams
+from mpt_eqx.generation.state import DecodeState, constrain, constrain_replicated, ensure_capacity, replicate
 from mpt_eqx.model import MPT, KVCache
-from mpt_eqx.ops.layout import Layout
-
-
-class DecodeState(eqx.Module):
-    """B rows between two steps.
-
-    Attributes:
-        cache: keys and values of the tokens so far; each row has its own length.
-        tokens: the tokens so far, at their places in the cache; what stands from a row's length on means nothing.
-        hidden: the last token's output of norm_f, from which the next token is chosen.
-        done: rows that have ended; they only get padding.
-        step: how many tokens each row was given, counting padding.
-        not_finite: the first step with logits that were not finite, in any row that had not ended; −1 for none.
-        nothing_left: the first step at which no token was allowed, in any row that had not ended; −1 for none.
-    """
-
-    cache: KVCache
-    tokens: Int[Array, "B S"]
-    hidden: Float[Array, "B D"]
-    done: Bool[Array, " B"]
-    step: Int[Array, ""]
-    not_finite: Int[Array, ""]
-    nothing_left: Int[Array, ""]
 
 
 class StepOutput(eqx.Module):
@@ -55,116 +30,6 @@ class StepOutput(eqx.Module):
     tokens: Int[Array, "*N B"]
     logprobs: Float32[Array, "*N B"]
     logits: Float32[Array, "*N B V"] | None
-
-
-def empty_state(model: MPT, rows: int, capacity: int) -> DecodeState:
-    """Returns a state of rows without tokens, with room for `capacity` tokens in each."""
-    dtype, layout = model.wte.weight.dtype, model.layout
-
-    def zeros() -> DecodeState:
-        one = KVCache.empty(model.config, capacity, dtype)
-        return DecodeState(
-            cache=jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), one),
-            tokens=jnp.zeros((rows, one.capacity), jnp.int32),
-            hidden=jnp.zeros((rows, model.config.d_model), dtype),
-            done=jnp.zeros((rows,), bool),
-            step=jnp.zeros((), jnp.int32),
-            not_finite=jnp.zeros((), jnp.int32),
-            nothing_left=jnp.zeros((), jnp.int32),
-        )
-
-    state = map_with_axes(jax.eval_shape(zeros), lambda x, *names: new_array(layout, x.shape, x.dtype, 0, *names))
-    nothing = tuple(new_array(layout, (), np.int32, -1) for _ in range(2))
-    return eqx.tree_at(lambda s: (s.not_finite, s.nothing_left), state, nothing)
-
-
-def new_array(
-    layout: Layout | None, shape: tuple[int, ...], dtype: DTypeLike, value: float, *names: str | None
-) -> Array:
-    """Returns a new array, by numpy so that no shape costs a compilation, and copied so that it can be donated."""
-    if layout is None:
-        return jax.device_put(np.full(shape, value, dtype), may_alias=False)
-    sharding = layout.sharding(shape, *names)
-    part = sharding.shard_shape(shape)
-    return jax.make_array_from_callback(shape, sharding, lambda _: np.full(part, value, dtype))
-
-
-def map_with_axes(state: DecodeState, function: Callable[..., Any]) -> DecodeState:
-    """Returns the state with function(array, name of each axis, …) of each; what the host reads has no names."""
-
-    def whole(x: Any) -> Any:
-        return function(x, *(None,) * len(x.shape))
-
-    layers = jax.tree.map(lambda x: function(x, "batch", "kv_heads", None, "head_dim"), state.cache.layers)
-    length = function(state.cache.length, "batch")
-    return DecodeState(
-        cache=eqx.tree_at(lambda c: (c.layers, c.length), state.cache, (layers, length)),
-        tokens=function(state.tokens, "batch", None),
-        hidden=function(state.hidden, "batch", None),
-        done=whole(state.done),
-        step=whole(state.step),
-        not_finite=whole(state.not_finite),
-        nothing_left=whole(state.nothing_left),
-    )
-
-
-def constrain(model: MPT, state: DecodeState) -> DecodeState:
-    """Returns the state as it is sharded over the model's mesh, if there is one."""
-    return state if model.layout is None else map_with_axes(state, model.layout.constrain)
-
-
-def constrain_replicated(model: MPT, tree: Any) -> Any:
-    """Returns arrays that the host is to read, replicated over the model's mesh, if there is one."""
-    return tree if model.layout is None else model.layout.constrain_replicated(tree)
-
-
-@eqx.filter_jit
-def repeat_and_resize(state: DecodeState, copies: int, capacity: int) -> DecodeState:
-    """Returns the state with each row `copies` times in succession, and room for `capacity` tokens in each."""
-
-    def repeated(x: Array) -> Array:
-        # The copy is for the case that nothing changes: what is returned will be donated, what came in will not.
-        return jnp.repeat(x, copies, axis=0) if copies > 1 else jnp.copy(x)
-
-    rows = (state.cache, state.tokens, state.hidden, state.done)
-    cache, tokens, hidden, done = jax.tree.map(repeated, rows)
-    cache = jax.vmap(lambda row: row.resized(capacity))(cache)
-    tokens = jnp.pad(tokens, ((0, 0), (0, cache.capacity - tokens.shape[1])))
-    return DecodeState(
-        cache=cache,
-        tokens=tokens,
-        hidden=hidden,
-        done=done,
-        step=jnp.copy(state.step),
-        not_finite=jnp.copy(state.not_finite),
-        nothing_left=jnp.copy(state.nothing_left),
-    )
-
-
-@eqx.filter_jit(donate="all-except-first")
-def prefill_chunk(model: MPT, state: DecodeState, chunk: Int[Array, "B T"], ends: Int[Array, " B"]) -> DecodeState:
-    """Returns the state after T more tokens of each prompt.
-
-    Args:
-        model: the model.
-        state: the tokens so far. Donated: do not use it again.
-        chunk: the next tokens, with any valid id after the end of a prompt. Donated, like the next.
-        ends: how many tokens each row has at the end of its prompt.
-    """
-
-    def row(
-        cache: KVCache, tokens: Int[Array, " S"], hidden: Float[Array, " D"], chunk: Int[Array, " T"], end: Array
-    ) -> tuple[KVCache, Int[Array, " S"], Float[Array, " D"]]:
-        places = cache.length + jnp.arange(chunk.shape[0])
-        last = end - 1 - cache.length
-        x, new = model.extend(chunk, cache)
-        new = eqx.tree_at(lambda c: c.length, new, jnp.minimum(new.length, end))
-        here = (last >= 0) & (last < chunk.shape[0])
-        hidden = jnp.where(here, x[jnp.clip(last, 0, chunk.shape[0] - 1)], hidden)
-        return new, tokens.at[places].set(chunk, mode="drop"), hidden
-
-    cache, tokens, hidden = jax.vmap(row)(state.cache, state.tokens, state.hidden, chunk, ends)
-    return constrain(model, eqx.tree_at(lambda s: (s.cache, s.tokens, s.hidden), state, (cache, tokens, hidden)))
 
 
 @eqx.filter_jit(donate="all-except-first")
@@ -190,7 +55,7 @@ def decode_chunk(
         processed = process_logits(logits, params, state.tokens, state.cache.length, state.step, processors)
         chosen = sample(processed, params, key, state.step)
         tokens = jnp.where(state.done, params.pad_token_id, chosen)
-        logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), chosen[:, None], axis=-1)[:, 0]
+        logprobs = jnp.take_along_axis(jax.vmap(log_softmax)(logits), chosen[:, None], axis=-1)[:, 0]
         output = StepOutput(
             tokens=tokens,
             logprobs=jnp.where(state.done, 0.0, logprobs),
@@ -244,37 +109,6 @@ def first_step(state: DecodeState, so_far: Int[Array, ""], bad: Bool[Array, " B"
     return jnp.where((so_far < 0) & jnp.any(bad & ~state.done), state.step, so_far)
 
 
-def prefill_prompts(
-    model: MPT, state: DecodeState, prompts: Sequence[np.ndarray], before: int, progress: tqdm
-) -> DecodeState:
-    """Returns the state after all prompts, which are prefilled chunk by chunk.
-
-    Args:
-        model: the model.
-        state: as many rows, of `before` tokens each. Donated.
-        prompts: token ids of each row, of any lengths.
-        before: as above.
-        progress: counts the tokens of the longest prompt.
-    """
-    longest = max(map(len, prompts))
-    # A row is padded with its own last token: one that it does not have could make NaN of it.
-    others = max(prompts, key=len)[:1]
-    fillers = [(prompt if len(prompt) else others)[-1:] for prompt in prompts]
-    ends = np.asarray([before + len(prompt) for prompt in prompts], np.int32)
-    start = 0
-    for size in prefill_buckets(longest):
-        chunk = np.empty((len(prompts), size), np.int32)
-        for row, prompt, filler in zip(chunk, prompts, fillers, strict=True):
-            here = prompt[start : start + size]
-            row[:] = [*here, *filler.tolist() * (size - len(here))]
-        state = prefill_chunk(model, state, *replicate(model, (chunk, ends)))
-        # Otherwise the host would be done long before the device, with a copy of the cache waiting for every chunk.
-        jax.block_until_ready(state.hidden)
-        start += size
-        progress.update(min(start, longest) - progress.n)
-    return state
-
-
 def decode_tokens(
     model: MPT,
     state: DecodeState,
@@ -319,18 +153,6 @@ def decode_tokens(
             return
 
 
-def ensure_capacity(model: MPT, state: DecodeState, length: int) -> DecodeState:
-    """Returns the state with room for `length` tokens in each row, copied into a larger cache where it had less."""
-    if length <= state.cache.capacity:
-        return state
-    return repeat_and_resize(state, 1, cache_bucket(model.config, length))
-
-
-def replicate(model: MPT, tree: Any) -> Any:
-    """Returns arrays of the host, or of one device, on all devices of the model."""
-    return jax.device_put(tree) if model.layout is None else model.layout.replicate(tree)
-
-
 def check_finite(bad_step: int, processors: tuple[LogitsProcessor, ...] = ()) -> None:
     """Raises unless `bad_step`, the first new token whose logits were not finite, is −1 for none."""
     if bad_step >= 0:
@@ -344,9 +166,3 @@ def check_finite(bad_step: int, processors: tuple[LogitsProcessor, ...] = ()) ->
 def loosen(processors: tuple[LogitsProcessor, ...]) -> str:
     """Returns what to do where no token is left."""
     return f"loosen no_repeat_ngram_size, min_new_tokens{', logits_processors' if processors else ''} or vocab_size"
-
-
-def progress_bar(total: int, shown: bool | None) -> tqdm:
-    """Returns a bar on stderr that counts tokens, and shows itself after two seconds; None: only in a terminal."""
-    disabled = None if shown is None else not shown
-    return tqdm(total=total, desc="generating", unit=" tokens", disable=disabled, delay=2, leave=False)

@@ -9,7 +9,8 @@ from jaxtyping import Int
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.errors import GenerationError
 from mpt_eqx.generation.buckets import cache_bucket
-from mpt_eqx.generation.decode import DecodeState, empty_state, prefill_prompts, progress_bar, repeat_and_resize
+from mpt_eqx.generation.prompts import prefill_prompts, progress_bar
+from mpt_eqx.generation.state import DecodeState, empty_state, repeat_and_resize
 from mpt_eqx.generation.validate import check_one_prompt, check_prompts
 from mpt_eqx.model import MPT
 from mpt_eqx.sharding.multihost import check_same_arguments

@@ -66,7 +66,7 @@ def typical_p(logits: Float[Array, " V"], p: float | Float32[Array, ""]) -> Floa
 
     Source: Meister et al. 2022, "Locally typical sampling", arXiv:2202.00666.
     """
-    log_probs = _log_softmax(logits)
+    log_probs = log_softmax(logits)
     typical = _ordered(-jnp.abs(log_probs + _entropy(log_probs)))
     last = _border(typical, jnp.exp(log_probs), p)
     # p = 1 keeps all, whatever the sum is rounded to.
@@ -88,7 +88,7 @@ def eta_cutoff(logits: Float[Array, " V"], e: float | Float32[Array, ""]) -> Flo
 
     Source: Hewitt et al. 2022, "Truncation sampling as language model desmoothing", arXiv:2210.15191, with α = √ε.
     """
-    log_probs = _log_softmax(logits)
+    log_probs = log_softmax(logits)
     eta = jnp.minimum(e, jnp.sqrt(e) * jnp.exp(-_entropy(log_probs)))
     return _with_probability(logits, jnp.exp(log_probs), eta)
 
@@ -263,7 +263,7 @@ def _softmax(logits: Float[Array, " V"]) -> Float32[Array, " V"]:
     return weights / _tree_sum(weights)
 
 
-def _log_softmax(logits: Float[Array, " V"]) -> Float32[Array, " V"]:
+def log_softmax(logits: Float[Array, " V"]) -> Float32[Array, " V"]:
     """Returns the logarithms of the probabilities, as `jax.nn.log_softmax` does but for the order of the sum."""
     h = logits.astype(jnp.float32)
     h = h - h.max()

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from mpt_eqx.generation.buckets import DECODE_CHUNK, cache_bucket, decode_bucket, prefill_buckets
-from mpt_eqx.generation.decode import decode_chunk, empty_state, ensure_capacity, prefill_chunk, replicate
+from mpt_eqx.generation.buckets import DECODE_CHUNK, PREFILL_CHUNKS, cache_bucket, decode_bucket, prefill_buckets
+from mpt_eqx.generation.decode import decode_chunk
+from mpt_eqx.generation.prompts import prefill_prompts, progress_bar
 from mpt_eqx.generation.sampling_params import check_options
+from mpt_eqx.generation.state import empty_state, ensure_capacity, replicate
 from mpt_eqx.generation.validate import check_count, check_key, check_prompts
 from mpt_eqx.model import MPT
 from mpt_eqx.sharding.multihost import check_same_arguments
@@ -49,9 +51,9 @@ def warmup(
         for length in prompt_lengths:
             started = time.monotonic()
             state = empty_state(model, rows, cache_bucket(config, length + min(chunk, max_new_tokens)))
-            for size in sorted(set(prefill_buckets(length))):
-                tokens, ends = np.zeros((rows, size), np.int32), np.zeros(rows, np.int32)
-                state = prefill_chunk(model, state, *replicate(model, (tokens, ends)))
+            for size in warm_sizes(length, rows):
+                prompts = [np.zeros(size, np.int32)] * rows
+                state = prefill_prompts(model, state, prompts, 0, progress_bar(size, False))
             for decoded in range(chunk, max_new_tokens + chunk, chunk):
                 needed = length + min(decoded, max_new_tokens)
                 if decoded == chunk or needed > state.cache.capacity:
@@ -59,3 +61,10 @@ def warmup(
             jax.block_until_ready(state)
             seconds[rows, length] = time.monotonic() - started
     return seconds
+
+
+def warm_sizes(length: int, rows: int) -> list[int]:
+    """Returns the sizes of chunks that prompts need of which the longest has `length` tokens."""
+    sizes = set(prefill_buckets(length))
+    # Beside it there may be shorter ones, which may need any smaller size.
+    return sorted(size for size in PREFILL_CHUNKS if size in sizes or (rows > 1 and size < max(sizes)))

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
+from mpt_eqx.ops import cpu
+
 MAX_DECODE_ROWS = 8
 """Positions of one sequence up to which a call counts as a step of decoding; prompts and training have more."""
 
@@ -19,6 +21,15 @@ def on_mesh(*arrays: Array) -> bool:
     """Whether a mesh is set, or any of the arrays lies on one."""
     meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(array).sharding.mesh for array in arrays)]
     return not all(mesh.empty for mesh in meshes)
+
+
+def prefills_by_row(x: Array) -> bool:
+    """Whether the rows of a batch that holds x are prefilled one at a time: on one CPU, with the kernel.
+
+    There a row's result does not depend on the rest of the batch, to the bit: each row runs the same program. It costs
+    nothing, because the products of a chunk of one prompt keep a CPU busy.
+    """
+    return cpu.available() and not on_mesh(x) and {device.platform for device in x.devices()} == {"cpu"}
 
 
 def has_cudnn_attention() -> bool:

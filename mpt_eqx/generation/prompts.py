@@ -1,0 +1,106 @@
+"""Prefill: prompts into the cache, chunk by chunk, and the bar that shows it."""
+
+from collections.abc import Callable, Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from tqdm import tqdm
+
+from mpt_eqx.generation.buckets import prefill_buckets
+from mpt_eqx.generation.state import DecodeState, constrain, replicate, row_of, with_row
+from mpt_eqx.model import MPT, KVCache
+from mpt_eqx.ops.platform import prefills_by_row
+
+
+def prefill_prompts(
+    model: MPT, state: DecodeState, prompts: Sequence[np.ndarray], before: int, progress: tqdm
+) -> DecodeState:
+    """Returns the state after all prompts, which are prefilled chunk by chunk.
+
+    Args:
+        model: the model.
+        state: as many rows, of `before` tokens each. Donated.
+        prompts: token ids of each row, of any lengths.
+        before: as above.
+        progress: counts the tokens of the longest prompt.
+    """
+    longest, total = max(map(len, prompts)), sum(map(len, prompts))
+
+    def report(done: int) -> None:
+        progress.update(min(done, longest) - progress.n)
+
+    if len(prompts) == 1 or not prefills_by_row(state.hidden):
+        return prefill_rows(model, state, prompts, before, report)
+    done = 0
+    for row, prompt in enumerate(prompts):
+        if len(prompt):
+            number = np.asarray(row, np.int32)
+            alone = prefill_rows(model, row_of(state, number), [prompt], before, lambda _: None)
+            state = with_row(alone, state, number)
+            done += len(prompt)
+            report(done * longest // total)
+    return state
+
+
+def prefill_rows(
+    model: MPT,
+    state: DecodeState,
+    prompts: Sequence[np.ndarray],
+    before: int,
+    report: Callable[[int], object],
+) -> DecodeState:
+    """Returns the state after all prompts, prefilled together; arguments as in `prefill_prompts`.
+
+    `report` is told after each chunk how many tokens the longest has had.
+    """
+    # A row is padded with its own last token: one that it does not have could make NaN of it.
+    others = max(prompts, key=len)[:1]
+    fillers = [(prompt if len(prompt) else others)[-1:] for prompt in prompts]
+    ends = np.asarray([before + len(prompt) for prompt in prompts], np.int32)
+    start = 0
+    for size in prefill_buckets(max(map(len, prompts))):
+        chunk = np.empty((len(prompts), size), np.int32)
+        for row, prompt, filler in zip(chunk, prompts, fillers, strict=True):
+            here = prompt[start : start + size]
+            row[:] = [*here, *filler.tolist() * (size - len(here))]
+        state = prefill_chunk(model, state, *replicate(model, (chunk, ends)))
+        # Otherwise the host would be done long before the device, with a copy of the cache waiting for every chunk.
+        jax.block_until_ready(state.hidden)
+        start += size
+        report(start)
+    return state
+
+
+@eqx.filter_jit(donate="all-except-first")
+def prefill_chunk(model: MPT, state: DecodeState, chunk: Int[Array, "B T"], ends: Int[Array, " B"]) -> DecodeState:
+    """Returns the state after T more tokens of each prompt.
+
+    Args:
+        model: the model.
+        state: the tokens so far. Donated: do not use it again.
+        chunk: the next tokens, with any valid id after the end of a prompt. Donated, like the next.
+        ends: how many tokens each row has at the end of its prompt.
+    """
+
+    def row(
+        cache: KVCache, tokens: Int[Array, " S"], hidden: Float[Array, " D"], chunk: Int[Array, " T"], end: Array
+    ) -> tuple[KVCache, Int[Array, " S"], Float[Array, " D"]]:
+        places = cache.length + jnp.arange(chunk.shape[0])
+        last = end - 1 - cache.length
+        x, new = model.extend(chunk, cache)
+        new = eqx.tree_at(lambda c: c.length, new, jnp.minimum(new.length, end))
+        here = (last >= 0) & (last < chunk.shape[0])
+        hidden = jnp.where(here, x[jnp.clip(last, 0, chunk.shape[0] - 1)], hidden)
+        return new, tokens.at[places].set(chunk, mode="drop"), hidden
+
+    cache, tokens, hidden = jax.vmap(row)(state.cache, state.tokens, state.hidden, chunk, ends)
+    return constrain(model, eqx.tree_at(lambda s: (s.cache, s.tokens, s.hidden), state, (cache, tokens, hidden)))
+
+
+def progress_bar(total: int, shown: bool | None) -> tqdm:
+    """Returns a bar on stderr that counts tokens, and shows itself after two seconds; None: only in a terminal."""
+    disabled = None if shown is None else not shown
+    return tqdm(total=total, desc="generating", unit=" tokens", disable=disabled, delay=2, leave=False)

@@ -1,0 +1,145 @@
+"""The state of rows between two programs: made, resized, laid out on a mesh, and taken apart by rows."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
+
+from mpt_eqx.generation.buckets import cache_bucket
+from mpt_eqx.model import MPT, KVCache
+from mpt_eqx.ops.layout import Layout
+
+
+class DecodeState(eqx.Module):
+    """B rows between two steps.
+
+    Attributes:
+        cache: keys and values of the tokens so far; each row has its own length.
+        tokens: the tokens so far, at their places in the cache; what stands from a row's length on means nothing.
+        hidden: the last token's output of norm_f, from which the next token is chosen.
+        done: rows that have ended; they only get padding.
+        step: how many tokens each row was given, counting padding.
+        not_finite: the first step with logits that were not finite, in any row that had not ended; −1 for none.
+        nothing_left: the first step at which no token was allowed, in any row that had not ended; −1 for none.
+    """
+
+    cache: KVCache
+    tokens: Int[Array, "B S"]
+    hidden: Float[Array, "B D"]
+    done: Bool[Array, " B"]
+    step: Int[Array, ""]
+    not_finite: Int[Array, ""]
+    nothing_left: Int[Array, ""]
+
+
+def empty_state(model: MPT, rows: int, capacity: int) -> DecodeState:
+    """Returns a state of rows without tokens, with room for `capacity` tokens in each."""
+    dtype, layout = model.wte.weight.dtype, model.layout
+
+    def zeros() -> DecodeState:
+        one = KVCache.empty(model.config, capacity, dtype)
+        return DecodeState(
+            cache=jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), one),
+            tokens=jnp.zeros((rows, one.capacity), jnp.int32),
+            hidden=jnp.zeros((rows, model.config.d_model), dtype),
+            done=jnp.zeros((rows,), bool),
+            step=jnp.zeros((), jnp.int32),
+            not_finite=jnp.zeros((), jnp.int32),
+            nothing_left=jnp.zeros((), jnp.int32),
+        )
+
+    state = map_with_axes(jax.eval_shape(zeros), lambda x, *names: new_array(layout, x.shape, x.dtype, 0, *names))
+    nothing = tuple(new_array(layout, (), np.int32, -1) for _ in range(2))
+    return eqx.tree_at(lambda s: (s.not_finite, s.nothing_left), state, nothing)
+
+
+def new_array(
+    layout: Layout | None, shape: tuple[int, ...], dtype: DTypeLike, value: float, *names: str | None
+) -> Array:
+    """Returns a new array, by numpy so that no shape costs a compilation, and copied so that it can be donated."""
+    if layout is None:
+        return jax.device_put(np.full(shape, value, dtype), may_alias=False)
+    sharding = layout.sharding(shape, *names)
+    part = sharding.shard_shape(shape)
+    return jax.make_array_from_callback(shape, sharding, lambda _: np.full(part, value, dtype))
+
+
+def map_with_axes(state: DecodeState, function: Callable[..., Any]) -> DecodeState:
+    """Returns the state with function(array, name of each axis, …) of each; what the host reads has no names."""
+
+    def whole(x: Any) -> Any:
+        return function(x, *(None,) * len(x.shape))
+
+    layers = jax.tree.map(lambda x: function(x, "batch", "kv_heads", None, "head_dim"), state.cache.layers)
+    length = function(state.cache.length, "batch")
+    return DecodeState(
+        cache=eqx.tree_at(lambda c: (c.layers, c.length), state.cache, (layers, length)),
+        tokens=function(state.tokens, "batch", None),
+        hidden=function(state.hidden, "batch", None),
+        done=whole(state.done),
+        step=whole(state.step),
+        not_finite=whole(state.not_finite),
+        nothing_left=whole(state.nothing_left),
+    )
+
+
+def constrain(model: MPT, state: DecodeState) -> DecodeState:
+    """Returns the state as it is sharded over the model's mesh, if there is one."""
+    return state if model.layout is None else map_with_axes(state, model.layout.constrain)
+
+
+def constrain_replicated(model: MPT, tree: Any) -> Any:
+    """Returns arrays that the host is to read, replicated over the model's mesh, if there is one."""
+    return tree if model.layout is None else model.layout.constrain_replicated(tree)
+
+
+def replicate(model: MPT, tree: Any) -> Any:
+    """Returns arrays of the host, or of one device, on all devices of the model."""
+    return jax.device_put(tree) if model.layout is None else model.layout.replicate(tree)
+
+
+def map_rows(function: Callable[[Array], Array], other: Callable[[Array], Array], state: DecodeState) -> DecodeState:
+    """Returns the state with function(array) of each array that has rows, and other(array) of the others."""
+    rows = (state.cache, state.tokens, state.hidden, state.done)
+    cache, tokens, hidden, done = jax.tree.map(function, rows)
+    step, not_finite, nothing_left = map(other, (state.step, state.not_finite, state.nothing_left))
+    return DecodeState(cache, tokens, hidden, done, step, not_finite, nothing_left)
+
+
+@eqx.filter_jit
+def repeat_and_resize(state: DecodeState, copies: int, capacity: int) -> DecodeState:
+    """Returns the state with each row `copies` times in succession, and room for `capacity` tokens in each."""
+
+    def repeated(x: Array) -> Array:
+        # The copy is for the case that nothing changes: what is returned will be donated, what came in will not.
+        return jnp.repeat(x, copies, axis=0) if copies > 1 else jnp.copy(x)
+
+    state = map_rows(repeated, jnp.copy, state)
+    cache = jax.vmap(lambda row: row.resized(capacity))(state.cache)
+    tokens = jnp.pad(state.tokens, ((0, 0), (0, cache.capacity - state.tokens.shape[1])))
+    return eqx.tree_at(lambda s: (s.cache, s.tokens), state, (cache, tokens))
+
+
+@eqx.filter_jit
+def row_of(state: DecodeState, row: Int[Array | np.ndarray, ""]) -> DecodeState:
+    """Returns a state of one row of another."""
+    # Copied, because what is returned will be donated, and what came in will not.
+    return map_rows(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), jnp.copy, state)
+
+
+@eqx.filter_jit(donate="all-except-first")
+def with_row(one: DecodeState, state: DecodeState, row: Int[Array | np.ndarray, ""]) -> DecodeState:
+    """Returns the state with a row replaced by that of a state of one row. Donated, but for that one."""
+    rows = iter(jax.tree.leaves((one.cache, one.tokens, one.hidden, one.done)))
+    return map_rows(lambda x: jax.lax.dynamic_update_slice_in_dim(x, next(rows), row, 0), lambda x: x, state)
+
+
+def ensure_capacity(model: MPT, state: DecodeState, length: int) -> DecodeState:
+    """Returns the state with room for `length` tokens in each row, copied into a larger cache where it had less."""
+    if length <= state.cache.capacity:
+        return state
+    return repeat_and_resize(state, 1, cache_bucket(model.config, length))
