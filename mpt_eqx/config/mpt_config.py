@@ -98,7 +98,9 @@ class MPTConfig:
         norm_eps: added to the variance in every norm but q_ln and k_ln, > 0.
         tie_word_embeddings: the output matrix is the embedding; False gives the model an lm_head.
         block_overrides: what each block has otherwise, one entry for each, or None.
-        attn_config, ffn_config, init_config: the nested parts.
+        attn_config: the attention.
+        ffn_config: the feed-forward network.
+        init_config: the initialisation of new weights.
 
     Raises:
         ConfigError: a value is out of range, contradicts another, or asks for what is not supported.
