@@ -13,7 +13,7 @@ test *args:
 
 # All tests, the long proofs (large files, crashes, long prompts) among them.
 test-all *args:
-    python -m pytest -m "" {{args}}
+    python -m pytest -m "" --hypothesis-profile=long {{args}}
 
 # The tests in a fresh environment of another installed Python: `just test-python 3.13`.
 test-python version *args:

@@ -113,15 +113,15 @@ def test_every_imported_package_is_declared():
             lazy = extras["text"] if path.name == "template_sandbox.py" else set()
             known = always | lazy if at_once else always.union(*extras.values())
             assert wanted in known, f"{path.relative_to(ROOT)} imports {name}"
-    assert always - used <= {"optax"}  # the optimisers that users train with
+    # The optimisers that users train with, and what checks the shapes in annotations for who installs jaxtyping's hook.
+    assert always - used <= {"optax", "beartype"}
 
 
 def test_the_oldest_versions_are_the_lower_bounds():
     pins = dict(
         line.split("==") for line in (ROOT / ".ci" / "oldest.txt").read_text().split("\n") if line and line[0] != "#"
     )
-    extras = PROJECT["optional-dependencies"]
-    beartype = [requirement for requirement in extras["dev"] if requirement.startswith("beartype")]
-    bounds = dict(requirement.split(">=") for requirement in (*PROJECT["dependencies"], *extras["text"], *beartype))
+    text = PROJECT["optional-dependencies"]["text"]
+    bounds = dict(requirement.split(">=") for requirement in (*PROJECT["dependencies"], *text))
     assert pins.pop("jaxlib") == bounds["jax"]
     assert pins == bounds
