@@ -153,6 +153,7 @@ def test_an_error_is_one_line(args, message):
 
 def test_a_config_that_is_not_json(tmp_path):
     (tmp_path / "config.json").write_text("not json")
+    (tmp_path / "model.safetensors").touch()
     done = run("inspect", tmp_path)
     assert done.returncode == 1 and "config.json: expected JSON, found something else" in done.stderr
     assert "Traceback" in run_process("inspect", tmp_path, "--debug").stderr
