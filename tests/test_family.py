@@ -538,6 +538,7 @@ def with_random_weights(config):
     from mpt_eqx.checkpoint.names import named_leaves, with_leaves
 
     rng, w = np.random.default_rng(0), {}
+    config = dataclasses.replace(config, max_seq_len=max(config.max_seq_len, length))
     skeleton = eqx.filter_eval_shape(MPT, config, key=jax.random.key(0))
     for name, leaf in named_leaves(skeleton).items():
         spread = 3 if "Wqkv" in name else 1
@@ -617,6 +618,7 @@ def traced(config, how, *, length=132):
     """
     from mpt_eqx import MPT, KVCache
 
+    config = dataclasses.replace(config, max_seq_len=max(config.max_seq_len, length))
     skeleton = eqx.filter_eval_shape(MPT, config, key=jax.random.key(0))
     arrays, rest = eqx.partition(skeleton, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
     tokens = jax.ShapeDtypeStruct((length,), jnp.int32)
@@ -784,7 +786,7 @@ def test_what_a_model_uses_does_show(feature, how):
 )  # fmt: skip
 def test_no_table_of_size_max_seq_len(change, how):
     """Neither among the weights, nor among constants and inputs of the program, nor on the way."""
-    trace, arrays = traced(config_of({"max_seq_len": 131_072}, change), how)
+    trace, arrays = traced(config_of({"max_seq_len": 131_072}, change), how, length=12)
     shapes = [array.shape for array in (*jax.tree.leaves(arrays), *trace.consts)]
     for jaxpr in jaxprs(trace.jaxpr):
         variables = [*jaxpr.invars, *jaxpr.constvars, *jaxpr.outvars]
@@ -797,7 +799,8 @@ def test_no_table_of_size_max_seq_len(change, how):
 @pytest.mark.parametrize("n_heads", [32, 12])
 def test_alibi_at_131072_tokens(n_heads, bias_max):
     """Against float64: a bias is off by at most 2⁻²³ of itself (so 0.0075 at −1.1e5), a probability by 3e-7."""
-    from mpt_eqx.model.alibi import alibi_bias, alibi_slopes
+    from mpt_eqx.model.alibi import alibi_slopes
+    from mpt_eqx.ops.attention import alibi_bias
 
     t = 131_072
     m = 2 ** (n_heads - 1).bit_length()
@@ -825,8 +828,9 @@ def test_alibi_at_131072_tokens(n_heads, bias_max):
 @pytest.mark.parametrize("n_heads", [32, 12])
 def test_attention_at_131072_tokens(n_heads, bias_max):
     """What keys near and far weigh with ALiBi, against float64, in both formulas: all at once, and block by block."""
-    from mpt_eqx.model.alibi import alibi_bias, alibi_slopes
-    from mpt_eqx.ops.attention import attention, blockwise_attention
+    from mpt_eqx.model.alibi import alibi_slopes
+    from mpt_eqx.ops.attention import alibi_bias, attention
+    from mpt_eqx.ops.blockwise_attention import blockwise_attention
     from mpt_eqx.ops.layer_cache import LayerCache
 
     t, query = 131_072, 131_071

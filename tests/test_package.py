@@ -61,7 +61,7 @@ def test_shapes_are_checked_in_the_tests():
 
 def test_shapes_are_not_checked_for_users():
     out = python(
-        "import jax.numpy as jnp; from mpt_eqx.model.alibi import alibi_bias\n"
+        "import jax.numpy as jnp; from mpt_eqx.ops.attention import alibi_bias\n"
         "print(alibi_bias(jnp.ones(2), jnp.ones(3), jnp.arange(3)).shape)"
     )
     assert out == "(2, 3, 3)\n"
