@@ -58,6 +58,19 @@ def pytest_collection_modifyitems(config, items):
     config.collected_names = {item.name for item in items}
 
 
+# One of each way to know positions, to share keys, and of networks.
+KINDS = (
+    *("f_mha_alibi", "f_rope_dynamic", "f_learned_pos", "f_gqa_kv2", "f_reuse_kv", "f_reuse_kv_x", "f_temp_tuning"),
+    *("f_overrides_sw_nope", "f_sliding_window_rope", "f_torch_dmoe", "f_final_softcap_scale", "f_attn_softcap"),
+    *("f_embedding_fraction", "f_pad_token_id", "f_glu_silu", "f_qk_ln", "f_sequence_id", "hf_untied", "hf_maxlen"),
+)
+
+
+def some(names):
+    """The cases of KINDS; those of the others are long proofs."""
+    return [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 @contextmanager
 def asked_by_line(script: str):
     """Runs one of the helper scripts and yields a function that gives it a line and returns the line it answers."""

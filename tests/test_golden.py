@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, some
 
 FAMILY = tuple(sorted(path.parent.name for path in GOLDEN.glob("*/config.json")))
 LOW_PRECISION = ("f_bf16", "f_bf16_rope", "hf_bf16", "hf_fp16")
@@ -56,7 +56,7 @@ def test_hidden_states(golden, name):
         np.testing.assert_allclose(state, case.expected[f"hidden.{i}"], atol=ATOL, rtol=0)
 
 
-@pytest.mark.parametrize("name", FLOAT32)
+@pytest.mark.parametrize("name", some(FLOAT32))
 def test_loss_and_gradients(golden, name):
     from mpt_eqx.checkpoint.names import canonical_name, named_leaves
     from mpt_eqx.train import next_token_loss
@@ -118,16 +118,7 @@ def test_with_a_cache_the_logits_are_the_recorded_greedy_ones(golden, name):
     np.testing.assert_array_equal(jnp.argmax(found, axis=-1), wanted)
 
 
-# One of each way to know positions, to share keys, and of networks; the others are long proofs.
-GENERATED = (
-    *("f_mha_alibi", "f_rope_dynamic", "f_learned_pos", "f_gqa_kv2", "f_reuse_kv", "f_reuse_kv_x", "f_temp_tuning"),
-    *("f_overrides_sw_nope", "f_sliding_window_rope", "f_torch_dmoe", "f_final_softcap_scale", "f_attn_softcap"),
-)
-
-
-@pytest.mark.parametrize(
-    "name", [name if name in GENERATED else pytest.param(name, marks=pytest.mark.slow) for name in FLOAT32]
-)
+@pytest.mark.parametrize("name", some(FLOAT32))
 def test_greedy_tokens(golden, name):
     from mpt_eqx import generate
 
