@@ -66,9 +66,9 @@ KINDS = (
 )
 
 
-def some(names):
-    """The cases of KINDS; those of the others are long proofs."""
-    return [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in names]
+def some(names, kept=KINDS):
+    """Parameters of a test, of which those that are not `kept` are long proofs."""
+    return [name if name in kept else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @contextmanager

@@ -97,6 +97,7 @@ def test_the_table():
     ]
 
 
+@pytest.mark.slow
 def test_a_process_for_each_dtype(checkpoint, capfd):
     """The real one: a dtype that fails is a line on stderr and exit code 1, and the table has the others."""
     from mpt_eqx.cli.bench import ask

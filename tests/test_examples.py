@@ -67,6 +67,7 @@ def test_a_model_on_several_devices(one_layer):
     assert "The zip() function" in done.stdout and re.search(r"16 tokens in \d", done.stdout)
 
 
+@pytest.mark.slow  # tests of sharding have two processes, too
 def test_two_processes(one_layer, tmp_path):
     """As in the two terminals of the script's first lines, with another port."""
     from mpt_eqx import from_pretrained

@@ -118,7 +118,14 @@ def test_with_a_cache_the_logits_are_the_recorded_greedy_ones(golden, name):
     np.testing.assert_array_equal(jnp.argmax(found, axis=-1), wanted)
 
 
-@pytest.mark.parametrize("name", some(FLOAT32))
+# What differs with a cache: positions, shared keys, windows, experts.
+CACHED = (
+    *("f_mha_alibi", "f_rope_dynamic", "f_learned_pos", "f_gqa_kv2", "f_reuse_kv", "f_reuse_kv_x"),
+    *("f_sliding_window_rope", "f_temp_tuning", "f_torch_dmoe"),
+)
+
+
+@pytest.mark.parametrize("name", some(FLOAT32, CACHED))
 def test_greedy_tokens(golden, name):
     from mpt_eqx import generate
 

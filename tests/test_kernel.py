@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import examples
+from conftest import examples, some
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -305,28 +305,33 @@ def test_what_is_no_number_stays_visible_in_a_step(bad, way):
         assert not np.isfinite(decode_attention(q[0], cache, slopes, positions[0], 0.25, None)).all()
 
 
-def test_a_model_writes_the_same_with_the_kernel_and_without(tiny_config, prompts):
+KINDS_OF_MODELS = {
+    "groups": {"alibi": True, "attn_type": "grouped_query_attention", "kv_n_heads": 2},
+    "window": {"alibi": False, "sliding_window_size": 5},
+    "ALiBi": {"alibi": True},
+    "softcap": {"alibi": True, "attn_logit_softcapping": 2.0},
+    "rope": {"rope": True},
+}
+
+
+@pytest.mark.parametrize("kind", some(KINDS_OF_MODELS, ("groups", "softcap")))
+def test_a_model_writes_the_same_with_the_kernel_and_without(tiny_config, prompts, kind):
     """Logits of each step, with what the kernel has (groups, windows, ALiBi or none) and has not."""
     from mpt_eqx import MPT, AttnConfig, InitConfig, generate
     from mpt_eqx.ops import cpu
 
     if not cpu.available():
         pytest.skip(f"no kernel: {cpu.missing()}")
-    kinds = (
-        {"alibi": True}, {"alibi": True, "attn_type": "grouped_query_attention", "kv_n_heads": 2},
-        {"alibi": False, "sliding_window_size": 5}, {"alibi": True, "attn_logit_softcapping": 2.0}, {"rope": True},
-    )  # fmt: skip
-    for kind in kinds:
-        config = tiny_config(attn_config=AttnConfig(**kind), init_config=InitConfig(emb_init_std=0.5))
-        model = MPT(config, key=jax.random.key(1))
-        found = generate(model, prompts(3, 20), max_new_tokens=12, return_logits=True)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cpu, "available", lambda: False)
-            jax.clear_caches()
-            expected = generate(model, prompts(3, 20), max_new_tokens=12, return_logits=True)
+    attn = AttnConfig(**KINDS_OF_MODELS[kind])
+    model = MPT(tiny_config(attn_config=attn, init_config=InitConfig(emb_init_std=0.5)), key=jax.random.key(1))
+    found = generate(model, prompts(3, 20), max_new_tokens=12, return_logits=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "available", lambda: False)
         jax.clear_caches()
-        np.testing.assert_array_equal(found.tokens, expected.tokens)
-        np.testing.assert_allclose(found.logits, expected.logits, atol=2e-5, rtol=0)
+        expected = generate(model, prompts(3, 20), max_new_tokens=12, return_logits=True)
+    jax.clear_caches()
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_allclose(found.logits, expected.logits, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -390,7 +395,7 @@ def test_a_step_makes_no_copy_of_the_weights(kind, way):
     from mpt_eqx.generation.state import empty_state
 
     config = MPTConfig(
-        d_model=1024, n_heads=16, n_layers=6, vocab_size=4096, max_seq_len=512, no_bias=True,
+        d_model=1024, n_heads=16, n_layers=3, vocab_size=4096, max_seq_len=512, no_bias=True,
         attn_config=AttnConfig(alibi=True),
     )  # fmt: skip
     dtype = "bfloat16" if kind.startswith("int") else kind

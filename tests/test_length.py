@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from conftest import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from mutate import mutant
 from test_generate import counting_compiles
@@ -135,7 +136,7 @@ def difference(blockwise_attention, seed, seen, asked, window):
     return np.abs(blocks - attention(q, k, v, *bias_and_mask(jnp.arange(total)), 0.3)).max()
 
 
-@settings(max_examples=12, deadline=None)
+@examples(12)
 @given(
     st.integers(0, 2**31), st.sampled_from([1, 255, 700]), st.sampled_from([1, 5, 256]), st.sampled_from([None, 3, 40])
 )
@@ -204,7 +205,7 @@ def fused_difference(cudnn_attention, seed, seen, asked, window, dtype="float32"
     return max(np.abs(a - b).max() for a, b in zip(found, [*expected, expected[0]], strict=True))
 
 
-@settings(max_examples=12, deadline=None)
+@examples(12)
 @given(
     st.integers(0, 2**31), st.sampled_from([0, 255, 700]), st.sampled_from([32, 256]), st.sampled_from([None, 3]),
     st.booleans(),

@@ -78,7 +78,7 @@ def test_what_is_refused(tiny_model, tiny_config):
 
     prefix = prefill(tiny_model, [1, 2, 3])
     other = MPT(tiny_config(n_layers=1), key=jax.random.key(0))
-    with pytest.raises(GenerationError, match="prefix: expected one that this model has read, .*another configuration"):
+    with pytest.raises(GenerationError, match="prefix: expected one of this model, .*another configuration"):
         generate(other, [1], max_new_tokens=1, prefix=prefix)
     half = jax.tree.map(lambda x: x.astype("bfloat16"), tiny_model)
     with pytest.raises(GenerationError, match="found that of a model in float32 instead of bfloat16"):

@@ -132,7 +132,7 @@ def moments(old, tmp_path):
         shutil.rmtree(directory)
 
 
-@pytest.mark.parametrize("new", [2, 12], ids=["same config", "other config"])
+@pytest.mark.parametrize("new", [pytest.param(2, marks=pytest.mark.slow), 12], ids=["same config", "other config"])
 @pytest.mark.parametrize(("old_size", "new_size"), TURNS)
 def test_killed_at_any_step(saved, tmp_path, old_size, new_size, new):
     """At every write, sync, move, removal and new name in turn; the next save makes good what was left."""

@@ -15,7 +15,7 @@ import equinox as eqx
 import jax
 import numpy as np
 import pytest
-from conftest import GOLDEN, ROOT, asked_by_line
+from conftest import GOLDEN, ROOT, asked_by_line, some
 from jax.sharding import AbstractMesh, PartitionSpec
 
 
@@ -54,7 +54,7 @@ def test_every_preset_computes_what_one_device_does(ask, preset):
         assert close(found), (axes, found)
 
 
-@pytest.mark.parametrize("case", CASES[1:])
+@pytest.mark.parametrize("case", some(CASES[1:], ("f_gqa_kv2", "f_torch_dmoe")))
 def test_every_kind_of_model_does(ask, case):
     found = ask("compare", case=case, preset="FSDP_TP", axes={"fsdp": 2, "tp": 4})
     assert close(found), found
