@@ -1,6 +1,5 @@
 """Weights in 8 and 4 bits: what is quantised and how well, that such a model is one like any other, and its files."""
 
-import ast
 import json
 import os
 import re
@@ -18,7 +17,7 @@ import pytest
 from conftest import GOLDEN, examples
 from hypothesis import given
 from hypothesis import strategies as st
-from mutation import argument, call, in_comparisons, left, mutated, reversed_list, right, unsigned
+from mutate import mutant
 from safetensors.numpy import load_file, save_file
 
 SCHEMES = ["int8", "int4"]
@@ -113,44 +112,23 @@ def test_rows_of_one_number(scheme, value):
     np.testing.assert_allclose(back, np.full((2, 64), value), rtol=0.004, atol=TINY)
 
 
-def low_and_high_swapped(node):
-    """numbers[:, :, 0] and numbers[:, :, 1] in each other's place."""
-    if isinstance(node, ast.Subscript) and (end := re.search(r", ([01])\]$", ast.unparse(node))):
-        return ast.parse(f"{ast.unparse(node)[: end.start()]}, {1 - int(end[1])}]", mode="eval").body
-    return None
-
-
-def neighbours_in_a_byte(node):
-    """Columns 2b and 2b + 1 share a byte."""
-    if isinstance(node, ast.Call) and len(node.args) == 4 and ast.unparse(node.args[2]) == "2":
-        first, second, two, half = map(ast.unparse, node.args)
-        text = f"{ast.unparse(node.func)}({first}, {second}, {half}, {two}).swapaxes(2, 3)"
-        return ast.parse(text, mode="eval").body
-    return None
-
-
-def scale_of_the_first_row(node):
-    if isinstance(node, ast.Subscript) and ast.unparse(node.slice) == "(..., None)":
-        return ast.parse(f"{ast.unparse(node.value)}[:1, :, None]", mode="eval").body
-    return None
-
-
+# The scheme that shows it, the function, and what takes the place of what: capital letters stand for anything.
 MUTATIONS = {
-    "int8: scale": ("int8", "to_int8", right(ast.Div, 126)),
-    "int8: sums": ("int8", "to_int8", argument("jnp.abs", 0)),
-    "int8: cut off": ("int8", "_rounded", call("jnp.round", "jnp.trunc")),
-    "int4: zeros": ("int4", "_rounded", argument("jnp.where", 2)),
-    "int4: the largest with its sign": ("int4", "to_int4", in_comparisons(unsigned)),
-    "int4: the last": ("int4", "better", argument("jnp.where", 1)),
-    "int4: not squared": ("int4", "better", left(ast.Pow)),
-    "int4: scale rounded too late": ("int4", "to_int4", argument("jax.lax.reduce_precision", 0)),
-    "int4: offset": ("int4", "to_int4", right(ast.Add, 7)),
-    "int4: halves": ("int4", "to_int4", low_and_high_swapped),
-    "int4: neighbours": ("int4", "to_int4", neighbours_in_a_byte),
-    "read: offset": ("int4", "dequantize", right(ast.Sub, 7)),
-    "read: halves": ("int4", "dequantize", reversed_list),
-    "read: scale": ("int8", "dequantize", scale_of_the_first_row),
-}  # fmt: skip
+    "int8: scale": ("int8", "to_int8", "A / 127", "A / 126"),
+    "int8: sums": ("int8", "to_int8", "jnp.abs(A)", "A"),
+    "int8: cut off": ("int8", "_rounded", "jnp.round(A)", "jnp.trunc(A)"),
+    "int4: zeros": ("int4", "_rounded", "jnp.where(A, B, C)", "C"),
+    "int4: the largest with its sign": ("int4", "to_int4", "A > -B", "A > B"),
+    "int4: the last": ("int4", "better", "jnp.where(A, B, C)", "B"),
+    "int4: not squared": ("int4", "better", "A**2", "A"),
+    "int4: scale rounded too late": ("int4", "to_int4", "jax.lax.reduce_precision(A, 8, 7)", "A"),
+    "int4: offset": ("int4", "to_int4", "A + 8", "A + 7"),
+    "int4: halves": ("int4", "to_int4", "A[:, :, 0] | (A[:, :, 1] << 4)", "A[:, :, 1] | (A[:, :, 0] << 4)"),
+    "int4: neighbours": ("int4", "to_int4", "A.reshape(B, -1, 2, C)", "A.reshape(B, -1, C, 2).swapaxes(2, 3)"),
+    "read: offset": ("int4", "dequantize", "A - 8", "A - 7"),
+    "read: halves": ("int4", "dequantize", "[A & 15, A >> 4]", "[A >> 4, A & 15]"),
+    "read: scale": ("int8", "dequantize", "A[..., None]", "A[:1, :, None]"),
+}
 
 
 def assert_noticed(scheme, *functions):
@@ -164,9 +142,9 @@ def test_the_bounds_notice_a_mutation(name):
     from mpt_eqx.ops import quantized
     from mpt_eqx.surgery import quantization
 
-    scheme, function, change = MUTATIONS[name]
+    scheme, function, part, other = MUTATIONS[name]
     read = name.startswith("read")
-    made = mutated(quantized if read else quantization, function, change)
+    made = mutant(quantized if read else quantization, function, part, other)
     writing, reading = (quantization, made) if read else (made, quantized)
     assert_noticed(scheme, writing.to_int8, writing.to_int4, reading.dequantize)
 
