@@ -119,7 +119,7 @@ MUTATIONS = {
     "int8: cut off": ("int8", "_rounded", "jnp.round(A)", "jnp.trunc(A)"),
     "int4: zeros": ("int4", "_rounded", "jnp.where(A, B, C)", "C"),
     "int4: the largest with its sign": ("int4", "to_int4", "A > -B", "A > B"),
-    "int4: the last": ("int4", "better", "jnp.where(A, B, C)", "B"),
+    "int4: the last": ("int4", "better", "jnp.where(A < B, C, D)", "C"),
     "int4: not squared": ("int4", "better", "A**2", "A"),
     "int4: scale rounded too late": ("int4", "to_int4", "jax.lax.reduce_precision(A, 8, 7)", "A"),
     "int4: offset": ("int4", "to_int4", "A + 8", "A + 7"),
