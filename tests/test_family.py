@@ -538,7 +538,6 @@ def with_random_weights(config):
     from mpt_eqx.checkpoint.names import named_leaves, with_leaves
 
     rng, w = np.random.default_rng(0), {}
-    config = dataclasses.replace(config, max_seq_len=max(config.max_seq_len, length))
     skeleton = eqx.filter_eval_shape(MPT, config, key=jax.random.key(0))
     for name, leaf in named_leaves(skeleton).items():
         spread = 3 if "Wqkv" in name else 1

@@ -395,7 +395,7 @@ def test_a_step_makes_no_copy_of_the_weights(kind, way):
     from mpt_eqx.generation.state import empty_state
 
     config = MPTConfig(
-        d_model=1024, n_heads=16, n_layers=3, vocab_size=4096, max_seq_len=512, no_bias=True,
+        d_model=1024, n_heads=16, n_layers=6, vocab_size=4096, max_seq_len=512, no_bias=True,
         attn_config=AttnConfig(alibi=True),
     )  # fmt: skip
     dtype = "bfloat16" if kind.startswith("int") else kind
