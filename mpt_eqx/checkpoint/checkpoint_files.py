@@ -1,6 +1,6 @@
 """The files of a checkpoint on the disk: which of a directory's files count, and reading them while they are replaced.
 
-`atomic` says how a save changes a directory, and so why a config.json may stand beside its place under another name.
+During a save a new config.json may exist under a temporary name; `atomic` describes the steps.
 """
 
 import re

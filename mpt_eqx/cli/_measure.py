@@ -162,6 +162,11 @@ def memory_bandwidth(size: int = ARRAY_SIZE) -> float:
     return x.nbytes / best_seconds(lambda: jax.block_until_ready(largest(x)))
 
 
+def seconds_of(run: Callable[[], tuple[float, list[int]]]) -> Callable[[], float]:
+    """Returns a run of `decode_run` without its tokens."""
+    return lambda: run()[0]
+
+
 def measure(
     place: str, dtype: str, *, prompt: int, new_tokens: int, batch_sizes: Sequence[int], prefill_lengths: Sequence[int],
     rounds: int, array_size: int = ARRAY_SIZE,
@@ -183,8 +188,7 @@ def measure(
     prefills = {n: rate(prefill_run(model, tokens[:n]), n) for n in prefill_lengths}
     decodes = {}
     for rows in batch_sizes:
-        run = decode_run(model, tokens[:prompt], rows, new_tokens)
-        decodes[rows] = rate(lambda run=run: run()[0], rows * new_tokens)  # type: ignore[misc]
+        decodes[rows] = rate(seconds_of(decode_run(model, tokens[:prompt], rows, new_tokens)), rows * new_tokens)
     peak, quantization, facts = peak_bytes(), quantization_of(model), model_facts(model)
     used = facts["step_bytes"] * decodes[batch_sizes[0]] / batch_sizes[0]
     return {
