@@ -2,23 +2,16 @@
 
 import ast
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
+from command import python
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mpt_eqx"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = ("torch", "transformers", "flax", "tokenizers", "fastapi", "matplotlib", "llama_cpp", "mpt_eqx.cli")
-
-
-def python(script):
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_importing_brings_nothing_heavy_and_starts_nothing():

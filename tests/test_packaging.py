@@ -2,12 +2,12 @@
 
 import ast
 import re
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from command import python
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -20,12 +20,6 @@ DISTRIBUTIONS = {"llama_cpp": "llama-cpp-python", "jaxlib": "jax"}  # jax requir
 def distribution(requirement):
     """Returns the normalised name of a requirement such as `huggingface_hub>=1.0`."""
     return re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-")
-
-
-def python(script):
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_submodules_are_there_after_the_import():
