@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpt_eqx.config.json_file import read_json_object
 from mpt_eqx.errors import CheckpointError, MPTError
+from mpt_eqx.text.checks import check_unicode
 from mpt_eqx.text.untrusted_text import UntrustedText, private_characters, unescape
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def chat_pieces(
     template, origin = find_template(chat_template, directory)
     special = special_tokens(directory)
     for text in (template, *special.values()):
-        _check_unicode(text, origin)
+        check_unicode(text, origin)
     contents = [text for message in messages for text in message.values()]
     distinguishing = {_distinguishing_character(text) for text in control_tokens(backend)}
     escapes = private_characters(distinguishing, [template, *special.values(), *contents])
@@ -108,7 +109,7 @@ def chat_pieces(
         rendered = template_sandbox.render(template, variables, origin=origin)
     except MPTError as error:
         raise MPTError(unescape(str(error), escapes)) from None
-    _check_unicode(rendered, f"{origin}: what the template writes")
+    check_unicode(rendered, f"{origin}: what the template writes")
     return [(unescape(text, escapes), id_) for text, id_ in _split(rendered, backend)]
 
 
@@ -160,7 +161,7 @@ def check_messages(messages: Any) -> None:
         for key, text in message.items():
             if not isinstance(text, str):
                 raise MPTError(f"messages[{at}].{key}: expected text, found {type(text).__name__}")
-            _check_unicode(text, f"messages[{at}].{key}")
+            check_unicode(text, f"messages[{at}].{key}")
 
 
 def find_template(chat_template: str | None, directory: Path | None) -> tuple[str, str]:
@@ -263,13 +264,3 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path}: expected text in UTF-8, found something else ({error})") from None
-
-
-def _check_unicode(text: str, where: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise MPTError(
-            f"{where}: expected text, found half of a character ({text[error.start]!r}) at {error.start}; "
-            f"decode it with errors='replace'"
-        ) from None

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,9 +10,13 @@ from mpt_eqx.checkpoint.hub import find_checkpoint
 from mpt_eqx.config.json_file import read_json_object
 from mpt_eqx.errors import CheckpointError, MPTError
 from mpt_eqx.text.chat_template import Piece, chat_pieces, encode_pieces
+from mpt_eqx.text.checks import backend_errors, check_text, token_id, token_ids
 
 if TYPE_CHECKING:
     import tokenizers
+
+# Tokens of a prompt that are decoded with what follows it: a character has at most four.
+CONTEXT = 16
 
 
 class Tokenizer:
@@ -34,38 +39,91 @@ class Tokenizer:
         """
         self._backend = backend
         self._directory = None if directory is None else Path(directory)
+        self._name = "tokenizer" if directory is None else str(Path(directory) / "tokenizer.json")
         self.eos_token_ids = tuple(eos_token_ids)
         # Not the number of tokens, because ids may have gaps.
         self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
 
     def encode(self, text: str) -> list[int]:
-        """Returns the token ids of `text`; start and end tokens are added only if tokenizer.json says so."""
-        return self._backend.encode(text).ids
+        """Returns the token ids of `text`; start and end tokens are added only if tokenizer.json says so.
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Returns the text of token ids without special tokens."""
-        return self._backend.decode([int(token) for token in tokens])
+        Raises:
+            MPTError: it is not a text of whole characters, or the tokenizer fails.
+        """
+        check_text(text, "text")
+        with backend_errors(self._name):
+            return self._backend.encode(text).ids
+
+    def decode(self, tokens: Sequence[int], *, prompt: Sequence[int] = (), stop: str | Sequence[str] = ()) -> str:
+        """Returns the text of token ids without special tokens.
+
+        Args:
+            tokens: token ids of one text.
+            prompt: token ids that stand before them, whose text is not returned. Many tokenizers drop the space before
+                the first word of a text: with the prompt, a continuation keeps it.
+            stop: a text, or several, of which the first to occur ends the text that is returned.
+
+        Raises:
+            MPTError: these are not token ids, or the tokenizer fails.
+        """
+        ids, context = token_ids(tokens), self._context(prompt)
+        text = self._added_text(self._decoded(context), self._decoded([*context, *ids]))
+        return "".join(until_stop([text], stop))
 
     def ids_of(self, tokens: Iterable[str]) -> list[int]:
         """Returns the ids of those tokens that are in the vocabulary."""
         ids = (self._backend.token_to_id(token) for token in tokens)
         return [id_ for id_ in ids if id_ is not None]
 
-    def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
+    def decode_stream(
+        self, tokens: Iterable[int], *, prompt: Sequence[int] = (), stop: str | Sequence[str] = ()
+    ) -> Iterator[str]:
         """Yields the text of token ids in pieces of whole characters.
 
-        If the tokens end within a character, the last piece is what `decode` makes of it.
-        """
-        from tokenizers.decoders import DecodeStream
+        If the tokens end within a character, the last piece is what `decode` makes of it. Tokens after a stop string are
+        not asked for, so that `decode_stream(stream(model, …), stop=…)` ends the generation there.
 
-        decoder, seen, length = DecodeStream(skip_special_tokens=True), [], 0
+        Args:
+            tokens: token ids, such as `stream` yields.
+            prompt: token ids that stand before them, as in `decode`.
+            stop: a text, or several, before the first of which the text ends, wherever tokens begin and end.
+
+        Raises:
+            MPTError: as in `decode`.
+        """
+        return until_stop(self._pieces(tokens, self._context(prompt)), stop)
+
+    def _pieces(self, tokens: Iterable[int], window: list[int]) -> Iterator[str]:
+        """Yields what each token adds to the text of the tokens before it, of which the window holds the last."""
+        shown, mark = self._decoded(window), 0
         for token in tokens:
-            seen.append(int(token))
-            if piece := decoder.step(self._backend, int(token)):
-                length += len(piece)
+            window.append(token_id(token))
+            text = self._decoded(window)
+            piece = self._added_text(shown, text)
+            if piece and not text.endswith("\ufffd"):
                 yield piece
-        if rest := self.decode(seen)[length:]:
+                # Of what is shown, the last piece stays: a space at the beginning of the window could be dropped.
+                window = window[mark:]
+                shown, mark = self._decoded(window), len(window)
+        if rest := self._added_text(shown, self._decoded(window)):
             yield rest
+
+    def _context(self, prompt: Sequence[int]) -> list[int]:
+        """Returns the last tokens of a prompt, and so many that they have some text if any has."""
+        ids, count = token_ids(prompt, "prompt"), CONTEXT
+        while count < len(ids) and not self._decoded(ids[-count:]).strip():
+            count *= 2
+        return ids[-count:]
+
+    def _decoded(self, ids: list[int]) -> str:
+        with backend_errors(self._name):
+            text: str = self._backend.decode(ids)
+        return text
+
+    @staticmethod
+    def _added_text(before: str, text: str) -> str:
+        """Returns what `text` has after the text before it, which may end within a character."""
+        return text[len(commonprefix((before, text))) :]
 
     def apply_chat_template(
         self,
@@ -92,7 +150,8 @@ class Tokenizer:
             CheckpointError, ConfigError: a file of the checkpoint is invalid.
         """
         pieces = self.chat_pieces(messages, chat_template=chat_template, add_generation_prompt=add_generation_prompt)
-        return encode_pieces(self._backend, pieces)
+        with backend_errors(self._name):
+            return encode_pieces(self._backend, pieces)
 
     def chat_pieces(
         self,
@@ -158,11 +217,23 @@ def load_tokenizer(
     return Tokenizer(backend, _eos_token_ids(directory, backend), directory=directory)
 
 
-def until_stop(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
-    """Yields text up to the first stop string, which may span pieces.
+def until_stop(pieces: Iterable[str], stops: str | Sequence[str]) -> Iterator[str]:
+    """Returns an iterator over text up to the first stop string, of one or several, which may span pieces.
 
     Text that could be the beginning of a stop string is held back until it is decided.
+
+    Raises:
+        MPTError: a stop string is empty or no text.
     """
+    stops = [stops] if isinstance(stops, str) else list(stops)
+    for stop in stops:
+        if not isinstance(stop, str) or not stop:
+            found = "an empty one" if stop == "" else type(stop).__name__
+            raise MPTError(f"stop: expected a text or a list of texts, found {found}")
+    return _until_stop(pieces, stops)
+
+
+def _until_stop(pieces: Iterable[str], stops: list[str]) -> Iterator[str]:
     held = ""
     for piece in pieces:
         held += piece
