@@ -23,6 +23,7 @@ from mpt_eqx.generation.beam_step import (
 from mpt_eqx.generation.buckets import DECODE_CHUNK, decode_bucket
 from mpt_eqx.generation.decode import check_finite, loosen
 from mpt_eqx.generation.generate import GenerateResult
+from mpt_eqx.generation.interrupts import held_interrupts
 from mpt_eqx.generation.prefix import Prefix, initial_state, prefix_length
 from mpt_eqx.generation.prompts import prefill_prompts, progress_bar
 from mpt_eqx.generation.sampling import LogitsProcessor
@@ -120,16 +121,18 @@ def beam_search(
             start = initial_state(model, prefix, len(rows), before + longest + min(chunk, max_new_tokens))
             start = prefill_prompts(model, start, rows, before, shown)
             if num_beams > 1:
-                start = repeat_and_resize(start, num_beams, start.cache.capacity)
+                with held_interrupts():
+                    start = repeat_and_resize(start, num_beams, start.cache.capacity)
             fixed, done = (model, replicate(model, search), processors), np.zeros(1, bool)
             state = BeamState(start, *replicate(model, initial_beams(len(rows), num_beams)))
             while decoded < max_new_tokens and not done.all():
                 needed = before + longest + min(decoded + chunk, max_new_tokens)
-                state = eqx.tree_at(lambda s: s.rows, state, ensure_capacity(model, state.rows, needed))
-                state, output = beam_chunk(fixed, state, chunk)
-                sequences, beams, bad_step, done, output = jax.device_get(
-                    (state.finished, state.scores, state.rows.not_finite, state.rows.done, output)
-                )
+                with held_interrupts():
+                    state = eqx.tree_at(lambda s: s.rows, state, ensure_capacity(model, state.rows, needed))
+                    state, output = beam_chunk(fixed, state, chunk)
+                    found = (state.finished, state.scores, state.rows.not_finite, state.rows.done, output)
+                    found = jax.device_get(found)
+                sequences, beams, bad_step, done, output = found
                 check_finite(int(bad_step), processors)
                 shown.update(min(chunk, max_new_tokens - decoded))
                 steps.append(output)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from mpt_eqx.errors import GenerationError
 from mpt_eqx.generation.buckets import DECODE_CHUNK
+from mpt_eqx.generation.interrupts import held_interrupts
 from mpt_eqx.generation.sampling import LogitsProcessor, log_softmax, process_logits, sample
 from mpt_eqx.generation.sampling_params import SamplingParams
 from mpt_eqx.generation.state import DecodeState, constrain, constrain_replicated, ensure_capacity, replicate
@@ -140,14 +141,16 @@ def decode_tokens(
     params, key = replicate(model, (params, key))
     decoded = 0
     while decoded < max_new_tokens:
-        state = ensure_capacity(model, state, length + min(decoded + chunk, max_new_tokens))
-        state, output = decode_chunk((model, params, key, processors), state, chunk, with_logits)
-        bad_step, empty_step, done = jax.device_get((state.not_finite, state.nothing_left, state.done))
+        with held_interrupts():
+            state = ensure_capacity(model, state, length + min(decoded + chunk, max_new_tokens))
+            state, output = decode_chunk((model, params, key, processors), state, chunk, with_logits)
+            bad_step, empty_step, done = jax.device_get((state.not_finite, state.nothing_left, state.done))
+            output = jax.device_get(output)
         check_finite(int(bad_step), processors)
         if empty_step >= 0:
             raise GenerationError(f"no token is left to choose from for new token {empty_step}; {loosen(processors)}")
         last = min(chunk, max_new_tokens - decoded)
-        yield jax.tree.map(lambda x, last=last: x[:last], jax.device_get(output))
+        yield jax.tree.map(lambda x, last=last: x[:last], output)
         decoded += chunk
         if done.all():
             return

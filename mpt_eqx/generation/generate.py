@@ -10,6 +10,7 @@ from jaxtyping import Float, Int, PRNGKeyArray
 from mpt_eqx.errors import GenerationError, Interrupted
 from mpt_eqx.generation.buckets import DECODE_CHUNK, decode_bucket
 from mpt_eqx.generation.decode import decode_tokens
+from mpt_eqx.generation.interrupts import held_interrupts
 from mpt_eqx.generation.prefix import Prefix, initial_state, prefix_length
 from mpt_eqx.generation.prompts import prefill_prompts, progress_bar
 from mpt_eqx.generation.sampling import LogitsProcessor
@@ -126,7 +127,8 @@ def generate(
             state = initial_state(model, prefix, len(rows), before + longest + min(chunk, max_new_tokens))
             state = prefill_prompts(model, state, rows, before, shown)
             if num_return_sequences > 1:
-                state = repeat_and_resize(state, num_return_sequences, state.cache.capacity)
+                with held_interrupts():
+                    state = repeat_and_resize(state, num_return_sequences, state.cache.capacity)
             for output in decode_tokens(
                 model, state, params.of_rows(count), key, length=before + longest, max_new_tokens=max_new_tokens,
                 chunk=chunk, with_logits=return_logits, processors=processors,

@@ -9,6 +9,7 @@ from jaxtyping import Int
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.errors import GenerationError
 from mpt_eqx.generation.buckets import cache_bucket
+from mpt_eqx.generation.interrupts import held_interrupts
 from mpt_eqx.generation.prompts import prefill_prompts, progress_bar
 from mpt_eqx.generation.state import DecodeState, empty_state, repeat_and_resize
 from mpt_eqx.generation.validate import check_one_prompt, check_prompts
@@ -77,11 +78,13 @@ def initial_state(model: MPT, prefix: Prefix | None, rows: int, length: int) -> 
     """
     capacity = cache_bucket(model.config, length)
     if prefix is None:
-        return empty_state(model, rows, capacity)
+        with held_interrupts():
+            return empty_state(model, rows, capacity)
     found, dtype = prefix.state.hidden.dtype, model.wte.weight.dtype
     if prefix.config != model.config or found != dtype:
         what = f"in {found} instead of {dtype}" if found != dtype else "with another configuration"
         raise GenerationError(
             f"prefix: expected one of this model, found that of a model {what}; make it with prefill(model, tokens)"
         )
-    return repeat_and_resize(prefix.state, rows, capacity)
+    with held_interrupts():
+        return repeat_and_resize(prefix.state, rows, capacity)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from mpt_eqx.generation.buckets import prefill_buckets
+from mpt_eqx.generation.interrupts import held_interrupts
 from mpt_eqx.generation.state import DecodeState, constrain, replicate, row_of, with_row
 from mpt_eqx.model import MPT, KVCache
 from mpt_eqx.ops.platform import prefills_by_row
@@ -38,8 +39,11 @@ def prefill_prompts(
     for row, prompt in enumerate(prompts):
         if len(prompt):
             number = np.asarray(row, np.int32)
-            alone = prefill_rows(model, row_of(state, number), [prompt], before, lambda _: None)
-            state = with_row(alone, state, number)
+            with held_interrupts():
+                alone = row_of(state, number)
+            alone = prefill_rows(model, alone, [prompt], before, lambda _: None)
+            with held_interrupts():
+                state = with_row(alone, state, number)
             done += len(prompt)
             report(done * longest // total)
     return state
@@ -66,9 +70,10 @@ def prefill_rows(
         for row, prompt, filler in zip(chunk, prompts, fillers, strict=True):
             here = prompt[start : start + size]
             row[:] = [*here, *filler.tolist() * (size - len(here))]
-        state = prefill_chunk(model, state, *replicate(model, (chunk, ends)))
-        # Otherwise the host would be done long before the device, with a copy of the cache waiting for every chunk.
-        jax.block_until_ready(state.hidden)
+        with held_interrupts():
+            state = prefill_chunk(model, state, *replicate(model, (chunk, ends)))
+            # Otherwise the host would be done long before the device, with a copy of the cache waiting for every chunk.
+            jax.block_until_ready(state.hidden)
         start += size
         report(start)
     return state

@@ -8,6 +8,7 @@ import numpy as np
 
 from mpt_eqx.generation.buckets import DECODE_CHUNK, PREFILL_CHUNKS, cache_bucket, decode_bucket, prefill_buckets
 from mpt_eqx.generation.decode import decode_chunk
+from mpt_eqx.generation.interrupts import held_interrupts
 from mpt_eqx.generation.prompts import prefill_prompts, progress_bar
 from mpt_eqx.generation.sampling_params import check_options
 from mpt_eqx.generation.state import empty_state, ensure_capacity, replicate
@@ -57,7 +58,8 @@ def warmup(
             for decoded in range(chunk, max_new_tokens + chunk, chunk):
                 needed = length + min(decoded, max_new_tokens)
                 if decoded == chunk or needed > state.cache.capacity:
-                    state, _ = decode_chunk(fixed, ensure_capacity(model, state, needed), chunk, False)
+                    with held_interrupts():
+                        state, _ = decode_chunk(fixed, ensure_capacity(model, state, needed), chunk, False)
             jax.block_until_ready(state)
             seconds[rows, length] = time.monotonic() - started
     return seconds
