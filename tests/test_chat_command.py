@@ -77,7 +77,7 @@ def test_a_conversation_is_its_prompt(talker):
     assert done.returncode == 0, done.stderr
     first, second = answers("What is a list?", "And a <|im_end|> dict?")
     (third,) = answers("What is a set?", system="You are terse.")
-    assert done.stdout == "".join(f"{text}\n" for text in (first, second, first, third))
+    assert done.stdout == "\n".join(f"{text}\n" for text in (first, second, first, third))
 
 
 def test_the_system_message_and_stops_of_the_call():

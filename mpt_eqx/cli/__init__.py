@@ -1,11 +1,12 @@
 """The command line `mpt-eqx`: one module per command. Results go to stdout, everything else to stderr."""
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 
 from mpt_eqx import __version__
-from mpt_eqx.cli import bench, chat, convert, generate, inspect
+from mpt_eqx.cli import bench, chat, console, convert, generate, inspect
 from mpt_eqx.errors import MPTError
 
 COMMANDS = (generate, chat, inspect, convert, bench)  # one module each, in the order in which --help lists them
@@ -22,24 +23,42 @@ EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0 success, 1 failure (one line on stderr), 2 invalid usage."""
-    # parse_args would answer an unknown flag with the usage of the main parser, whichever command was given.
-    args, unknown = _parser().parse_known_args(argv)
-    if unknown:
-        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    """Runs one command and returns its exit code.
+
+    It is 0 for success, 1 for a failure (one line on stderr), 2 for invalid usage, 130 for Ctrl-C.
+    """
+    debug = False
     try:
+        console.prepare()
+        # parse_args would answer an unknown flag with the usage of the main parser, whichever command was given.
+        args, unknown = _parser().parse_known_args(argv)
+        debug = getattr(args, "debug", False)
+        if unknown:
+            args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         code: int = args.run(args)
+        sys.stdout.flush()
         return code
-    except MPTError as error:
-        if args.debug:
-            raise
-        print(f"mpt-eqx: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of a pipe has closed it
-        sys.stderr.close()
+        console.forget(sys.stdout)
         return 0
+    except Exception as error:
+        if debug:
+            raise
+        return _failed(error)
+
+
+def _failed(error: Exception) -> int:
+    """Writes one line about an error to stderr and returns the exit code."""
+    message = " ".join(str(error).split())
+    if isinstance(error, OSError) and sys.stdout is not None:
+        console.forget(sys.stdout)  # it may be what cannot be written to
+    if not isinstance(error, MPTError):
+        message = f"{type(error).__name__}: {message[:500]}; --debug shows where"
+    with contextlib.suppress(OSError, ValueError):
+        print(f"mpt-eqx: error: {message}", file=sys.stderr)
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:

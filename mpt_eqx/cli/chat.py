@@ -1,16 +1,18 @@
 """`mpt-eqx chat`: a conversation in the terminal."""
 
 import argparse
-import importlib
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mpt_eqx.cli.console import as_text, read_lines, without_panics
 from mpt_eqx.cli.options import Note, add_options, load, read_options
 from mpt_eqx.errors import GenerationError, MPTError
 
 if TYPE_CHECKING:
+    from mpt_eqx.config import MPTConfig
     from mpt_eqx.generation import Prefix
     from mpt_eqx.model import MPT
 
@@ -40,24 +42,33 @@ def add_to(commands: Any, shared: argparse.ArgumentParser) -> None:
         help="chatml (MosaicML's chat models), mpt-instruct (its instruct models) or a file with a Jinja template "
         "(default: the checkpoint's own)",
     )  # fmt: skip
+    parser.add_argument(
+        "--json", action="store_true", help="print each answer as a line of JSON (default: text, an empty line between "
+        "answers unless stdin is a terminal)",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Answers each line of stdin; the prompt is the whole conversation so far."""
     from mpt_eqx.generation import stream
-    from mpt_eqx.text import until_stop
+    from mpt_eqx.generation.interrupts import held_interrupts
 
     template = _template(args.template)
     place, tokenizer, options = read_options(args)
     max_new_tokens = options.pop("max_new_tokens")
     end_ids = {*options.pop("eos_token_ids"), *tokenizer.ids_of(END_TOKENS)}
-    start = [] if args.system is None else [{"role": "system", "content": args.system}]
-    # Fail on an unusable template now, not after the first message.
-    tokenizer.apply_chat_template([*start, {"role": "user", "content": "?"}], chat_template=template)
+    start = [] if args.system is None else [{"role": "system", "content": as_text(args.system, "--system")}]
+
+    def encoded(messages: list[dict[str, str]]) -> list[int]:
+        with without_panics():
+            return tokenizer.apply_chat_template(messages, chat_template=template)
+
+    encoded([*start, {"role": "user", "content": "?"}])  # fails on an unusable template now, not after a message
     model = load(place, args, tokenizer, options)
     messages, prefix, note = list(start), None, Note()
-    for line in _lines():
+    terminal, separator = sys.stdin is not None and sys.stdin.isatty(), ""
+    for line in read_lines("give it messages, one a line"):
         command, _, rest = line.partition(" ")
         if command in ("/reset", "/system"):
             if command == "/system":
@@ -71,50 +82,47 @@ def run(args: argparse.Namespace) -> int:
             continue
         messages.append({"role": "user", "content": line})
         answer: list[str] = []
+        interrupted = False
         try:
             note.show("prefill …")
-            tokens = tokenizer.apply_chat_template(messages, chat_template=template)
+            tokens = encoded(messages)
             room = min(max_new_tokens, model.config.max_seq_len - len(tokens))
             if room < min(max_new_tokens, MIN_ANSWER):
                 raise GenerationError(
                     f"the conversation has {len(tokens)} tokens of max_seq_len={model.config.max_seq_len}, which "
-                    f"leaves no room for an answer; start a new one with /reset"
+                    f"leaves no room for an answer; start a new one with /reset{_longer(model.config)}"
                 )
             prefix = _extend(model, prefix, tokens)
             new = stream(model, [], prefix=prefix, max_new_tokens=room, eos_token_ids=tuple(end_ids), **options)
-            for piece in until_stop(tokenizer.decode_stream(_before(new, end_ids)), args.stop):
+            for piece in tokenizer.decode_stream(_before(new, end_ids), prompt=tokens, stop=args.stop):
                 note.clear()
-                answer.append(piece)
-                print(piece, end="", flush=True)
+                with held_interrupts():
+                    if not args.json:
+                        print(piece if answer else separator + piece, end="", flush=True)
+                    answer.append(piece)
         except KeyboardInterrupt:
-            pass
+            interrupted = True
         except MPTError as error:
-            if not sys.stdin.isatty():
+            if not terminal:
                 raise
             note.clear()
             print(f"mpt-eqx: {error}", file=sys.stderr)
             messages.pop()
             continue
         note.clear()
-        print(flush=True)
+        text = "".join(answer)
+        if args.json:
+            print(json.dumps({"role": "assistant", "content": text}), flush=True)
+        else:
+            print("" if text else separator, flush=True)
+        if interrupted and not terminal:
+            return 130
+        separator = "" if terminal else "\n"
         if answer:
-            messages.append({"role": "assistant", "content": "".join(answer)})
+            messages.append({"role": "assistant", "content": text})
         else:  # interrupted before the first token, or an empty answer
             messages.pop()
     return 0
-
-
-def _lines() -> Iterator[str]:
-    """Yields the non-empty lines of stdin; a terminal gets a prompt and line editing."""
-    if sys.stdin.isatty():
-        importlib.import_module("readline")  # gives input() its editing and history
-    while True:
-        try:
-            line = input("> ") if sys.stdin.isatty() else input()
-        except EOFError:
-            return
-        if line.strip():
-            yield line
 
 
 def _extend(model: "MPT", prefix: "Prefix | None", tokens: list[int]) -> "Prefix":
@@ -133,12 +141,21 @@ def _before(tokens: Iterator[int], end_ids: set[int]) -> Iterator[int]:
         yield token
 
 
+def _longer(config: "MPTConfig") -> str:
+    """Returns what else makes room, where something does."""
+    return "" if config.learned_pos_emb else ", or allow more tokens with --max-seq-len N"
+
+
 def _template(name: str | None) -> str | None:
     """Returns the name of a built-in template, or the text of a file."""
-    path = Path(name or "")
-    if name is None or not path.is_file():
+    from mpt_eqx.text.chat_template import BUILT_IN
+
+    if name is None or name in BUILT_IN or "{%" in name or "{{" in name:
         return name
     try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise GenerationError(f"--template: expected a file with text, found {path} ({error})") from None
+        return Path(name).read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        expected = f"{', '.join(BUILT_IN)} or a file with a Jinja template"
+        raise GenerationError(f"--template: expected {expected}, found {name!r:.100}, which is no such file") from None
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise GenerationError(f"--template: expected a file with text, found {name!r:.100} ({error})") from None

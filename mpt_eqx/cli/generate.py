@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from mpt_eqx.cli.console import as_text, read_all, without_panics
 from mpt_eqx.cli.options import Note, add_options, load, read_options
 from mpt_eqx.errors import GenerationError
 
@@ -28,11 +29,13 @@ def add_to(commands: Any, shared: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Streams the text to stdout and prints its speed to stderr; Ctrl-C ends the text, and 130 is returned."""
     from mpt_eqx.generation import stream
-    from mpt_eqx.text import until_stop
+    from mpt_eqx.generation.interrupts import held_interrupts
 
-    prompt = args.prompt if args.prompt is not None else sys.stdin.read().removesuffix("\n")
+    given = args.prompt is not None
+    prompt = as_text(args.prompt, "PROMPT") if given else read_all("give PROMPT instead").removesuffix("\n")
     place, tokenizer, options = read_options(args)
-    tokens = tokenizer.encode(prompt)
+    with without_panics():
+        tokens = tokenizer.encode(prompt)
     if not tokens:
         raise GenerationError("PROMPT: expected some text, found an empty prompt")
     model = load(place, args, tokenizer, options)
@@ -42,31 +45,39 @@ def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
     new_tokens: list[int] = []
     times: list[float] = []
+    text, interrupted, begun = "", False, False
 
     def recorded() -> Iterator[int]:
         for token in stream(model, tokens, **options):
-            note.clear()
             times.append(time.monotonic())
             new_tokens.append(token)
             yield token
 
-    text, interrupted = "", False
+    def show(piece: str) -> None:
+        """Writes a piece of the text, and the prompt before the first."""
+        nonlocal begun
+        note.clear()
+        if not args.json:
+            print(piece if begun else prompt + piece, end="", flush=True)
+        begun = True
+
     try:
-        for piece in until_stop(tokenizer.decode_stream(recorded()), args.stop):
-            text += piece
-            if not args.json:
-                print(prompt + piece if text == piece else piece, end="", flush=True)
+        for piece in tokenizer.decode_stream(recorded(), prompt=tokens, stop=args.stop):
+            with held_interrupts():
+                show(piece)
+                text += piece
     except KeyboardInterrupt:
         interrupted = True
-        # Print what was held back because it could have become a stop string or half a character.
-        rest = tokenizer.decode(new_tokens).removesuffix("\ufffd")[len(text) :]
+        # Write what was held back because it could have become a stop string or half a character.
+        rest = tokenizer.decode(new_tokens, prompt=tokens).removesuffix("\ufffd")[len(text) :]
+        show(rest)
         text += rest
-        if not args.json:
-            print(rest if new_tokens and text != rest else prompt + rest, end="", flush=True)
     finally:
         note.clear()
+    show("\n")
     ended = bool(new_tokens) and new_tokens[-1] in tokenizer.eos_token_ids
-    stopped = ended or any(stop in tokenizer.decode(new_tokens) for stop in args.stop)
+    written = tokenizer.decode(new_tokens, prompt=tokens)
+    stopped = ended or any(stop in written for stop in args.stop)
     if args.json:
         record = {
             "prompt": prompt,
@@ -75,8 +86,6 @@ def run(args: argparse.Namespace) -> int:
             "finish_reason": "stop" if stopped else "interrupted" if interrupted else "length",
         }
         print(json.dumps(record))
-    else:
-        print("" if text else prompt)
     if new_tokens:
         print(speed(len(tokens), started, times), file=sys.stderr)
     return 130 if interrupted else 0

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpt_eqx import SHIPPED_MODEL
+from mpt_eqx.cli.console import as_text, without_panics
 from mpt_eqx.errors import GenerationError
 
 if TYPE_CHECKING:
@@ -51,9 +52,19 @@ def add_options(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None
         help="stop before this text; may be repeated (default: none)",
     )  # fmt: skip
     parser.add_argument("--dtype", metavar="D", help="float32, bfloat16 or float16 (default: as stored)")
+    add_length(parser)
     parser.add_argument(
         "--compile-cache", metavar="DIR",
         help="keep compiled programs in this directory, which makes the next start faster (default: not kept)",
+    )  # fmt: skip
+
+
+def add_length(parser: argparse.ArgumentParser) -> None:
+    """Adds the option for a longer context."""
+    parser.add_argument(
+        "--max-seq-len", type=int, metavar="N",
+        help="most tokens of prompt and answer together, also above the checkpoint's, except with learned positions "
+        "(default: the checkpoint's)",
     )  # fmt: skip
 
 
@@ -75,10 +86,14 @@ def read_options(args: argparse.Namespace) -> tuple[Path, "Tokenizer", dict[str,
         raise GenerationError(f"--seed: expected a whole number from 0 to 2^63 - 1, found {args.seed}")
     if any(not stop for stop in args.stop):
         raise GenerationError("--stop: expected some text, found an empty string")
+    args.stop = [as_text(stop, "--stop") for stop in args.stop]
+    if args.max_seq_len is not None and args.max_seq_len < 1:
+        raise GenerationError(f"--max-seq-len: expected a whole number ≥ 1, found {args.max_seq_len}")
     if args.compile_cache is not None:
         keep_compiled(args.compile_cache)
     place = find_checkpoint(args.model, revision=args.revision)
-    tokenizer = load_tokenizer(place)
+    with without_panics():
+        tokenizer = load_tokenizer(place)
     defaults = {} if args.no_defaults else generation_defaults(place)
     options = {
         "temperature": 0.0, "max_new_tokens": args.default_max_new_tokens, **defaults,
@@ -98,7 +113,9 @@ def load(place: Path, args: argparse.Namespace, tokenizer: "Tokenizer", options:
     """Returns the model; where its vocabulary is larger than the tokenizer's, `options` masks the extra ids."""
     from mpt_eqx.checkpoint import from_pretrained
 
-    model = from_pretrained(place, dtype=args.dtype)
+    length = args.max_seq_len
+    overrides = None if length is None else {"max_seq_len": length}
+    model = from_pretrained(place, dtype=args.dtype, config_overrides=overrides)
     if tokenizer.vocab_size < model.config.vocab_size:
         options["vocab_size"] = tokenizer.vocab_size
     return model

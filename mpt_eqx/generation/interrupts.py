@@ -1,7 +1,7 @@
 """Ctrl-C between two programs and never within one.
 
-Python raises KeyboardInterrupt wherever it happens to be: while JAX traces or compiles, or in a callback of JAX's, where
-it is printed and forgotten, or comes out of C++ code that is not made for it.
+Python raises KeyboardInterrupt wherever it happens to be: while JAX traces or compiles, or in a callback of JAX's,
+where it is printed and forgotten, or comes out of C++ code that is not made for it.
 """
 
 import signal

@@ -246,4 +246,4 @@ def max_len_hint(config: MPTConfig, n: int) -> str:
     if config.learned_pos_emb:
         return "learned positions end there; shorten the input"
     how = f"from_pretrained(…, config_overrides={{'max_seq_len': {n}}})"
-    return f"shorten the input, or load the model for more with {how}"
+    return f"shorten the input, or load the model for more with {how} or --max-seq-len {n} on the command line"

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,8 +79,8 @@ class Tokenizer:
     ) -> Iterator[str]:
         """Yields the text of token ids in pieces of whole characters.
 
-        If the tokens end within a character, the last piece is what `decode` makes of it. Tokens after a stop string are
-        not asked for, so that `decode_stream(stream(model, …), stop=…)` ends the generation there.
+        If the tokens end within a character, the last piece is what `decode` makes of it. Tokens after a stop string
+        are not asked for, so that `decode_stream(stream(model, …), stop=…)` ends the generation there.
 
         Args:
             tokens: token ids, such as `stream` yields.
@@ -123,7 +122,9 @@ class Tokenizer:
     @staticmethod
     def _added_text(before: str, text: str) -> str:
         """Returns what `text` has after the text before it, which may end within a character."""
-        return text[len(commonprefix((before, text))) :]
+        if text.startswith(before):
+            return text[len(before) :]
+        return text[next((at for at, pair in enumerate(zip(before, text)) if len({*pair}) > 1), len(text)) :]
 
     def apply_chat_template(
         self,
