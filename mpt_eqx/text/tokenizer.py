@@ -124,7 +124,8 @@ class Tokenizer:
         """Returns what `text` has after the text before it, which may end within a character."""
         if text.startswith(before):
             return text[len(before) :]
-        return text[next((at for at, pair in enumerate(zip(before, text)) if len({*pair}) > 1), len(text)) :]
+        same = (one == other for one, other in zip(before, text, strict=False))
+        return text[next((at for at, equal in enumerate(same) if not equal), len(text)) :]
 
     def apply_chat_template(
         self,
