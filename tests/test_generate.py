@@ -183,8 +183,8 @@ def test_no_prompts_no_rows(tiny_model):
         ({"prompts": [[[1]]]}, r"prompts\[0\]: expected a list of whole numbers"),
         ({"prompts": [[1] * 200], "max_new_tokens": 57}, r"200 tokens and max_new_tokens=57 exceed max_seq_len=256; .*"
          r"config_overrides={'max_seq_len': 257}"),
-        ({"max_new_tokens": 0}, "max_new_tokens: expected a whole number ≥ 1, found 0"),
-        ({"max_new_tokens": 1.5}, "max_new_tokens: expected a whole number ≥ 1, found 1.5"),
+        ({"max_new_tokens": -1}, "max_new_tokens: expected a whole number ≥ 0, found -1"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens: expected a whole number ≥ 0, found 1.5"),
         ({"temperature": -1}, "temperature: expected a finite number ≥ 0, found -1"),
         ({"temperature": float("nan")}, "temperature: expected a finite number ≥ 0, found nan"),
         ({"temperature": float("inf")}, "temperature: expected a finite number ≥ 0, found inf"),

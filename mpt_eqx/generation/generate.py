@@ -71,7 +71,7 @@ def generate(
     Args:
         model: the model.
         prompts: token ids of each prompt, or of one prompt.
-        max_new_tokens: at most so many tokens are decoded for each row, ≥ 1.
+        max_new_tokens: at most so many tokens are decoded for each row, ≥ 0.
         num_return_sequences: rows for each prompt, ≥ 1; more than one need temperature > 0. The rows of the first
             prompt come first.
         key: randomness, needed when temperature > 0; row i draws its n-th token with fold_in(fold_in(key, i), n).
@@ -93,7 +93,7 @@ def generate(
             or infinite, or the arguments leave no token to choose.
         Interrupted: Ctrl-C; its `result` holds what was decoded until then.
     """
-    params = check_options(model.config, max_new_tokens, options)
+    params = check_options(model.config, max_new_tokens, options, least=0)
     processors = check_processors(logits_processors, model.config.vocab_size)
     temperature, pad_token_id = float(params.temperature), int(params.pad_token_id)
     key = check_key(key, temperature)
@@ -119,7 +119,7 @@ def generate(
         reasons = ["stop" if stop else unfinished for stop in stopped.tolist()]
         return GenerateResult(tokens, lengths, reasons, logprobs, logits)
 
-    if not rows:
+    if not rows or not max_new_tokens:
         return result("length")
     chunk = decode_bucket(DECODE_CHUNK, max_new_tokens)
     try:
@@ -179,7 +179,7 @@ def stream(
     """
     check_one_prompt(prompt)
     check_count("chunk_size", chunk_size)
-    params = check_options(model.config, max_new_tokens, options, caller="stream")
+    params = check_options(model.config, max_new_tokens, options, caller="stream", least=0)
     processors = check_processors(logits_processors, model.config.vocab_size)
     key = check_key(key, float(params.temperature))
     max_new_tokens = int(max_new_tokens)
@@ -189,6 +189,8 @@ def stream(
     length, eos = before + len(row), set(params.eos_token_ids.tolist())
 
     def tokens() -> Iterator[int]:
+        if not max_new_tokens:
+            return
         with progress_bar(len(row), False) as hidden:
             state = initial_state(model, prefix, 1, length + min(chunk, max_new_tokens))
             state = prefill_prompts(model, state, [row], before, hidden)

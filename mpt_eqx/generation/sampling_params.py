@@ -137,6 +137,7 @@ def check_options(
     *,
     known: type = SamplingOptions,
     caller: str = "generate",
+    least: int = 1,
 ) -> SamplingParams:
     """Returns the options of a call as arrays, checked against each other and against the model.
 
@@ -146,15 +147,17 @@ def check_options(
         options: the other options by name.
         known: the names that are options.
         caller: what they are options of.
+        least: the least max_new_tokens.
 
     Raises:
         GenerationError: an option is not valid, or not known.
     """
     check_names(options, known, caller)
-    check_count("max_new_tokens", max_new_tokens)
+    check_count("max_new_tokens", max_new_tokens, least=least)
     eos = check_eos(options.get("eos_token_ids", ()), config.vocab_size)
     check_ids("pad_token_id", [options.get("pad_token_id", 0)], config.vocab_size)
-    params = SamplingParams(max_new_tokens=max_new_tokens, **{**options, "eos_token_ids": eos})
+    # Without new tokens no row is ever decoded, and the number in the arrays does not matter.
+    params = SamplingParams(max_new_tokens=max(max_new_tokens, 1), **{**options, "eos_token_ids": eos})
     if params.min_new_tokens > max_new_tokens:
         raise GenerationError(
             f"min_new_tokens: expected at most max_new_tokens={max_new_tokens}, found {params.min_new_tokens}"

@@ -38,13 +38,15 @@ def warmup(
         GenerationError: an argument is not valid, or a length exceeds max_seq_len.
     """
     config = model.config
-    params = check_options(config, max_new_tokens, {}, caller="warmup")
+    params = check_options(config, max_new_tokens, {}, caller="warmup", least=0)
     for name, counts in (("batch_sizes", batch_sizes), ("prompt_lengths", prompt_lengths)):
         for count in counts:
             check_count(name, count)
     max_new_tokens = int(max_new_tokens)
     for length in prompt_lengths:
         check_prompts(config, [[0] * length], max_new_tokens=max_new_tokens)
+    if not max_new_tokens:  # generate runs nothing
+        return {(rows, length): 0.0 for rows in batch_sizes for length in prompt_lengths}
     chunk = decode_bucket(DECODE_CHUNK, max_new_tokens)
     seconds = {}
     for rows in batch_sizes:

@@ -1,7 +1,7 @@
 """Linear map and embedding, with the weights as checkpoints store them or quantised."""
 
 import equinox as eqx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from mpt_eqx.ops.matmul import matmul, take_rows
 from mpt_eqx.ops.quantized import QuantizedWeight
@@ -13,12 +13,12 @@ class Linear(eqx.Module):
     weight: Float[Array, "out in"] | QuantizedWeight
     bias: Float[Array, " out"] | None = None
 
-    def __call__(self, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
-        """Returns W x + b, summed in float32 and rounded once to the type of x."""
+    def __call__(self, x: Float[Array, "T in"], dtype: DTypeLike | None = None) -> Float[Array, "T out"]:
+        """Returns W x + b, summed in float32 and rounded once: to the type of x, or to `dtype`."""
         y = matmul(self.weight, x)
         if self.bias is not None:
             y = y + self.bias.astype(y.dtype)
-        return y.astype(x.dtype)
+        return y.astype(x.dtype if dtype is None else dtype)
 
 
 class Embedding(eqx.Module):

@@ -6,10 +6,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Bool, DTypeLike, Float, Int, PRNGKeyArray
 
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.errors import MPTError
+from mpt_eqx.model.arguments import as_row, as_tokens
 from mpt_eqx.model.block import Block
 from mpt_eqx.model.init import init_embedding, init_linear
 from mpt_eqx.model.kv_cache import KVCache
@@ -64,42 +65,48 @@ class MPT(eqx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, " T"],
+        tokens: Int[Array, " T"] | ArrayLike | Sequence[int],
         *,
-        mask: Bool[Array, " T"] | Int[Array, " T"] | None = None,
-        sequence_ids: Int[Array, " T"] | None = None,
+        mask: Bool[Array, " T"] | Int[Array, " T"] | np.ndarray | Sequence[int] | None = None,
+        sequence_ids: Int[Array, " T"] | np.ndarray | Sequence[int] | None = None,
         key: PRNGKeyArray | None = None,
+        logits_dtype: DTypeLike | None = None,
     ) -> Float[Array, "T V"]:
         """Returns the logits of the token that follows each position.
 
         Args:
-            tokens: token ids, 0 ≤ id < vocab_size; at most max_seq_len of them.
+            tokens: token ids of one sequence, 0 ≤ id < vocab_size; at most max_seq_len of them.
             mask: True (or 1) at real tokens, False (or 0) at padding, which may stand anywhere; None when all are
                 real. Logits at padding mean nothing.
             sequence_ids: which of several packed sequences each token belongs to, −1 for padding; tokens see their own
                 sequence only. For models with attn_uses_sequence_id.
             key: randomness of dropout and jitter, needed when the configuration asks for them, except under
                 `eqx.nn.inference_mode`.
+            logits_dtype: the type of the logits; None is that of the model. Log-probabilities of 16-bit models need
+                float32: logits in bfloat16 are rounded by up to 2⁻⁸ of their size, and so move by hundredths of a nat.
 
         Raises:
             MPTError: too many tokens, an argument that does not fit the model, or (outside jit, where they can be
                 seen) an id outside the vocabulary.
         """
-        return self.unembed(self.hidden_states(tokens, mask=mask, sequence_ids=sequence_ids, key=key)[-1])
+        x = self.hidden_states(tokens, mask=mask, sequence_ids=sequence_ids, key=key)[-1]
+        return self.unembed(x, dtype=logits_dtype)
 
     def hidden_states(
         self,
-        tokens: Int[Array, " T"],
+        tokens: Int[Array, " T"] | ArrayLike | Sequence[int],
         *,
-        mask: Bool[Array, " T"] | Int[Array, " T"] | None = None,
-        sequence_ids: Int[Array, " T"] | None = None,
+        mask: Bool[Array, " T"] | Int[Array, " T"] | np.ndarray | Sequence[int] | None = None,
+        sequence_ids: Int[Array, " T"] | np.ndarray | Sequence[int] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "T D"], ...]:
         """Returns the residual stream: the input of each block, then the output of norm_f; n_layers + 1 arrays.
 
         Arguments and errors as in `__call__`.
         """
-        self._check(tokens, mask, sequence_ids, key)
+        tokens = as_tokens(tokens, self.config.vocab_size)
+        mask, sequence_ids = as_row("mask", mask, tokens.shape), as_row("sequence_ids", sequence_ids, tokens.shape)
+        self._check(tokens, sequence_ids, key)
         place = jnp.arange(tokens.shape[0])
         if mask is not None:
             mask = mask.astype(bool)  # tokenizers give 0 and 1
@@ -116,7 +123,9 @@ class MPT(eqx.Module):
         inputs, x, _ = self._run(x, positions, (None,) * len(self.blocks), block_keys)
         return (*inputs, self.norm_f(x))
 
-    def extend(self, tokens: Int[Array, " T"], cache: KVCache) -> tuple[Float[Array, "T D"], KVCache]:
+    def extend(
+        self, tokens: Int[Array, " T"] | ArrayLike | Sequence[int], cache: KVCache
+    ) -> tuple[Float[Array, "T D"], KVCache]:
         """Reads T more tokens after those in the cache, without dropout.
 
         Args:
@@ -132,9 +141,10 @@ class MPT(eqx.Module):
             MPTError: (outside jit, where it can be seen) an id outside the vocabulary, more tokens than fit into the
                 cache, or more than max_seq_len.
         """
+        tokens = as_tokens(tokens, self.config.vocab_size, "model.extend")
         if not isinstance(cache.length, jax.core.Tracer) and cache.length.ndim == 0:
             total = int(cache.length) + len(tokens)
-            self._check_tokens(tokens, total)
+            self._check_length(total)
             if total > cache.capacity:
                 raise MPTError(
                     f"tokens: expected at most {cache.capacity - int(cache.length)}, which fit into the rest of the "
@@ -150,10 +160,10 @@ class MPT(eqx.Module):
         )
         return self.norm_f(x), KVCache(layers=layers, length=cache.length + tokens.shape[0])
 
-    def unembed(self, x: Float[Array, "T D"]) -> Float[Array, "T V"]:
-        """Returns the logits of the output of norm_f, in its type."""
+    def unembed(self, x: Float[Array, "T D"], *, dtype: DTypeLike | None = None) -> Float[Array, "T V"]:
+        """Returns the logits of the output of norm_f, in its type or in `dtype`, as in `__call__`."""
         head = Linear(self.wte.weight) if self.lm_head is None else self.lm_head
-        logits = head(x)
+        logits = head(x, dtype)
         if self.logit_scale is not None:
             logits = scale(logits, self.logit_scale)
         if self.config.final_logit_softcapping is not None:
@@ -197,18 +207,9 @@ class MPT(eqx.Module):
             read.append(kv)
         return inputs, x, read
 
-    def _check(
-        self,
-        tokens: Int[Array, " T"],
-        mask: Bool[Array, " T"] | Int[Array, " T"] | None,
-        sequence_ids: Int[Array, " T"] | None,
-        key: PRNGKeyArray | None,
-    ) -> None:
+    def _check(self, tokens: Int[Array, " T"], sequence_ids: Int[Array, " T"] | None, key: PRNGKeyArray | None) -> None:
         config = self.config
-        self._check_tokens(tokens, len(tokens))
-        for name, array in (("mask", mask), ("sequence_ids", sequence_ids)):
-            if array is not None and array.shape != tokens.shape:
-                raise MPTError(f"{name}: expected the shape of tokens, {tokens.shape}, found {array.shape}")
+        self._check_length(tokens.shape[0])
         if sequence_ids is not None and not config.attn_config.attn_uses_sequence_id:
             raise MPTError(
                 "sequence_ids: expected none, because attn_config.attn_uses_sequence_id is false; load the model with "
@@ -220,20 +221,14 @@ class MPT(eqx.Module):
                 "switch them off with eqx.nn.inference_mode(model)"
             )
 
-    def _check_tokens(self, tokens: Int[Array, " T"], total: int) -> None:
-        """Checks ids, where they can be seen, and the number of tokens that are read in all."""
+    def _check_length(self, total: int) -> None:
+        """Checks the number of tokens that are read in all."""
         config = self.config
         if total > config.max_seq_len:
             raise MPTError(
                 f"tokens: expected at most max_seq_len={config.max_seq_len}, found {total}; "
                 f"{max_len_hint(config, total)}"
             )
-        if not isinstance(tokens, jax.core.Tracer) and len(tokens):
-            # By numpy, because under jit even a constant's minimum would be traced.
-            low, high = int(np.asarray(tokens).min()), int(np.asarray(tokens).max())
-            if low < 0 or high >= config.vocab_size:
-                bad = low if low < 0 else high
-                raise MPTError(f"tokens: expected ids from 0 to {config.vocab_size - 1} (vocab_size), found {bad}")
 
     def _is_random(self) -> bool:
         """Tells whether any dropout or jitter is on."""

@@ -61,7 +61,7 @@ BUILT_IN = {"chatml": CHATML, "mpt-instruct": INSTRUCT}
 
 def chat_pieces(
     backend: "tokenizers.Tokenizer",
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     *,
     directory: Path | None = None,
     chat_template: str | None = None,
@@ -74,7 +74,7 @@ def chat_pieces(
 
     Args:
         backend: the tokenizer, for its added tokens.
-        messages: dicts of role and content, at least one.
+        messages: dicts of role and content, at least one; a content is a text or a list of text parts.
         directory: the checkpoint, for its template and the names of its special tokens.
         chat_template: "chatml", "mpt-instruct", or a template; None for the checkpoint's own.
         add_generation_prompt: whether the prompt ends where the assistant's answer begins.
@@ -90,7 +90,7 @@ def chat_pieces(
         raise MPTError(
             "the jinja2 library is needed for chat templates; install it with pip install 'mpt_eqx[text]'"
         ) from error
-    check_messages(messages)
+    messages = joined_messages(messages)
     template, origin = find_template(chat_template, directory)
     special = special_tokens(directory)
     for text in (template, *special.values()):
@@ -147,21 +147,47 @@ def encode_pieces(backend: "tokenizers.Tokenizer", pieces: Sequence[Piece]) -> l
     return encoded
 
 
-def check_messages(messages: Any) -> None:
-    """Raises MPTError unless `messages` is a non-empty list of dicts of role and content, both text."""
+def joined_messages(messages: Any) -> list[dict[str, str]]:
+    """Returns messages whose contents are text: lists of text parts are joined.
+
+    Raises:
+        MPTError: it is not a non-empty list of dicts of role and content, the role a text, the content a text or a list
+            of parts {"type": "text", "text": …}.
+    """
     if not isinstance(messages, (list, tuple)) or not messages:
         found = "none" if isinstance(messages, (list, tuple)) else type(messages).__name__
         raise MPTError(f"messages: expected a list of at least one message, found {found}")
-    for at, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise MPTError(f"messages[{at}]: expected a dict of role and content, found {type(message).__name__}")
-        if set(message) != {"role", "content"}:
-            found = ", ".join(sorted(map(repr, message))) or "an empty dict"
-            raise MPTError(f"messages[{at}]: expected a dict of 'role' and 'content', found {found}")
-        for key, text in message.items():
-            if not isinstance(text, str):
-                raise MPTError(f"messages[{at}].{key}: expected text, found {type(text).__name__}")
-            check_unicode(text, f"messages[{at}].{key}")
+    return [_joined_message(message, f"messages[{at}]") for at, message in enumerate(messages)]
+
+
+def _joined_message(message: Any, where: str) -> dict[str, str]:
+    if not isinstance(message, Mapping):
+        raise MPTError(f"{where}: expected a dict of role and content, found {type(message).__name__}")
+    if set(message) != {"role", "content"}:
+        found = ", ".join(sorted(map(repr, message))) or "an empty dict"
+        raise MPTError(f"{where}: expected a dict of 'role' and 'content', found {found}")
+    texts = {}
+    for key, text in message.items():
+        if key == "content" and isinstance(text, (list, tuple)):
+            text = "".join(_part(part, f"{where}.content[{at}]") for at, part in enumerate(text))
+        if not isinstance(text, str):
+            raise MPTError(f"{where}.{key}: expected text, found {type(text).__name__}")
+        check_unicode(text, f"{where}.{key}")
+        texts[key] = text
+    return texts
+
+
+def _part(part: Any, where: str) -> str:
+    """Returns the text of a part of a message."""
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind != "text" or not isinstance(part.get("text"), str):
+        found = type(part).__name__ if kind is None else f"one of type {kind!r:.40}"
+        raise MPTError(
+            f'{where}: expected a part {{"type": "text", "text": …}}, found {found}; this model reads text only'
+        )
+    return str(part["text"])
 
 
 def find_template(chat_template: str | None, directory: Path | None) -> tuple[str, str]:

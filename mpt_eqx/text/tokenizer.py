@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mpt_eqx.checkpoint.hub import find_checkpoint
 from mpt_eqx.config.json_file import read_json_object
@@ -129,7 +129,7 @@ class Tokenizer:
 
     def apply_chat_template(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         *,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
@@ -140,7 +140,8 @@ class Tokenizer:
         writes control tokens. Tokens that tokenizer.json adds to every text are not added.
 
         Args:
-            messages: dicts of role ("system", "user", "assistant") and content, at least one.
+            messages: dicts of role ("system", "user", "assistant") and content, at least one. A content is a text, or a
+                list of parts {"type": "text", "text": …}, which are joined.
             chat_template: "chatml" (llm-foundry's default for chat models), "mpt-instruct" (MosaicML's instruct
                 models), or a Jinja template; None for the checkpoint's own, in chat_template.jinja or
                 tokenizer_config.json.
@@ -157,7 +158,7 @@ class Tokenizer:
 
     def chat_pieces(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         *,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,

@@ -1,21 +1,26 @@
 """The loss of next-token prediction."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32, Int, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Float32, Int, PRNGKeyArray
 
 from mpt_eqx.model import MPT
+from mpt_eqx.model.arguments import as_batch
 
 IGNORED = -100
+Rows = Sequence[Sequence[int]]
 
 
 def next_token_loss(
     model: MPT,
-    tokens: Int[Array, "B T"],
+    tokens: Int[Array, "B T"] | ArrayLike | Rows,
     *,
-    mask: Bool[Array, "B T"] | Int[Array, "B T"] | None = None,
-    labels: Int[Array, "B T"] | None = None,
-    sequence_ids: Int[Array, "B T"] | None = None,
+    mask: Bool[Array, "B T"] | Int[Array, "B T"] | np.ndarray | Rows | None = None,
+    labels: Int[Array, "B T"] | np.ndarray | Rows | None = None,
+    sequence_ids: Int[Array, "B T"] | np.ndarray | Rows | None = None,
     key: PRNGKeyArray | None = None,
 ) -> Float32[Array, ""]:
     """Returns the mean cross-entropy, in nats, of each token given those before it.
@@ -29,8 +34,15 @@ def next_token_loss(
         sequence_ids: as in `MPT.__call__`; −1 counts as padding.
         key: as in `MPT.__call__`; every row gets its own.
 
+    Raises:
+        MPTError: tokens are no batch, another array has not their shape, or as in `MPT.__call__`.
+
     Source: llm-foundry 8c8dd48, llmfoundry/models/mpt/modeling_mpt.py, compute_loss_from_logits.
     """
+    tokens = as_batch("tokens", tokens)
+    mask = None if mask is None else as_batch("mask", mask, tokens.shape)
+    labels = None if labels is None else as_batch("labels", labels, tokens.shape)
+    sequence_ids = None if sequence_ids is None else as_batch("sequence_ids", sequence_ids, tokens.shape)
     if model.layout is not None:
         tokens = model.layout.constrain(tokens, "batch", None)
     if labels is None:
