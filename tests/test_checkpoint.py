@@ -608,3 +608,88 @@ def test_convert(copy, tmp_path):
     with pytest.raises(CheckpointError, match=f"{FIRST} does not fit into float16"):
         convert(large, tmp_path / "n", dtype="float16")
     assert not list((tmp_path / "n").iterdir())
+
+
+TEXT_FILES = {
+    **dict.fromkeys(("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json"), b"{}"),
+    **dict.fromkeys(("added_tokens.json", "generation_config.json", "chat_template.json"), b"{ }"),
+    **dict.fromkeys(("merges.txt", "vocab.txt", "chat_template.jinja", "spiece.model", "tokenizer.model"), b"x"),
+    **dict.fromkeys(("gpt2.tiktoken", "sentencepiece.bpe.model", "additional_chat_templates/rag.jinja"), b"y"),
+}
+TEXT_KEYS = {"eos_token_id": [5, 7], "bos_token_id": 1, "pad_token_id": 3, "tokenizer_class": "T", "top_k": 50}
+
+
+@pytest.fixture
+def with_text(copy):
+    """A checkpoint as transformers writes it, with all kinds of files and keys about text, and files that are none."""
+    directory = copy()
+    (directory / "additional_chat_templates").mkdir()
+    for name, content in {**TEXT_FILES, "README.md": b"r", "tokenization_x.py": b"p", "optimizer.pt": b"o"}.items():
+        (directory / name).write_bytes(content)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | TEXT_KEYS))
+    return directory
+
+
+def text_files(directory):
+    paths = [path for path in directory.rglob("*") if path.is_file()]
+    found = {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths}
+    return {name: content for name, content in found.items() if name not in ("config.json", "model.safetensors")}
+
+
+@pytest.mark.parametrize("how", ["convert", "save"])
+def test_what_is_said_about_text_survives(with_text, tmp_path, how):
+    """In every file and in config.json, whichever way a checkpoint is made from another."""
+    from mpt_eqx import checkpoint_info, from_pretrained, save_pretrained
+    from mpt_eqx.checkpoint import convert
+
+    new = tmp_path / "new"
+    if how == "convert":
+        convert(with_text, new)
+    else:
+        save_pretrained(from_pretrained(with_text), new, companions_from=with_text)
+    assert text_files(new) == TEXT_FILES
+    written = json.loads((new / "config.json").read_text())
+    assert {key: written[key] for key in TEXT_KEYS} == TEXT_KEYS
+    assert checkpoint_info(new).config == checkpoint_info(with_text).config
+    assert checkpoint_info(new).config.pad_token_id is None  # it stays a matter of text, and is trained
+
+
+@pytest.mark.parametrize("ends", [5, [5, 7]])
+def test_what_ends_a_text_is_in_the_configuration(with_text, tmp_path, ends):
+    """So that load and save keep it, without any other file."""
+    from mpt_eqx import from_pretrained, generation_defaults, save_pretrained
+
+    overrides = {"eos_token_id": ends}
+    save_pretrained(from_pretrained(with_text, config_overrides=overrides), tmp_path / "new")
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert (config["eos_token_id"], config["bos_token_id"], config["pad_token_id"]) == (ends, 1, 3)
+    assert text_files(tmp_path / "new") == {}
+    expected = (ends,) if isinstance(ends, int) else tuple(ends)
+    assert generation_defaults(tmp_path / "new") == {"temperature": 0.0, "eos_token_ids": expected, "pad_token_id": 3}
+
+
+def test_an_override_takes_what_ends_a_text_away(with_text, tmp_path):
+    from mpt_eqx.checkpoint import convert
+
+    convert(with_text, tmp_path / "new", config_overrides={"eos_token_id": None})
+    assert "eos_token_id" not in json.loads((tmp_path / "new" / "config.json").read_text())
+
+
+def test_companions_of_a_file_and_of_nothing(with_text, golden, tmp_path):
+    from mpt_eqx import CheckpointError, save_pretrained
+
+    model = golden("hf_default").model
+    save_pretrained(model, tmp_path / "new", companions_from=with_text / "model.safetensors")
+    assert text_files(tmp_path / "new") == TEXT_FILES
+    save_pretrained(model, tmp_path / "new", companions_from=tmp_path / "new")
+    assert text_files(tmp_path / "new") == TEXT_FILES
+    with pytest.raises(CheckpointError, match="companions_from: expected a checkpoint with a tokenizer .* found none"):
+        save_pretrained(model, tmp_path / "other", companions_from=GOLDEN / "hf_default")
+    with pytest.raises(CheckpointError, match="none: no such directory"):
+        save_pretrained(model, tmp_path / "other", companions_from=tmp_path / "none")
+    with open(with_text / "vocab.json", "wb") as f:
+        f.truncate(2**27)
+    with pytest.raises(CheckpointError, match=r"vocab.json: expected at most 67108864 bytes, found 134217728; move"):
+        save_pretrained(model, tmp_path / "other", companions_from=with_text)
+    assert not (tmp_path / "other").exists()

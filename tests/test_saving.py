@@ -1,5 +1,6 @@
 """A save that ends early leaves the old checkpoint or the new one, never a mixture, and never fewer tensors."""
 
+import dataclasses
 import errno
 import io
 import json
@@ -489,3 +490,165 @@ def test_weights_that_are_views(tmp_path):
     assert not weight.flags.c_contiguous
     save_pretrained(eqx.tree_at(lambda m: m.wte.weight, model, weight), tmp_path)
     np.testing.assert_array_equal(from_pretrained(tmp_path).wte.weight, weight)
+
+
+def changed(where, replace):
+    return lambda model: eqx.tree_at(where, model, replace(where(model)), is_leaf=lambda node: node is None)
+
+
+class Lora(eqx.Module):
+    """As libraries for adapters wrap a linear map: with its own name for it."""
+
+    base: eqx.Module
+    a: jax.Array
+
+    def __call__(self, x):
+        return self.base(x) + x @ self.a.T
+
+
+def wte(m):
+    return m.wte.weight
+
+
+def qkv(m):
+    return m.blocks[1].attn.Wqkv
+
+
+KEPT_IN_TYPE = {
+    "norms in float32": lambda m: [m.norm_f.weight, *[b.norm_1.weight for b in m.blocks]],
+    "head in float32": lambda m: [m.lm_head.weight],
+    "one matrix": lambda m: [m.blocks[0].ffn.up_proj.weight],
+    "embedding": lambda m: [m.wte.weight],
+}
+
+
+@pytest.mark.parametrize(
+    ("kept", "scheme"), [*((kept, None) for kept in KEPT_IN_TYPE), ("norms in float32", "int8"), ("embedding", "int4")]
+)
+def test_weights_of_several_types_load_back_in_theirs(tmp_path, kept, scheme):
+    from mpt_eqx import MPT, checkpoint_info, from_pretrained, quantize, save_pretrained
+    from mpt_eqx.checkpoint import convert
+
+    config = dataclasses.replace(model_of(1).config, tie_word_embeddings=False, n_layers=1)
+    model = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), MPT(config, key=jax.random.key(0)))
+    model = eqx.tree_at(KEPT_IN_TYPE[kept], model, replace_fn=lambda leaf: leaf.astype(jnp.float32))
+    model = model if scheme is None else quantize(model, scheme)
+    save_pretrained(model, tmp_path / "m")
+    convert(tmp_path / "m", tmp_path / "converted")
+    for name in ("m", "converted"):
+        assert checkpoint_info(tmp_path / name).problems == ()
+        assert eqx.tree_equal(from_pretrained(tmp_path / name), model)
+    assert from_pretrained(tmp_path / "m", dtype="float16").norm_f.weight.dtype == jnp.float16
+    # Once they are of one type again, nothing is left of the note.
+    save_pretrained(from_pretrained(tmp_path / "m", dtype="float16"), tmp_path / "m")
+    assert "dtypes_as_stored" not in json.loads((tmp_path / "m" / "config.json").read_text())
+
+
+def test_what_is_noted_about_types_is_checked(tmp_path):
+    from mpt_eqx import ConfigError, from_pretrained, save_pretrained
+
+    save_pretrained(model_of(1), tmp_path)
+    with pytest.raises(ConfigError, match="dtypes_as_stored: expected 'float64' or .* or null, found 'int8'"):
+        from_pretrained(tmp_path, config_overrides={"dtypes_as_stored": "int8"})
+
+
+def test_weights_of_several_types_one_of_which_jax_has_switched_off(tmp_path):
+    from mpt_eqx import CheckpointError, checkpoint_info, from_pretrained, save_pretrained
+
+    model = changed(wte, lambda leaf: np.asarray(leaf, np.float64))(model_of(1))
+    with jax.enable_x64(True):
+        save_pretrained(model, tmp_path / "m")
+    with pytest.raises(CheckpointError, match="transformer.wte.weight would be float64, which JAX has switched off"):
+        from_pretrained(tmp_path / "m")
+    assert any("float64" in problem for problem in checkpoint_info(tmp_path / "m").problems)
+    with pytest.raises(CheckpointError, match="wte.weight: found float64, which JAX has switched off; cast it"):
+        save_pretrained(model, tmp_path / "n")
+
+
+def donated(leaf):
+    copy = jnp.copy(leaf)
+    copy.delete()
+    return copy
+
+
+REFUSED = {
+    "more rows": (
+        changed(wte, lambda leaf: jnp.zeros((64, 32))),
+        r"wte.weight: expected an array of shape \[61, 32\], .*, found \[64, 32\]; mpt_eqx.surgery.resize_vocab",
+    ),
+    "fewer blocks": (changed(lambda m: m.blocks, lambda blocks: blocks[:1]), "blocks: expected 2, .* found 1 of them"),
+    "pruned heads": (
+        changed(lambda m: m.blocks[1].attn.out_proj.weight, lambda leaf: leaf[:, :16]),
+        r"blocks.1.attn.out_proj.weight: expected an array of shape \[32, 32\].*found \[32, 16\]; make",
+    ),
+    "LoRA": (
+        changed(qkv, lambda linear: Lora(linear, jnp.zeros((96, 32)))),
+        "blocks.1.attn.Wqkv: expected a Linear, .* found test_saving.Lora; .*of a LoRA its merged weight",
+    ),
+    "checkpointed block": (
+        changed(lambda m: m.blocks[1], eqx.filter_checkpoint),
+        "blocks.1: expected a Block, .* found .*Wrapper; .*of a wrapper what it wraps",
+    ),
+    "frozen": (changed(lambda m: m.norm_f.weight, lambda leaf: None), "norm_f.weight: expected an array .* found None"),
+    "number": (changed(lambda m: m.norm_f.weight, lambda leaf: 1.0), "norm_f.weight: expected an array .* found 1.0"),
+    "bias": (changed(lambda m: qkv(m).bias, lambda leaf: jnp.zeros(96)), "Wqkv.bias: expected nothing there"),
+    "untied": (changed(lambda m: m.lm_head, lambda leaf: qkv(model_of(1))), "lm_head: expected nothing there"),
+    "integers": (
+        changed(lambda m: m.norm_f.weight, lambda leaf: leaf.astype(int)), "norm_f.weight: expected float64 or .* int32"
+    ),
+    "shapes": (
+        lambda model: eqx.filter_eval_shape(lambda: model), r"wte.weight: expected an array .* found an array of shape"
+    ),
+    "donated": (changed(lambda m: m.norm_f.weight, donated), "norm_f.weight: .* donated; save the model"),
+    "other norm": (
+        changed(lambda m: m.norm_f, lambda norm: norm_of(eps=0.1)), "norm_f.eps: expected 1e-05, .* found 0.1"
+    ),
+}  # fmt: skip
+
+
+def norm_of(eps):
+    from mpt_eqx.model.norms import LayerNorm
+
+    return LayerNorm(32, eps, bias=False)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_model_that_would_not_load_back_is_refused_before_anything_is_written(tmp_path, case):
+    from mpt_eqx import CheckpointError, save_pretrained
+
+    change, message = REFUSED[case]
+    with pytest.raises(CheckpointError, match=message) as error:
+        save_pretrained(change(model_of(1)), tmp_path / "m")
+    assert "\n" not in str(error.value) and not (tmp_path / "m").exists()
+
+
+def test_what_else_cannot_be_saved(tmp_path):
+    from mpt_eqx import CheckpointError, MPTError, quantize, save_pretrained
+    from mpt_eqx.checkpoint.savable import check_savable
+
+    model = model_of(1)
+    with pytest.raises(CheckpointError, match="model: expected an MPT, found equinox.*Wrapper; pass the MPT inside"):
+        check_savable(eqx.filter_checkpoint(model))
+    with pytest.raises(CheckpointError, match="wte.weight: expected an array, found a value that is being traced"):
+        jax.jit(lambda m: save_pretrained(m, tmp_path / "m"))(model)
+    int8 = quantize(model, "int8")
+    half = changed(lambda m: m.blocks[1].ffn.up_proj, lambda linear: model.blocks[1].ffn.up_proj)(int8)
+    with pytest.raises(MPTError, match="matrices quantised alike.*; blocks.1.ffn.up_proj.weight: expected a Q"):
+        save_pretrained(half, tmp_path / "m")
+    cast = changed(lambda m: qkv(m).weight.scale, lambda leaf: leaf.astype(jnp.bfloat16))(int8)
+    with pytest.raises(
+        CheckpointError, match="blocks.1.attn.Wqkv.weight.scale: expected float32, found bfloat16; cast"
+    ):
+        save_pretrained(cast, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_training_leaves_nothing_that_is_not_saved(tmp_path):
+    """Dropout on or off, and numpy's arrays of either byte order, load back equal."""
+    from mpt_eqx import MPT, from_pretrained, save_pretrained
+
+    model = MPT(dataclasses.replace(model_of(1).config, resid_pdrop=0.1), key=jax.random.key(0))
+    save_pretrained(eqx.nn.inference_mode(model), tmp_path)
+    assert eqx.tree_equal(from_pretrained(tmp_path), model)
+    save_pretrained(jax.tree.map(lambda a: np.asarray(a, ">f4") if eqx.is_array(a) else a, model), tmp_path)
+    assert eqx.tree_equal(from_pretrained(tmp_path), model)

@@ -43,7 +43,7 @@ def replace_checkpoint(
     Args:
         directory: where to write; made if it does not exist.
         shards: writes a weight file to a path, and syncs it, for each of the files.
-        small_files: config.json and other small files, by name.
+        small_files: config.json and other small files, by name; one may be in a directory beneath.
         make_index: returns the index, given the names of the weight files.
 
     Raises:
@@ -109,8 +109,10 @@ def _begin(directory: Path, count: int, small_files: Mapping[str, bytes]) -> _Sa
 def _finish(save: _Save, index: bytes) -> None:
     """Puts the files of a save in the place of those of the last."""
     directory, (first, *others) = save.directory, save.shards
+    names = [name for name in save.small_files if "/" in name]
     for name, content in save.small_files.items():
-        _write(_create(save, save.pending(name).name), content)
+        save.pending(name).parent.mkdir(exist_ok=True)
+        _write(_create(save, save.pending(name).relative_to(directory).as_posix()), content)
     if save.is_fresh:  # then it belongs to nothing else meanwhile
         _move_small_files(save)
         save = save._replace(small_files={})
@@ -131,7 +133,7 @@ def _finish(save: _Save, index: bytes) -> None:
     sync_directory(directory)
     if not others:
         (directory / INDEX).unlink(missing_ok=True)
-    for path in directory.iterdir():
+    for path in (*directory.iterdir(), *(path for name in names for path in (directory / name).parent.iterdir())):
         old_shard = re.fullmatch(SHARD, path.name) and path.name not in save.shards
         if (old_shard or re.fullmatch(PENDING, path.name)) and path.is_file():
             with contextlib.suppress(PermissionError):  # on Windows, of a file in use; the next save removes it

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import DTypeLike
 
-from mpt_eqx.checkpoint.checkpoint_files import files_of
+from mpt_eqx.checkpoint.companions import read_companions, read_text_keys
 from mpt_eqx.checkpoint.diagnose import stored_types
 from mpt_eqx.checkpoint.formats.safetensors import TensorToWrite
 from mpt_eqx.checkpoint.host_arrays import is_finite, loaded_dtype
@@ -26,11 +26,6 @@ from mpt_eqx.errors import CheckpointError, ConfigError
 from mpt_eqx.model import MPT
 from mpt_eqx.ops.quantized import QuantizedWeight
 from mpt_eqx.surgery.quantization import quantize_weight, with_zeros
-
-COMPANIONS = (
-    *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("chat_template.jinja", "tokenizer.model"),
-)
 
 
 def convert(
@@ -92,7 +87,7 @@ def convert(
         with np.errstate(over="ignore"):  # looked for in the next line
             array = view.astype(loaded_dtype(name, tensor, target), copy=False)
         if array is not view and not is_finite(array):
-            raise CheckpointError(f"{info.directory / tensor.file}: {tensor.name} does not fit into {target.name}")
+            raise CheckpointError(f"{info.directory / tensor.file}: {tensor.name} does not fit into {array.dtype.name}")
         return array
 
     def to_write(name: str) -> TensorToWrite:
@@ -103,8 +98,9 @@ def convert(
     if quantization is None:
         tensors = [to_write(name) for name in named]
     else:
-        tensors = _quantized(info.config, quantization, target, to_write, read)
-    companions = [path for name, path in files_of(info.directory).items() if name in COMPANIONS]
+        tensors = _quantized(info.config, quantization, target or info.weight_dtype, to_write, read)
+    # What begins and ends a text stands in the configuration, as overrides have it.
+    keys = {key: value for key, value in read_text_keys(info.directory).items() if not key.endswith("os_token_id")}
     total = sum(tensor.nbytes for tensor in tensors)
     with byte_bar(f"converting {info.directory.name}", total, is_shown(progress)) as bar:
         write_checkpoint(
@@ -113,7 +109,9 @@ def convert(
             tensors,
             limit,
             quantization=quantization or info.quantization,
-            companions=companions,
+            weight_dtype=info.weight_dtype if target is None else None,
+            companions=read_companions(info.directory),
+            text_keys=keys,
             progress=bar.update,
         )
     return info
@@ -122,7 +120,7 @@ def convert(
 def _quantized(
     config: MPTConfig,
     quantization: Quantization,
-    dtype: np.dtype,
+    dtype: np.dtype | None,
     to_write: Callable[[str], TensorToWrite],
     read: Callable[[str], np.ndarray],
 ) -> list[TensorToWrite]:

@@ -73,15 +73,21 @@ def diagnose(config: MPTConfig, quantization: Quantization | None, tensors: Sequ
             yield f"{len(names)} {kind}: {first_of(names)}"
 
 
-def type_choices(format: str, tensors: Sequence[TensorInfo]) -> Iterator[str]:
-    """Yields why the tensors cannot be loaded without choosing a type with `dtype=`."""
+def type_choices(format: str, tensors: Sequence[TensorInfo], as_stored: bool) -> Iterator[str]:
+    """Yields why the tensors cannot be loaded without choosing a type with `dtype=`.
+
+    Args:
+        format: the files' format.
+        tensors: the tensors.
+        as_stored: whether config.json says to load each in its own type.
+    """
     stored = stored_types(tensors)
     if not stored.keys() <= set(FLOAT_NAMES):
         return
-    if len(stored) > 1 and not format.startswith("GGUF"):
+    if len(stored) > 1 and not as_stored and not format.startswith("GGUF"):
         examples = [f"{name} ({kind})" for kind, name in stored.items()]
         yield f"the tensors are of several types: {first_of(examples)}; pass dtype= to load them as one"
-    if stored.keys() == {"float64"} and not has_float64():
+    if (stored.keys() == {"float64"} or (as_stored and "float64" in stored)) and not has_float64():
         yield "the tensors are float64, which JAX has switched off; pass dtype='float32', or set jax_enable_x64"
 
 

@@ -23,9 +23,9 @@ def is_equal(one: np.ndarray, other: np.ndarray) -> bool:
     return all(np.array_equal(a[at : at + CHUNK], b[at : at + CHUNK]) for at in range(0, len(a), CHUNK))
 
 
-def loaded_dtype(name: str, tensor: TensorInfo, dtype: np.dtype) -> np.dtype:
-    """Returns the type that a tensor is loaded in: `dtype`, but arrays of quantised weights keep theirs."""
-    return jax.numpy.dtype(tensor.dtype) if is_quantized(name) else dtype
+def loaded_dtype(name: str, tensor: TensorInfo, dtype: np.dtype | None) -> np.dtype:
+    """Returns the type that a tensor is loaded in: `dtype`, or its own for None and for parts of quantised weights."""
+    return jax.numpy.dtype(tensor.dtype) if dtype is None or is_quantized(name) else dtype
 
 
 def is_zero_copy(view: np.ndarray, dtype: np.dtype) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from mpt_eqx.checkpoint.checkpoint_files import INDEX, TORCH_INDEX, read_index, weight_names
+from mpt_eqx.checkpoint.companions import PATTERNS, TEMPLATES
 from mpt_eqx.checkpoint.formats.detect import SUFFIXES, WeightFile
 from mpt_eqx.checkpoint.formats.safetensors import DTYPES
 from mpt_eqx.checkpoint.formats.tensors import TensorInfo
@@ -17,11 +18,8 @@ from mpt_eqx.errors import CheckpointError, first_of
 
 T = TypeVar("T")
 
-# What is downloaded besides the weights.
-SMALL = (
-    *("config.json", "generation_config.json", "chat_template.jinja"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-)
+# What is downloaded besides the weights, as patterns of names.
+SMALL = ("config.json", "adapter_config.json", f"{TEMPLATES}/*.jinja", *PATTERNS)
 
 
 class _Repository(NamedTuple):
@@ -264,10 +262,11 @@ def _download(repository: _Repository, names: Collection[str], progress: bool | 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "disable": True})
 
+    folder = glob.escape(repository.folder)
     snapshot: str = snapshot_download(
         repository.id,
         local_files_only=repository.offline,
-        allow_patterns=[glob.escape(PurePosixPath(repository.folder, name).as_posix()) for name in (*SMALL, *names)],
+        allow_patterns=[PurePosixPath(folder, name).as_posix() for name in (*SMALL, *map(glob.escape, names))],
         tqdm_class=None if is_shown(progress) else NoBar,
         **repository.options,
     )

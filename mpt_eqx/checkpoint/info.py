@@ -5,16 +5,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from mpt_eqx.checkpoint.checkpoint_files import CONFIG, CheckpointFiles, files_of, read_consistently
 from mpt_eqx.checkpoint.diagnose import diagnose, type_choices
 from mpt_eqx.checkpoint.formats.detect import WeightFile, check_tensor_infos, read_weight_file
-from mpt_eqx.checkpoint.formats.tensors import TensorInfo
+from mpt_eqx.checkpoint.formats.tensors import FLOAT_NAMES, TensorInfo
 from mpt_eqx.checkpoint.hub import fetch_headers, find_checkpoint
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.config.dialects import override
 from mpt_eqx.config.json_file import read_json_object
+from mpt_eqx.config.keys import STORED_TYPES
 from mpt_eqx.config.mpt_config import read_config
 from mpt_eqx.config.quantization import Quantization
+from mpt_eqx.config.validation import NULL, check, choice, either
 from mpt_eqx.errors import CheckpointError, ConfigError, MPTError, first_of
 
 
@@ -32,6 +37,8 @@ class CheckpointInfo:
         bytes: size of the weight files on disk.
         problems: why it cannot be loaded, a line each; empty if it can.
         blocking_problems: those of the problems that `dtype=` does not solve.
+        weight_dtype: the type of the model's weights, where its tensors have several types and `save_pretrained` noted
+            that each is to be loaded in its own; None otherwise.
     """
 
     directory: Path
@@ -43,6 +50,7 @@ class CheckpointInfo:
     bytes: int
     problems: tuple[str, ...]
     blocking_problems: tuple[str, ...]
+    weight_dtype: np.dtype | None = None
 
 
 def checkpoint_info(
@@ -125,6 +133,8 @@ def _describe(
     try:
         content = override(content, config_overrides or {})
         config, quantization = read_config(content)
+        as_stored = content.get(STORED_TYPES)
+        check(STORED_TYPES, as_stored, either(choice(*FLOAT_NAMES), NULL))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     tensors = tuple(tensor for file in weights for tensor in file.tensors)
@@ -144,6 +154,7 @@ def _describe(
         tensors=tensors,
         parameters=config.num_parameters(),
         bytes=size,
-        problems=(*blocking, *type_choices(formats[0], tensors)),
+        problems=(*blocking, *type_choices(formats[0], tensors, as_stored is not None)),
         blocking_problems=blocking,
+        weight_dtype=None if as_stored is None else jax.numpy.dtype(as_stored),
     )

@@ -54,9 +54,9 @@ def from_pretrained(
     Args:
         source: a directory, a .safetensors, .bin, .pt or .gguf file, a Hub repository id "owner/name", or such a file
             in a repository, "owner/name/file.gguf". A local path takes precedence.
-        dtype: "float32", "bfloat16", "float16" or "float64" to convert to; None keeps the stored type, and gives
-            float32 for quantised GGUF. Weights quantised by `mpt_eqx.quantize` stay quantised; then it is the type of
-            the others and of computations.
+        dtype: "float32", "bfloat16", "float16" or "float64" to convert to; None keeps the stored type, or several
+            where `save_pretrained` wrote several, and gives float32 for quantised GGUF. Weights quantised by
+            `mpt_eqx.quantize` stay quantised; then it is the type of the others and of computations.
         device: device of the weights; None for JAX's default device.
         mesh: devices over which the weights are sharded, as by `mpt_eqx.sharding.shard`; each reads its shards only.
         rules: how they are sharded, such as `mpt_eqx.sharding.FSDP`.
@@ -81,7 +81,7 @@ def from_pretrained(
         given = [name for name, value in (("device", device), ("mesh", mesh), ("rules", rules)) if value is not None]
         raise ShardingError(f"expected mesh and rules together, or device alone, found {' and '.join(given)}")
 
-    def describe() -> tuple[CheckpointInfo, dict[str, TensorInfo], np.dtype]:
+    def describe() -> tuple[CheckpointInfo, dict[str, TensorInfo], np.dtype | None]:
         place = find_checkpoint(
             source,
             revision=revision,
@@ -100,14 +100,15 @@ def from_pretrained(
         assert_same_mesh(mesh)
     info, tensors, target = run_or_raise_everywhere(describe) if several else describe()
     show = is_shown(progress)
-    key = jax.random.key(0)
-    model = eqx.filter_eval_shape(lambda: with_zeros(MPT(info.config, key=key), info.quantization, target))
+    key, outside = jax.random.key(0), target or info.weight_dtype
+    assert outside is not None  # one of the two is there
+    model = eqx.filter_eval_shape(lambda: with_zeros(MPT(info.config, key=key), info.quantization, outside))
     if mesh is None or rules is None:
         arrays = _load(info, tensors, target, device, mmap, check_finite, show)
     else:
         if several:
             assert_same_across_processes(
-                config=info.config.to_dict(), rules=rules, dtype=target.name, quantization=info.quantization
+                config=info.config.to_dict(), rules=rules, dtype=target and target.name, quantization=info.quantization
             )
         model = with_layout(model, mesh, rules)
 
@@ -139,8 +140,8 @@ def weights(info: CheckpointInfo) -> dict[str, TensorInfo]:
     return named
 
 
-def target_dtype(info: CheckpointInfo, dtype: DTypeLike | None) -> np.dtype:
-    """Returns the type that the weights of a checkpoint are loaded in.
+def target_dtype(info: CheckpointInfo, dtype: DTypeLike | None) -> np.dtype | None:
+    """Returns the type that the weights of a checkpoint are loaded in, None if each is in its own.
 
     Args:
         info: the checkpoint.
@@ -151,6 +152,13 @@ def target_dtype(info: CheckpointInfo, dtype: DTypeLike | None) -> np.dtype:
             JAX has switched off.
     """
     stored = stored_types(info.tensors)
+    if dtype is None and info.weight_dtype is not None:
+        if "float64" in stored and not has_float64():
+            raise CheckpointError(
+                f"{info.directory}: {stored['float64']} would be float64, which JAX has switched off; "
+                f"pass dtype='float32', or set jax_enable_x64"
+            )
+        return None
     if dtype is None and len(stored) > 1 and not info.format.startswith("GGUF"):
         examples = [f"{name} ({kind})" for kind, name in stored.items()]
         raise CheckpointError(
@@ -174,7 +182,7 @@ def target_dtype(info: CheckpointInfo, dtype: DTypeLike | None) -> np.dtype:
 def _load(
     info: CheckpointInfo,
     tensors: Mapping[str, TensorInfo],
-    dtype: np.dtype,
+    dtype: np.dtype | None,
     device: jax.Device | None,
     mmap: bool,
     check_finite: bool,

@@ -21,7 +21,7 @@ def load_sharded(
     info: CheckpointInfo,
     tensors: Mapping[str, TensorInfo],
     model: Any,
-    dtype: np.dtype,
+    dtype: np.dtype | None,
     mmap: bool,
     check_finite: bool,
     progress: bool,
@@ -32,7 +32,7 @@ def load_sharded(
         info: the checkpoint.
         tensors: its tensors by canonical name.
         model: the shapes of the model, with its layout.
-        dtype: the type of the weights.
+        dtype: the type of the weights, None for each in its own.
         mmap: as in `from_pretrained`.
         check_finite: as in `from_pretrained`.
         progress: whether to show a bar.

@@ -19,6 +19,7 @@ from mpt_eqx.config.keys import (
     LEGACY_FLAT_MODEL_TYPES,
     PRETRAINED_CONFIG,
     SUPPORTED,
+    TEXT_PADDING,
     TRAINED,
 )
 from mpt_eqx.config.overrides import as_tuning, expand_overrides
@@ -111,8 +112,10 @@ def to_canonical(d: Mapping[str, Any]) -> Canonical:
     if _written_by_transformers(d, parts["attn_config"]):
         values.setdefault("no_bias", True)
         values["attn_config"].setdefault("alibi", True)
+    if _written_by_transformers(d, parts["attn_config"]) or d.get(TEXT_PADDING):
         # Its embedding treats the padding token like any other.
-        values.pop("pad_token_id", None)
+        values["text_pad_token_id"] = values.pop("pad_token_id", None)
+        spelling["text_pad_token_id"] = "pad_token_id"
     _normalize(values)
     return Canonical(values, parts["attn_config"].get("attn_impl", "flash"), read_quantization(d), spelling)
 
@@ -153,6 +156,12 @@ def _normalize(values: dict[str, Any]) -> None:
     # It takes names of norms in any case.
     if isinstance(values.get("norm_type"), str):
         values["norm_type"] = values["norm_type"].lower()
+    # −1 is some programs' way to say none.
+    for key in ("bos_token_id", "eos_token_id", "text_pad_token_id"):
+        if values.get(key) == -1:
+            values[key] = None
+    if isinstance(ends := values.get("eos_token_id"), list):
+        values["eos_token_id"] = tuple(ends) or None
     if isinstance(lim := init.get("emb_init_uniform_lim"), list):
         init["emb_init_uniform_lim"] = tuple(lim)
     # Its YAML reader may leave a number as text.

@@ -17,7 +17,7 @@ SUPPORTED = {
         *("d_model", "n_heads", "n_layers", "head_dim", "expansion_ratio", "max_seq_len", "vocab_size", "no_bias"),
         *("attention_bias", "norm_type", "norm_eps", "tie_word_embeddings", "learned_pos_emb", "logit_scale"),
         *("final_logit_softcapping", "embedding_fraction", "pad_token_id", "resid_pdrop", "emb_pdrop"),
-        "block_overrides",
+        *("block_overrides", "bos_token_id", "eos_token_id"),
     },
     "attn_config": {field.name for field in dataclasses.fields(AttnConfig)},
     "ffn_config": {field.name for field in dataclasses.fields(FFNConfig)},
@@ -56,6 +56,14 @@ LEGACY_FLAT_MODEL_TYPES = ("mosaic_gpt", "replit_lm")
 # reference takes max_seq_len whatever is there, and so must we for a file of its making.
 TRAINED = "trained_max_seq_len"
 
+# True beside a pad_token_id that is a matter of text only, as it is in transformers; the reference would not train it.
+# The key is this library's own.
+TEXT_PADDING = "pad_token_is_trained"
+
+# The type of the model's weights where its tensors have several types, and each is to be loaded in its own.
+# The key is this library's own, too.
+STORED_TYPES = "dtypes_as_stored"
+
 # Keys that would change the maths, and the values at which they do not. Supporting one means moving it to SUPPORTED.
 FIXED_VALUE: dict[str, dict[str, tuple[Any, ...]]] = {
     "": {},
@@ -84,7 +92,7 @@ IGNORED = {
     "": {
         *("model_type", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "_name_or_path"),
         *("attn_config", "ffn_config", "init_config", "fc_type", "init_device", "initializer_range", "loss_fn", "name"),
-        *("tokenizer_name", "use_cache", "verbose", "bos_token_id", "eos_token_id", "fuse_norm_attn_norm"),
+        *("tokenizer_name", "use_cache", "verbose", "fuse_norm_attn_norm", TEXT_PADDING, STORED_TYPES),
         *("activation_checkpointing_target", "use_pad_tok_in_ffn", QUANTIZATION),
     },
     "attn_config": {

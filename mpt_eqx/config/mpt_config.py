@@ -46,6 +46,10 @@ RMSNORMS = ("low_precision_rmsnorm", "rmsnorm", "triton_rmsnorm")
 LOGIT_SCALE = Check(
     "a number, 'inv_sqrt_d_model'", lambda value: value == "inv_sqrt_d_model" or ANY_NUMBER.valid(value)
 )
+ENDS = Check(
+    "a whole number ≥ 0, a tuple of them",
+    lambda value: all(map(whole(low=0).valid, value if isinstance(value, tuple) else (value,))),
+)
 OVERRIDES = Check("a tuple of BlockOverride", lambda value: isinstance(value, tuple))
 
 
@@ -93,6 +97,11 @@ class MPTConfig:
         attention_bias: whether the projections to q, k and v have a bias; None means as no_bias says.
         embedding_fraction: share of the gradient that reaches the embedding from the input side, 0 < f ≤ 1.
         pad_token_id: token whose embedding starts at 0 and gets no gradient from the input side.
+        bos_token_id: token that begins a text; like the next two it has no effect on the model and is kept for those
+            who generate with it.
+        eos_token_id: token that ends a text, or several of them.
+        text_pad_token_id: token of padding where pad_token_id is None, as in transformers' own port of MPT. In
+            config.json it is pad_token_id beside a key of this library's own.
         norm_type: "low_precision_layernorm", "layernorm", "low_precision_rmsnorm", "rmsnorm" or "triton_rmsnorm";
             the first two are the same outside mixed precision, and so are the last three.
         norm_eps: added to the variance in every norm but q_ln and k_ln, > 0.
@@ -123,6 +132,9 @@ class MPTConfig:
     attention_bias: bool | None = field(None, BOOLEAN)
     embedding_fraction: float = field(1.0, between(math.ulp(0), 1, "a number with 0 < f ≤ 1"))
     pad_token_id: int | None = field(None, whole(low=0))
+    bos_token_id: int | None = field(None, whole(low=0))
+    eos_token_id: int | tuple[int, ...] | None = field(None, ENDS)
+    text_pad_token_id: int | None = field(None, whole(low=0))
     norm_type: str = field("low_precision_layernorm", choice(*LAYERNORMS, *RMSNORMS))
     norm_eps: float = field(1e-5, number())
     tie_word_embeddings: bool = field(True, BOOLEAN)
@@ -137,6 +149,10 @@ class MPTConfig:
             # As llm-foundry does, whatever a file says: mpt-7b's own says true and has no such tensor.
             object.__setattr__(self, "learned_pos_emb", False)
         check("pad_token_id", self.pad_token_id, either(whole(0, self.vocab_size - 1), NULL))
+        if None not in (self.pad_token_id, self.text_pad_token_id):
+            raise ConfigError(
+                "text_pad_token_id", f"expected null with pad_token_id={self.pad_token_id}, found a token"
+            )
         self._check_sizes()
         if self.block_overrides is not None:
             self._check_overrides(self.block_overrides)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mpt_eqx.config.keys import TRAINED
+from mpt_eqx.config.keys import TEXT_PADDING, TRAINED
 from mpt_eqx.config.overrides import collapse_overrides
 from mpt_eqx.config.parts import ACTIVATIONS, MOE_FIELDS, MOE_TYPES
 
@@ -42,6 +42,11 @@ def to_config_json(fields: Mapping[str, Any]) -> dict[str, Any]:
         ffn = {**_without_none(ffn), **moe, **extra}
     else:
         ffn = _without_none({key: value for key, value in ffn.items() if key not in MOE_FIELDS})
+    if (padding := d.pop("text_pad_token_id")) is not None:
+        d |= {"pad_token_id": padding, TEXT_PADDING: True}
+    for key in ("bos_token_id", "eos_token_id"):
+        if d[key] is None:
+            del d[key]
     init = dict(fields["init_config"])
     if isinstance(lim := init["emb_init_uniform_lim"], tuple):
         init["emb_init_uniform_lim"] = list(lim)

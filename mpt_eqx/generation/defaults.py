@@ -42,7 +42,9 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 
 
 def generation_defaults(source: str | Path, *, revision: str | None = None) -> dict[str, Any]:
-    """Returns the arguments of `generate` that the generation_config.json of a checkpoint asks for.
+    """Returns the arguments of `generate` that a checkpoint's generation_config.json asks for.
+
+    The tokens of end and padding may stand in config.json instead, where the first file names none.
 
     Arguments of your own override them in
     `generate(model, prompts, **{**generation_defaults(source), "max_new_tokens": 40})`. Only what the file says is
@@ -58,10 +60,14 @@ def generation_defaults(source: str | Path, *, revision: str | None = None) -> d
         CheckpointError: no checkpoint is there, or the file is no JSON object.
     """
     place = find_checkpoint(source, revision=revision, with_weights=False)
-    path = (place.parent if place.is_file() else place) / "generation_config.json"
-    if not path.is_file():
+    directory = place.parent if place.is_file() else place
+    path, config = directory / "generation_config.json", directory / "config.json"
+    asked = {key: value for key, value in read_json_object(path).items() if value is not None} if path.is_file() else {}
+    if missing := [key for key in ("eos_token_id", "pad_token_id") if key not in asked and config.is_file()]:
+        said = read_json_object(config)
+        asked |= {key: said[key] for key in missing if said.get(key) not in (None, -1)}
+    if not asked and not path.is_file():
         return {}
-    asked = {key: value for key, value in read_json_object(path).items() if value is not None}
     for key, neutral in NEUTRAL.items():
         if key in asked and asked[key] not in neutral:
             instead = "call beam_search" if key == "num_beams" else "take it out of the file"
