@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -693,3 +695,150 @@ def test_companions_of_a_file_and_of_nothing(with_text, golden, tmp_path):
     with pytest.raises(CheckpointError, match=r"vocab.json: expected at most 67108864 bytes, found 134217728; move"):
         save_pretrained(model, tmp_path / "other", companions_from=with_text)
     assert not (tmp_path / "other").exists()
+
+
+BARE = "transformer."
+WRAPPED = {
+    "bare backbone": lambda name: name.removeprefix(BARE),
+    "bare backbone of early 2023": lambda name: of_early_2023(name).removeprefix(BARE),
+    "bare, compiled, in Lightning": lambda name: "model._orig_mod." + name.removeprefix(BARE),
+    "DDP around FSDP around compiled": lambda name: "module._fsdp_wrapped_module._orig_mod." + name,
+    "compiled around DDP around PEFT": lambda name: "_orig_mod.module.base_model.model." + name,
+    "Accelerate": lambda name: "_forward_module.module.model." + name,
+    "every block compiled": lambda name: re.sub(r"(blocks\.\d)\.", r"\1._orig_mod.", name),
+    "every block in DDP, checkpointed": lambda name: re.sub(
+        r"(blocks\.\d)\.", r"\1.module._checkpoint_wrapped_module.", name
+    ),
+    "PEFT around single maps": lambda name: "base_model.model." + re.sub(r"(Wqkv|up_proj)\.", r"\1.base_layer.", name),
+    "a teacher": lambda name: "teacher.language_model." + name,
+}
+
+
+@pytest.mark.parametrize("rename", WRAPPED.values(), ids=WRAPPED)
+@pytest.mark.parametrize("case", ["f_qk_ln", "hf_untied"])
+def test_names_behind_any_wrappers(copy, golden, rename, case):
+    from mpt_eqx import from_pretrained
+
+    directory = copy(lambda held: {rename(name): tensor for name, tensor in held.items()}, case=case)
+    assert_same_weights(from_pretrained(directory), golden(case).model)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(st.sampled_from(["model", "module", "_orig_mod", "base_model", "_fsdp_wrapped_module", "net"]), max_size=6)
+)
+def test_wrappers_in_any_order(wrappers):
+    from mpt_eqx.checkpoint.names import canonical_name
+
+    for name in ("transformer.wte.weight", "lm_head.weight", "transformer.blocks.11.ffn.up_proj.bias"):
+        assert canonical_name(".".join([*wrappers, name])) == name
+        assert canonical_name(".".join([*wrappers, name.removeprefix(BARE)])) == name
+
+
+def test_two_models_in_one_file(copy):
+    from mpt_eqx import CheckpointError, from_pretrained
+
+    directory = copy(lambda held: {f"{model}.{name}": held[name] for name in held for model in ("policy", "reference")})
+    with pytest.raises(CheckpointError, match="14 there twice: policy.transformer.* and reference.transformer"):
+        from_pretrained(directory)
+
+
+def test_another_head_is_left_out_only_when_told(copy, golden, tmp_path):
+    from mpt_eqx import CheckpointError, checkpoint_info, from_pretrained
+    from mpt_eqx.checkpoint import convert
+
+    head = {"score.weight": np.zeros((3, 32), np.float32), "score.bias": np.zeros(3, np.float32)}
+    directory = copy(lambda held: {name.removeprefix(BARE): tensor for name, tensor in held.items()} | head)
+    with pytest.raises(CheckpointError, match=r"ignore=\['score.\*'\] leaves it out; 2 unexpected: score.bias"):
+        from_pretrained(directory)
+    model = golden("hf_default").model
+    assert_same_weights(from_pretrained(directory, ignore=["score.*"]), model)
+    assert checkpoint_info(directory, ignore=("score.weight", "score.bias")).problems == ()
+    convert(directory, tmp_path / "new", ignore=["score.*"])
+    assert_same_weights(from_pretrained(tmp_path / "new"), model)
+    with pytest.raises(CheckpointError, match="2 unexpected: score.bias|1 unexpected: score.bias"):
+        from_pretrained(directory, ignore=["score.weight"])
+    with pytest.raises(
+        CheckpointError, match=r"ignore: expected names of tensors .* found 'scoer.\*', which names none"
+    ):
+        from_pretrained(directory, ignore=["scoer.*"])
+    with pytest.raises(CheckpointError, match="1 missing: transformer.norm_f.weight"):
+        from_pretrained(directory, ignore=["score.*", "norm_f.*"])
+    with pytest.raises(CheckpointError, match=r"ignore: expected a list of names of tensors, such as \['score"):
+        checkpoint_info(directory, ignore="score.*")
+
+
+def shards(directory, names, held):
+    """Writes the tensors into files of these names, in turn."""
+    (directory / "model.safetensors").unlink()
+    for i, name in enumerate(names):
+        save_file({key: held[key] for key in list(held)[i :: len(names)]}, directory / name)
+
+
+@pytest.mark.parametrize("stem", ["model", "mpt-7b.fp32", "model-1a2b3c4d"])
+def test_shards_without_an_index(copy, golden, stem):
+    """All of them are read, whether the directory or one of them is named; with what trainers leave beside them."""
+    from mpt_eqx import CheckpointError, from_pretrained
+
+    directory = copy()
+    names = [f"{stem}-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    shards(directory, names, tensors(directory))
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "training_args.bin", "optimizer_1.bin"):
+        (directory / name).write_bytes(b"x")
+    for place in (directory, *(directory / name for name in names)):
+        assert_same_weights(from_pretrained(place), golden("hf_default").model)
+    (directory / names[1]).unlink()
+    for place in (directory, directory / names[0]):
+        with pytest.raises(CheckpointError, match=f"expected all 3 shards beside each other, missing: {names[1]}; if"):
+            from_pretrained(place)
+
+
+def test_shards_of_two_models_and_of_gguf(copy):
+    from mpt_eqx import CheckpointError, from_pretrained
+
+    directory = copy()
+    shards(directory, [f"{m}-0000{i}-of-00002.safetensors" for m in "ab" for i in (1, 2)], tensors(directory))
+    with pytest.raises(CheckpointError, match="found several files and no index: a-00001-of-00002.safetensors, a-0"):
+        from_pretrained(directory)
+    for path in directory.glob("*.safetensors"):
+        path.rename(path.with_suffix(".gguf"))
+    with pytest.raises(CheckpointError, match="expected a GGUF file in one piece, found one of 2; join them"):
+        from_pretrained(directory / "a-00001-of-00002.gguf")
+
+
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin", None])
+@pytest.mark.parametrize(
+    "config", [b'{"peft_type": "LORA", "base_model_name_or_path": "mosaicml/mpt-7b"}', b"[", b"{}"]
+)
+def test_a_directory_of_an_adapter_says_so(tmp_path, weights, config):
+    from mpt_eqx import CheckpointError, from_pretrained
+
+    (tmp_path / "adapter_config.json").write_bytes(config)
+    places = [tmp_path]
+    if weights is not None:
+        (tmp_path / weights).write_bytes(b"x")
+        places.append(tmp_path / weights)
+    of = (
+        "LORA.* for the base model 'mosaicml/mpt-7b'"
+        if b"LORA" in config
+        else "of unknown type.* that it does not name"
+    )
+    for place in places:
+        with pytest.raises(CheckpointError, match=rf"found an adapter of PEFT .{of}; merge it .*merge_and_unload\(\)"):
+            from_pretrained(place)
+
+
+def test_an_adapter_beside_or_inside_a_model(copy, golden):
+    from mpt_eqx import CheckpointError, from_pretrained
+
+    lora = {
+        f"base_model.model.transformer.blocks.0.attn.Wqkv.lora_{ab}.default.weight": np.zeros((2, 2)) for ab in "AB"
+    }
+    directory = copy()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (directory / name).write_bytes(b"{}")
+    assert_same_weights(from_pretrained(directory), golden("hf_default").model)
+    (directory / "adapter_model.safetensors").unlink()
+    save_file(tensors(directory) | lora, directory / "model.safetensors")
+    with pytest.raises(CheckpointError, match="there are 2 tensors of a LoRA that is not merged: merge it in PEFT"):
+        from_pretrained(directory)

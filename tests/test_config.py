@@ -537,3 +537,112 @@ def test_any_dict_is_a_config_or_a_config_error(top, attn):
 @given(some_keys, some_keys)
 def test_any_dict_of_many_is_a_config_or_a_config_error(top, attn):
     config_or_error(top, attn)
+
+
+BOOKKEEPING = {
+    "num_labels": 3, "id2label": {"0": "a"}, "label2id": {"a": 0}, "output_attentions": True, "torchscript": False,
+    "problem_type": "regression", "finetuning_task": "x", "pruned_heads": {}, "xla_device": None, "name_or_path": "x",
+    "_experts_implementation": "eager", "chunk_size_feed_forward": 0, "unsloth_version": "2",
+    "unsloth_fixed": True,
+    "peft_config": {"r": 8}, "base_model_name_or_path": "x", "max_new_tokens": 2048, "pretraining_tp": 1,
+    "use_exllama": True, "tokenizer_class": "GPTNeoXTokenizer", "rope_scaling": None, "per_layer_config": {},
+    "bad_words_ids": [[1]], "task_specific_params": {"text-generation": {"top_k": 3}}, "sep_token_id": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", BOOKKEEPING)
+def test_bookkeeping_of_other_programs_is_ignored(key):
+    from mpt_eqx import MPTConfig
+
+    assert MPTConfig.from_dict(with_keys(**{key: BOOKKEEPING[key]})) == MPTConfig.from_dict(PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: expected null, found {'type'"),
+        ({"per_layer_config": {"0": {"d_model": 8}}}, "per_layer_config: expected null or {}, found {'0'"),
+        ({"sliding_window": 512}, "sliding_window: expected null, found 512; other values are not supported"),
+        ({"parallel_residual": True}, "parallel_residual: unknown key with value True; it could change the maths"),
+        ({"parallel_residual": True}, "or load with config_overrides={'parallel_residual': None}"),
+        ({"attn_config": {"gate": 1}}, "or load with config_overrides={'attn_config': {'gate': None}}"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantization_config: expected weights that"),
+    ],
+)
+def test_what_could_change_the_maths_is_refused_by_name(keys, message):
+    import re
+
+    from mpt_eqx import ConfigError, MPTConfig
+
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        MPTConfig.from_dict(with_keys(**keys))
+
+
+def test_an_override_takes_an_unknown_key_away():
+    from mpt_eqx import ConfigError, MPTConfig
+    from mpt_eqx.config.dialects import override
+
+    d = with_keys(bookkeeping=1, attn_config={"notes": [1]}, init_config={"x": 2})
+    overrides = {"bookkeeping": None, "attn_config": {"notes": None}, "init_config": {"x": None}}
+    assert MPTConfig.from_dict(override(d, overrides)) == MPTConfig.from_dict(PLAIN)
+    assert "bookkeeping" in d and "notes" in d["attn_config"]
+    # Of a known key null is a value, and of a key that is not there it is a slip of the pen.
+    for key, found in (
+        ("n_layers", "n_layers: expected a whole number"),
+        ("n_layrs", "n_layrs: unknown key with value"),
+    ):
+        with pytest.raises(ConfigError, match=found):
+            MPTConfig.from_dict(override(PLAIN, {key: None}))
+    with pytest.raises(ConfigError, match="attn_config.prefix_lm: expected false, found None"):
+        MPTConfig.from_dict(override(with_keys(attn_config={"prefix_lm": True}), {"attn_config": {"prefix_lm": None}}))
+
+
+@pytest.mark.parametrize(
+    ("keys", "ids"),
+    [
+        ({"bos_token_id": 1, "eos_token_id": 2}, (1, 2, None, None)),
+        ({"eos_token_id": [2, 3]}, (None, (2, 3), None, None)),
+        ({"bos_token_id": -1, "eos_token_id": []}, (None, None, None, None)),
+        ({"pad_token_id": 5}, (None, None, 5, None)),
+        ({"pad_token_id": 5, "architectures": ["MptForCausalLM"]}, (None, None, None, 5)),
+        ({"pad_token_id": -1, "architectures": ["MptForCausalLM"]}, (None, None, None, None)),
+    ],
+)
+def test_what_begins_and_ends_a_text(keys, ids):
+    """Kept through any number of round trips; transformers' token of padding, which it trains, under another name."""
+    from mpt_eqx import MPTConfig
+
+    config = MPTConfig.from_dict(with_keys(**keys))
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id, config.text_pad_token_id) == ids
+    written = json.loads(json.dumps(config.to_dict()))
+    assert MPTConfig.from_dict(written) == config
+    assert written["pad_token_id"] == (ids[2] if ids[2] is not None else ids[3])
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"eos_token_id": "</s>"}, "eos_token_id: expected a whole number ≥ 0, a tuple of them or null, found '</s>'"),
+        (
+            {"eos_token_id": [1, None]},
+            r"eos_token_id: expected a whole number ≥ 0, a tuple of them or null, found (1, N",
+        ),
+        ({"bos_token_id": 1.5}, "bos_token_id: expected a whole number from 0"),
+        ({"pad_token_id": -2, "architectures": ["MptForCausalLM"]}, "pad_token_id: expected a whole number from 0"),
+        ({"pad_token_id": 1, "text_pad_token_id": 2}, "text_pad_token_id: unknown key"),
+    ],
+)
+def test_tokens_of_a_text_that_are_none(keys, message):
+    import re
+
+    from mpt_eqx import ConfigError, MPTConfig
+
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        MPTConfig.from_dict(with_keys(**keys))
+
+
+def test_one_token_of_padding():
+    from mpt_eqx import ConfigError, MPTConfig
+
+    with pytest.raises(ConfigError, match="text_pad_token_id: expected null with pad_token_id=1, found a token"):
+        MPTConfig(pad_token_id=1, text_pad_token_id=2)

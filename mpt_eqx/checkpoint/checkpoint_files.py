@@ -4,14 +4,14 @@ During a save a new config.json may exist under a temporary name; `atomic` descr
 """
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from mpt_eqx.checkpoint.formats.detect import SUFFIXES
 from mpt_eqx.config.json_file import read_json_object
 from mpt_eqx.config.validation import shown
-from mpt_eqx.errors import CheckpointError, ConfigError, first_of
+from mpt_eqx.errors import CheckpointError, ConfigError, first_of, printable
 
 T = TypeVar("T")
 
@@ -21,8 +21,14 @@ INDEX = "model.safetensors.index.json"
 TORCH_WEIGHTS = "pytorch_model.bin"
 TORCH_INDEX = "pytorch_model.bin.index.json"
 SHARD = r"model-(?:([0-9a-f]{8})-)?\d{5}-of-\d{5}\.safetensors"
+SERIES = r"(.+)-(\d{5})-of-(\d{5})(\.\w+)"
+# What trainers keep beside the weights.
+STATE = r"training_args\.bin|(optimizer|scheduler|scaler|rng_state|random_states|trainer_state)(_\d+)*\.(bin|pt|pth)"
+ADAPTER = "adapter_config.json"
+ADAPTER_WEIGHTS = r"adapter_model\.(safetensors|bin)"
 PENDING = r"(.+)\.mpt_eqx-([0-9a-f]{8})"
 MAX_INDEX = 4 * 2**20
+MAX_SHARDS = 10_000
 ATTEMPTS = 200  # to read a checkpoint that is being replaced
 
 
@@ -78,14 +84,23 @@ def find_files(place: Path) -> CheckpointFiles:
     """Returns the files of the checkpoint in a directory, or of a weight file and the config.json beside it.
 
     Raises:
-        CheckpointError: there are no weights, several that could be meant, or an index that is wrong.
+        CheckpointError: there are no weights but those of an adapter, several that could be meant, an index that is
+            wrong, or shards without one of which some are missing.
     """
     directory = place if place.is_dir() else place.parent
     found = files_of(directory)
     config = found.get(CONFIG)
     if not place.is_dir():
-        return CheckpointFiles(directory, config, [place], {})
+        if re.fullmatch(ADAPTER_WEIGHTS, place.name):
+            raise adapter_error(directory, found)
+        # A shard cannot be loaded without the others.
+        shards = series_of(place.name, found)
+        return CheckpointFiles(directory, config, [found[name] for name in shards] if shards else [place], {})
     names = weight_names(found)
+    if ADAPTER in found and not names:
+        raise adapter_error(directory, found)
+    if names and (shards := series_of(names[0], found)) == names:
+        return CheckpointFiles(directory, config, [found[name] for name in names], {})
     if len(names) != 1:
         several = f"found several files and no index: {first_of(names)}; pass one of them"
         raise CheckpointError(
@@ -138,9 +153,49 @@ def weight_names(names: Collection[str]) -> list[str]:
     for name in (WEIGHTS, INDEX, TORCH_WEIGHTS, TORCH_INDEX):
         if name in names:
             return [name]
-    others = sorted(name for name in names if Path(name).suffix in SUFFIXES and name != "training_args.bin")
+    others = sorted(name for name in names if Path(name).suffix in SUFFIXES)
+    others = [name for name in others if not re.fullmatch(f"{STATE}|{ADAPTER_WEIGHTS}", name)]
     # Shards without an index are what a killed save left; unless there is nothing else.
     return [name for name in others if not re.fullmatch(SHARD, name)] or others
+
+
+def series_of(name: str, names: Collection[str]) -> list[str]:
+    """Returns the shards that belong together with one of them, by their numbers; empty if it is no shard of several.
+
+    Raises:
+        CheckpointError: some are missing, or they are of a format whose shards are no files of their own.
+    """
+    match = re.fullmatch(SERIES, name)
+    if match is None or int(match[3]) < 2 or int(match[3]) > MAX_SHARDS:
+        return []
+    wanted = [f"{match[1]}-{i:05}-of-{match[3]}{match[4]}" for i in range(1, int(match[3]) + 1)]
+    if missing := [name for name in wanted if name not in names]:
+        raise CheckpointError(
+            f"{name}: expected all {int(match[3])} shards beside each other, missing: {first_of(missing)}; if they "
+            f"were downloaded, the download is not complete"
+        )
+    if match[4] == ".gguf":
+        raise CheckpointError(
+            f"{name}: expected a GGUF file in one piece, found one of {int(match[3])}; join them with llama.cpp's "
+            f"llama-gguf-split --merge"
+        )
+    return wanted
+
+
+def adapter_error(directory: Path, found: Mapping[str, Path]) -> CheckpointError:
+    """Returns the error for a directory of PEFT's adapter files: what they are for, and how to load them."""
+    try:
+        content = read_json_object(found[ADAPTER])
+    except (KeyError, ConfigError):
+        content = {}
+    kind, base = (content.get(key) for key in ("peft_type", "base_model_name_or_path"))
+    kind, base = (printable(text) if isinstance(text, str) else None for text in (kind, base))
+    of = f"for the base model '{base}'" if base else "for a base model that it does not name"
+    return CheckpointError(
+        f"{directory}: expected a whole model, found an adapter of PEFT ({kind or 'of unknown type'}) {of}; merge it "
+        f"there, with peft.AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload().save_pretrained(…), and load "
+        f"what that writes"
+    )
 
 
 def read_index(path: Path) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Converting any readable checkpoint to safetensors that load without copying, one tensor at a time."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ def convert(
     embeddings: bool = False,
     max_shard_size: int | str = "5GB",
     config_overrides: Mapping[str, Any] | None = None,
+    ignore: Sequence[str] = (),
     progress: bool | None = None,
     **hub: Any,
 ) -> CheckpointInfo:
@@ -52,6 +53,7 @@ def convert(
         embeddings: as in `mpt_eqx.quantize`.
         max_shard_size: as in `save_pretrained`.
         config_overrides: as in `from_pretrained`.
+        ignore: as in `from_pretrained`.
         progress: show a bar on stderr; None for when stderr is a terminal.
         **hub: revision, subfolder, cache_dir, token and local_files_only, as in `from_pretrained`.
 
@@ -66,7 +68,7 @@ def convert(
     elif embeddings:
         raise ConfigError("embeddings: expected quantize='int8' or 'int4' with it, found none")
     limit = parse_size(max_shard_size)
-    info = read_checkpoint(find_checkpoint(source, progress=progress, **hub), config_overrides)
+    info = read_checkpoint(find_checkpoint(source, progress=progress, **hub), config_overrides, ignore)
     raise_if_blocked(info)
     target = target_dtype(info, dtype) if dtype is not None or not _has_float64(info) else np.dtype(np.float64)
     directory = Path(destination)

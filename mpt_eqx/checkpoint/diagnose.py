@@ -14,7 +14,7 @@ from mpt_eqx.checkpoint.formats.tensors import FLOAT_NAMES, TensorInfo
 from mpt_eqx.checkpoint.names import EMBEDDING, HEAD, canonical_name, is_quantized, named_leaves
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.config.quantization import KEY, Quantization
-from mpt_eqx.errors import first_of
+from mpt_eqx.errors import first_of, printable
 from mpt_eqx.model import MPT
 from mpt_eqx.model.block import Block
 from mpt_eqx.surgery.quantization import with_zeros
@@ -140,6 +140,12 @@ def guess_causes(config: MPTConfig, found: Mapping[str, tuple[int, ...]], expect
         found: shapes of the checkpoint's tensors by canonical name.
         expected: canonical names of the model's tensors.
     """
+    other = sorted({name.split(".")[0] for name in found if not name.startswith(("transformer.", "lm_head."))})
+    if adapters := [name for name in found if "lora_" in name]:
+        yield f"there are {len(adapters)} tensors of a LoRA that is not merged: merge it in PEFT (merge_and_unload)"
+    elif other:
+        patterns = ", ".join(f"'{printable(root)}.*'" for root in other[:5])
+        yield f"the tensors have what is no part of an MPT, such as another head; ignore=[{patterns}] leaves it out"
     quantised = sum(is_quantized(name) for name in found)
     if bool(quantised) != any(is_quantized(name) for name in expected):
         says, hold = ("has no", f"hold {quantised} of") if quantised else ("has a", "hold none of")

@@ -2,13 +2,24 @@
 
 import glob
 import os
+import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from mpt_eqx.checkpoint.checkpoint_files import INDEX, TORCH_INDEX, read_index, weight_names
+from mpt_eqx.checkpoint.checkpoint_files import (
+    ADAPTER,
+    ADAPTER_WEIGHTS,
+    INDEX,
+    TORCH_INDEX,
+    adapter_error,
+    files_of,
+    read_index,
+    series_of,
+    weight_names,
+)
 from mpt_eqx.checkpoint.companions import PATTERNS, TEMPLATES
 from mpt_eqx.checkpoint.formats.detect import SUFFIXES, WeightFile
 from mpt_eqx.checkpoint.formats.safetensors import DTYPES
@@ -229,19 +240,25 @@ def _listed(repository: _Repository) -> tuple[_Repository, Mapping[str, int]]:
 
 
 def _chosen(repository: _Repository, names: Collection[str]) -> list[str]:
-    """Returns the name of the file to download first: the weights, or their index."""
+    """Returns the names of the files to download first: the weights, or their index."""
     where = "the Hub's local cache, while the Hub is out of reach" if repository.offline else "the repository"
     if repository.file:
         name = PurePosixPath(repository.file).name
         if name not in names:
             held = first_of(weight_names(names)) or "no weights"
             raise CheckpointError(f"{repository.source}: expected this file in {where}, found {held}")
-        return [name]
+        if re.fullmatch(ADAPTER_WEIGHTS, name):
+            raise _adapter_error(repository)
+        return series_of(name, names) or [name]
     if not names and repository.folder:
         raise CheckpointError(
             f"{repository.source}: expected a directory {repository.folder!r} in {where}, found none; check subfolder="
         )
     found = weight_names(names)
+    if ADAPTER in names and not found:
+        raise _adapter_error(repository)
+    if found and series_of(found[0], names) == found:
+        return found
     if len(found) > 1:
         example = PurePosixPath(repository.id, repository.folder, found[0])
         raise CheckpointError(
@@ -251,6 +268,11 @@ def _chosen(repository: _Repository, names: Collection[str]) -> list[str]:
     if not found:
         raise CheckpointError(f"{repository.source}: expected weights in {where}, found none of {', '.join(SUFFIXES)}")
     return found
+
+
+def _adapter_error(repository: _Repository) -> CheckpointError:
+    directory = repository.place(_download(repository, [], False))
+    return adapter_error(Path(repository.source), files_of(directory))
 
 
 def _download(repository: _Repository, names: Collection[str], progress: bool | None) -> str:

@@ -1,6 +1,7 @@
 """What a checkpoint holds and what is wrong with it, from its headers alone."""
 
 import dataclasses
+import fnmatch
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from mpt_eqx.checkpoint.diagnose import diagnose, type_choices
 from mpt_eqx.checkpoint.formats.detect import WeightFile, check_tensor_infos, read_weight_file
 from mpt_eqx.checkpoint.formats.tensors import FLOAT_NAMES, TensorInfo
 from mpt_eqx.checkpoint.hub import fetch_headers, find_checkpoint
+from mpt_eqx.checkpoint.names import canonical_name
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.config.dialects import override
 from mpt_eqx.config.json_file import read_json_object
@@ -54,7 +56,11 @@ class CheckpointInfo:
 
 
 def checkpoint_info(
-    source: str | Path, *, config_overrides: Mapping[str, Any] | None = None, **hub: Any
+    source: str | Path,
+    *,
+    config_overrides: Mapping[str, Any] | None = None,
+    ignore: Sequence[str] = (),
+    **hub: Any,
 ) -> CheckpointInfo:
     """Returns what a checkpoint holds and what is wrong with it, without reading weights.
 
@@ -64,6 +70,7 @@ def checkpoint_info(
     Args:
         source: a directory, a weight file with a config.json beside it (a GGUF file needs none), or a Hub repository.
         config_overrides: keys of config.json to replace, nested as there.
+        ignore: names of tensors to leave out, as in `from_pretrained`.
         **hub: revision, subfolder, cache_dir, token and local_files_only, as in `from_pretrained`.
 
     Raises:
@@ -71,12 +78,14 @@ def checkpoint_info(
         ConfigError: its config.json is not one of a supported MPT.
     """
     if (remote := fetch_headers(source, **hub)) is None:
-        return read_checkpoint(find_checkpoint(source, **hub), config_overrides)
+        return read_checkpoint(find_checkpoint(source, **hub), config_overrides, ignore)
     files = CheckpointFiles(remote.directory, files_of(remote.directory).get(CONFIG), [], remote.weight_map)
-    return _describe(files, _read_config(files), remote.files, remote.bytes, config_overrides)
+    return _describe(files, _read_config(files), remote.files, remote.bytes, config_overrides, ignore)
 
 
-def read_checkpoint(place: Path, config_overrides: Mapping[str, Any] | None = None) -> CheckpointInfo:
+def read_checkpoint(
+    place: Path, config_overrides: Mapping[str, Any] | None = None, ignore: Sequence[str] = ()
+) -> CheckpointInfo:
     """Returns what a checkpoint on the disk holds, with its files open.
 
     The tensors stay those that are described, also when the files are replaced later.
@@ -84,6 +93,7 @@ def read_checkpoint(place: Path, config_overrides: Mapping[str, Any] | None = No
     Args:
         place: directory or weight file.
         config_overrides: as in `checkpoint_info`.
+        ignore: as in `checkpoint_info`.
 
     Raises:
         CheckpointError: as `checkpoint_info`.
@@ -95,7 +105,7 @@ def read_checkpoint(place: Path, config_overrides: Mapping[str, Any] | None = No
         size = sum(path.stat().st_size for path in files.weights)
         return files, config, [read_weight_file(path) for path in files.weights], size
 
-    return _describe(*read_consistently(place, read), config_overrides)
+    return _describe(*read_consistently(place, read), config_overrides, ignore)
 
 
 def raise_if_blocked(info: CheckpointInfo) -> None:
@@ -117,6 +127,7 @@ def _describe(
     weights: Sequence[WeightFile],
     size: int,
     config_overrides: Mapping[str, Any] | None,
+    ignore: Sequence[str],
 ) -> CheckpointInfo:
     directory = files.directory
     path = directory / CONFIG
@@ -139,8 +150,10 @@ def _describe(
         raise ConfigError(f"{path}: {error}") from None
     tensors = tuple(tensor for file in weights for tensor in file.tensors)
     check_tensor_infos(directory, tensors)
+    tensors = _without(directory, tensors, ignore)
     held = {(tensor.name, tensor.file) for tensor in tensors}
-    lost = [f"{name} ({file})" for name, file in files.weight_map.items() if (name, file) not in held]
+    named = [item for item in files.weight_map.items() if not _matches(item[0], ignore)]
+    lost = [f"{name} ({file})" for name, file in named if (name, file) not in held]
     lines = [f"{len(lost)} tensors not in the file that the index names: {first_of(lost)}"] if lost else []
     try:
         blocking = (*lines, *diagnose(config, quantization, tensors))
@@ -158,3 +171,26 @@ def _describe(
         blocking_problems=blocking,
         weight_dtype=None if as_stored is None else jax.numpy.dtype(as_stored),
     )
+
+
+def _without(directory: Path, tensors: tuple[TensorInfo, ...], ignore: Sequence[str]) -> tuple[TensorInfo, ...]:
+    """Returns the tensors but those that a pattern of `ignore` names.
+
+    Raises:
+        CheckpointError: `ignore` is no list of patterns, or a pattern names no tensor.
+    """
+    if isinstance(ignore, str) or not all(isinstance(pattern, str) for pattern in ignore):
+        raise CheckpointError(f"ignore: expected a list of names of tensors, such as ['score.*'], found {ignore!r:.80}")
+    for pattern in ignore:
+        if not any(_matches(tensor.name, [pattern]) for tensor in tensors):
+            raise CheckpointError(
+                f"{directory}: ignore: expected names of tensors in the checkpoint, with * for any text, found "
+                f"{pattern!r:.80}, which names none"
+            )
+    return tuple(tensor for tensor in tensors if not _matches(tensor.name, ignore))
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    """Returns whether a pattern is that of a tensor, by its name in the file or by the canonical one."""
+    names = (name, canonical_name(name) or name)
+    return any(fnmatch.fnmatchcase(n, pattern) for n in names for pattern in patterns)

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ def from_pretrained(
     token: str | bool | None = None,
     local_files_only: bool = False,
     config_overrides: Mapping[str, Any] | None = None,
+    ignore: Sequence[str] = (),
     mmap: bool = True,
     check_finite: bool = False,
     progress: bool | None = None,
@@ -65,7 +66,10 @@ def from_pretrained(
         cache_dir: where downloads are kept instead of huggingface_hub's own cache.
         token: access token, or True for the one stored by `hf auth login`.
         local_files_only: use only what is in the cache.
-        config_overrides: keys of config.json to replace, nested as there, such as {"max_seq_len": 4096}.
+        config_overrides: keys of config.json to replace, nested as there, such as {"max_seq_len": 4096}. None
+            takes away a key that is not known.
+        ignore: names of tensors in the files that are no part of the model, such as ["score.*"] for another head; * is
+            any text. Without it they are an error.
         mmap: on CPU, use aligned tensors of the right type in the mapped file without copying them. The file must not
             be changed in place while the model lives. False copies all tensors.
         check_finite: raise if a tensor holds NaN or infinity.
@@ -91,7 +95,7 @@ def from_pretrained(
             local_files_only=local_files_only,
             progress=progress,
         )
-        info = read_checkpoint(place, config_overrides)
+        info = read_checkpoint(place, config_overrides, ignore)
         raise_if_blocked(info)
         return info, weights(info), target_dtype(info, dtype)
 

@@ -16,9 +16,13 @@ HEAD = "lm_head.weight"
 # The two arrays of a quantised weight stand under its name.
 VALUES, SCALE = ".values", ".scale"
 
-# What wrappers put into names: FSDP and activation checkpointing anywhere, trainers and PEFT at the front.
-WRAPPERS = r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\."
-PREFIXES = r"^(base_model\.model\.|model\.|module\.)+"
+# What wrappers put into names: anywhere (FSDP, activation checkpointing, compiling, DDP, PEFT around one linear map),
+# and, whatever they are called, in front of the model. Two models in one file end up with the same names, and are
+# refused for that.
+WRAPPERS = r"(?<![^.])(_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module|_orig_mod|module|base_layer)\."
+PREFIXES = r"^(?:[A-Za-z_]\w*\.)*?(?=(?:transformer\.)?(?:wte|wpe|blocks|norm_f|ln_f|rotary_embedding)\.|lm_head\.)"
+# A bare backbone (`AutoModel.save_pretrained`) has no name in front.
+BACKBONE = r"^(?=(?:wte|wpe|blocks|norm_f|ln_f|rotary_embedding)\.)"
 # Transformer Engine's network with a norm of its own: our name → its name.
 TRANSFORMER_ENGINE = (
     (".norm_2.", ".ffn.layer_norm_"),
@@ -39,7 +43,7 @@ IGNORED = r"^transformer\.rotary_embedding\.inv_freq$|.*\._extra_state$"
 
 def canonical_name(name: str) -> str | None:
     """Returns the name that today's llm-foundry has for a stored tensor, None for one that is not a weight."""
-    name = re.sub(PREFIXES, "", re.sub(WRAPPERS, "", name))
+    name = re.sub(BACKBONE, "transformer.", re.sub(PREFIXES, "", re.sub(WRAPPERS, "", name)))
     for pattern, today in ALIASES:
         name = re.sub(pattern, today, name)
     return None if re.match(IGNORED, name) else name

@@ -99,8 +99,8 @@ def _differences(found: Any, wanted: Any, name: str) -> Any:
         if not isinstance(found, tuple) or len(found) != len(wanted):
             count = f"{len(found)} of them" if isinstance(found, tuple) else _kind(found)
             yield (
-                f"{name}: expected {len(wanted)}, as model.config.n_layers says, found {count}; make an MPT of a config "
-                f"with as many and put them there with equinox.tree_at, or {KEEP}"
+                f"{name}: expected {len(wanted)}, as model.config.n_layers says, found {count}; make an MPT of a "
+                f"config with as many and put them there with equinox.tree_at, or {KEEP}"
             )
             return
         for i, (one, other) in enumerate(zip(found, wanted, strict=True)):
@@ -136,8 +136,8 @@ def _leaf_differences(found: Any, wanted: jax.ShapeDtypeStruct, name: str) -> An
     elif name.endswith((".values", ".scale")):
         if found.dtype != wanted.dtype:
             yield (
-                f"{name}: expected {wanted.dtype.name}, found {found.dtype}; cast the other arrays of a quantised model "
-                f"only, or quantise it again"
+                f"{name}: expected {wanted.dtype.name}, found {found.dtype}; cast the other arrays of a quantised "
+                f"model only, or quantise it again"
             )
     elif found.dtype.name not in FLOAT_NAMES:
         yield f"{name}: expected {' or '.join(FLOAT_NAMES)}, found {found.dtype}; cast it, or {KEEP}"

@@ -17,6 +17,7 @@ from mpt_eqx.config.keys import (
     INPLACE,
     LEGACY_FLAT,
     LEGACY_FLAT_MODEL_TYPES,
+    OTHER_PROGRAMS,
     PRETRAINED_CONFIG,
     SUPPORTED,
     TEXT_PADDING,
@@ -34,7 +35,7 @@ from mpt_eqx.config.parts import (
 )
 from mpt_eqx.config.quantization import Quantization, read_quantization
 from mpt_eqx.config.validation import NULL, check, choice, either, shown, whole
-from mpt_eqx.errors import ConfigError
+from mpt_eqx.errors import ConfigError, printable
 
 PARTS = ("attn_config", "ffn_config", "init_config")
 
@@ -71,20 +72,32 @@ def override(d: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
     return result
 
 
-def _merged(d: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(d: Mapping[str, Any], overrides: Mapping[str, Any], part: str = "") -> dict[str, Any]:
+    """Returns `d` with keys replaced; `part` is where it stands in config.json. None takes an unknown key away."""
     result = dict(d)
     for key, value in overrides.items():
         old = result.get(key)
         if isinstance(value, Mapping) and isinstance(old, Mapping):
             # Another activation has other arguments.
             replaces = key == "ffn_act_fn" and value.get("name", old.get("name")) != old.get("name")
-            result[key] = dict(value) if replaces else _merged(old, value)
+            result[key] = dict(value) if replaces else _merged(old, value, f"{part}.{key}" if part else key)
+            continue
+        if value is None and key in result and not _is_known(key, part):
+            del result[key]
             continue
         name = ALIASES.get(key, key)
         for alias in (name, *(alias for alias in ALIASES if ALIASES[alias] == name)):
             result.pop(alias, None)
         result[name] = value
     return result
+
+
+def _is_known(key: str, part: str) -> bool:
+    """Returns whether anything is known of a key, so that null has a meaning there; of deeper objects all are."""
+    if part not in SUPPORTED:
+        return True
+    known = SUPPORTED[part] | FIXED_VALUE[part].keys() | IGNORED[part]
+    return key in known or (not part and key in (*ALIASES, *LEGACY_FLAT))
 
 
 def to_canonical(d: Mapping[str, Any]) -> Canonical:
@@ -284,6 +297,7 @@ def _take(values: dict[str, Any], name: str, value: Any, key: str, part: str, sp
 def _refuse(part: str, values: Mapping[str, Any], spelling: Mapping[str, str]) -> None:
     """Raises for the first key of one part that is unknown, or known and not at the value that is supported."""
     ignored = IGNORED[part] | (PRETRAINED_CONFIG if part in ("", "attn_config") else set())
+    ignored |= set() if part else OTHER_PROGRAMS
     for key, value in values.items():
         path = f"{part}.{key}" if part else key
         path = spelling.get(path, path)
@@ -295,5 +309,12 @@ def _refuse(part: str, values: Mapping[str, Any], spelling: Mapping[str, str]) -
             raise ConfigError(
                 path,
                 f"unknown key with value {shown(value)}; it could change the maths, so it is not ignored: "
-                f"remove it from the config if it is mere bookkeeping",
+                f"if it is mere bookkeeping, remove it from the file or load with config_overrides={_nested(path)}",
             )
+
+
+def _nested(path: str) -> str:
+    """Returns the config_overrides that take a key away, as Python."""
+    *parts, key = path.split(".") if path.count(".") == 1 and path.split(".")[0] in PARTS else [path]
+    inner = f"{{'{printable(key)}': None}}"
+    return f"{{'{parts[0]}': {inner}}}" if parts else inner

@@ -66,7 +66,15 @@ STORED_TYPES = "dtypes_as_stored"
 
 # Keys that would change the maths, and the values at which they do not. Supporting one means moving it to SUPPORTED.
 FIXED_VALUE: dict[str, dict[str, tuple[Any, ...]]] = {
-    "": {},
+    "": {
+        # Of other models, as they stand in files that a program has filled in with what it knows.
+        "per_layer_config": (None, {}),
+        "rope_scaling": (None,),
+        "rope_parameters": (None,),
+        "sliding_window": (None,),
+        "attention_dropout": (None, 0),
+        "layer_types": (None,),
+    },
     "attn_config": {
         "kv_dim": (None,),
         "head_dim": (None,),
@@ -119,7 +127,23 @@ PRETRAINED_CONFIG = {
     *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences"),
     *("forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty"),
     *("suppress_tokens", "begin_suppress_tokens", "tf_legacy_loss", "attn_implementation", "_attn_implementation"),
-    *("_attn_implementation_autoset", "_commit_hash", "gradient_checkpointing"),
+    *("_attn_implementation_autoset", "_commit_hash", "gradient_checkpointing", "num_labels", "name_or_path"),
+    *("xla_device", "output_past", "is_composition", "_experts_implementation", "experts_implementation"),
+    *("_attn_implementation_internal", "_experts_implementation_internal", "_auto_class", "_output_attentions"),
+    *("base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan", "base_model_fsdp_plan"),
+    *("sub_configs", "keys_to_ignore_at_inference", "base_config_key", "has_no_defaults_at_init"),
+    *("adapters", "generation_config", "pad_token", "eos_token", "bos_token", "unk_token_id", "custom_pipelines"),
+    *("transformers_weights", "return_unused_kwargs", "trust_remote_code", "revision", "language", "low_cpu_mem_usage"),
+}
+
+# What other programs note in a config.json: Unsloth, PEFT, AutoAWQ, AutoGPTQ, trainers, exporters and quantisers.
+OTHER_PROGRAMS = {
+    *("unsloth_version", "unsloth_fixed", "unsloth_optimized", "peft_config", "base_model_name_or_path", "base_model"),
+    *("max_new_tokens", "awq_version", "use_exllama", "_from_model_config", "_from_pipeline", "pretraining_tp"),
+    *("_flash_attn_2_enabled", "_fsdp_wrapped", "_pre_quantization_dtype", "is_quantized", "use_flash_attention_2"),
+    *("flash_attention", "axolotl_version", "trl_version", "wandb_run_id", "hub_model_id", "license", "tags"),
+    *("model_name", "model_max_length", "date", "author", "description"),
+    *("export_model_type", "neuron", "onnx", "openvino_config", "ov_config", "mlx_version"),
 }
 
 # The activations whose function has the argument `inplace`, which changes nothing here.

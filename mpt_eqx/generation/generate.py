@@ -18,6 +18,7 @@ from mpt_eqx.generation.sampling_params import SamplingOptions, check_options
 from mpt_eqx.generation.state import repeat_and_resize
 from mpt_eqx.generation.validate import check_count, check_key, check_one_prompt, check_processors, check_prompts
 from mpt_eqx.model import MPT
+from mpt_eqx.model.agreement import check_agreement
 from mpt_eqx.sharding.multihost import check_same_arguments
 
 
@@ -93,6 +94,7 @@ def generate(
             or infinite, or the arguments leave no token to choose.
         Interrupted: Ctrl-C; its `result` holds what was decoded until then.
     """
+    check_agreement(model, GenerationError)
     params = check_options(model.config, max_new_tokens, options, least=0)
     processors = check_processors(logits_processors, model.config.vocab_size)
     temperature, pad_token_id = float(params.temperature), int(params.pad_token_id)
@@ -179,6 +181,7 @@ def stream(
     """
     check_one_prompt(prompt)
     check_count("chunk_size", chunk_size)
+    check_agreement(model, GenerationError)
     params = check_options(model.config, max_new_tokens, options, caller="stream", least=0)
     processors = check_processors(logits_processors, model.config.vocab_size)
     key = check_key(key, float(params.temperature))

@@ -10,6 +10,7 @@ from jaxtyping import Array, ArrayLike, Bool, DTypeLike, Float, Int, PRNGKeyArra
 
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.errors import MPTError
+from mpt_eqx.model.agreement import check_agreement
 from mpt_eqx.model.arguments import as_row, as_tokens
 from mpt_eqx.model.block import Block
 from mpt_eqx.model.init import init_embedding, init_linear
@@ -224,6 +225,7 @@ class MPT(eqx.Module):
     def _check_length(self, total: int) -> None:
         """Checks the number of tokens that are read in all."""
         config = self.config
+        check_agreement(self)
         if total > config.max_seq_len:
             raise MPTError(
                 f"tokens: expected at most max_seq_len={config.max_seq_len}, found {total}; "
