@@ -842,3 +842,22 @@ def test_an_adapter_beside_or_inside_a_model(copy, golden):
     save_file(tensors(directory) | lora, directory / "model.safetensors")
     with pytest.raises(CheckpointError, match="there are 2 tensors of a LoRA that is not merged: merge it in PEFT"):
         from_pretrained(directory)
+
+
+def test_shards_without_an_index_and_an_adapter_on_the_hub(copy, golden, hub):
+    from mpt_eqx import CheckpointError, from_pretrained
+
+    directory = copy()
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    shards(directory, names, tensors(directory))
+    asked = hub(directory)
+    assert_same_weights(from_pretrained("owner/name"), golden("hf_default").model)
+    assert set(names) <= set(asked["allow_patterns"])
+    assert_same_weights(from_pretrained(f"owner/name/{names[0]}"), golden("hf_default").model)
+    for name in names:
+        (directory / name).unlink()
+    (directory / "adapter_model.safetensors").write_bytes(b"x")
+    (directory / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "mosaicml/mpt-7b"}))
+    for source in ("owner/name", "owner/name/adapter_model.safetensors"):
+        with pytest.raises(CheckpointError, match="expected a whole model, found an adapter .*'mosaicml/mpt-7b'"):
+            from_pretrained(source)

@@ -100,7 +100,9 @@ def convert(
     if quantization is None:
         tensors = [to_write(name) for name in named]
     else:
-        tensors = _quantized(info.config, quantization, target or info.weight_dtype, to_write, read)
+        outside = target or info.weight_dtype
+        assert outside is not None  # one of the two is there
+        tensors = _quantized(info.config, quantization, outside, to_write, read)
     # What begins and ends a text stands in the configuration, as overrides have it.
     keys = {key: value for key, value in read_text_keys(info.directory).items() if not key.endswith("os_token_id")}
     total = sum(tensor.nbytes for tensor in tensors)
@@ -122,7 +124,7 @@ def convert(
 def _quantized(
     config: MPTConfig,
     quantization: Quantization,
-    dtype: np.dtype | None,
+    dtype: np.dtype,
     to_write: Callable[[str], TensorToWrite],
     read: Callable[[str], np.ndarray],
 ) -> list[TensorToWrite]:

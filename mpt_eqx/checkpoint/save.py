@@ -72,9 +72,7 @@ def save_pretrained(
     tensors = [_to_write(stored_name(name, model.config), parts) for name, parts in _whole_tensors(model).items()]
 
     def write(tensors: Sequence[TensorToWrite]) -> None:
-        companions, keys = {}, {}
-        if companions_from is not None:
-            companions, keys = _text_of(companions_from)
+        companions, keys = (None, None) if companions_from is None else _text_of(companions_from)
         write_checkpoint(
             Path(directory),
             model.config,
