@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from mpt_eqx.config.json_file import read_json_object
 from mpt_eqx.errors import CheckpointError, MPTError
 from mpt_eqx.text.checks import check_unicode
-from mpt_eqx.text.untrusted_text import UntrustedText, private_characters, unescape
+from mpt_eqx.text.untrusted_text import Escapes, UntrustedText, private_characters, unescape
 
 if TYPE_CHECKING:
     import tokenizers
@@ -97,7 +97,7 @@ def chat_pieces(
         check_unicode(text, origin)
     contents = [text for message in messages for text in message.values()]
     distinguishing = {_distinguishing_character(text) for text in control_tokens(backend)}
-    escapes = private_characters(distinguishing, [template, *special.values(), *contents])
+    escapes = Escapes.of(private_characters(distinguishing, [template, *special.values(), *contents]))
     variables = {
         **special,
         "tools": None,

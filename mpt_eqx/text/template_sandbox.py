@@ -31,13 +31,14 @@ MAX_TEMPLATE = 65_536  # bytes of template
 MAX_SIZE = 1_000_000  # characters of the output, and of any intermediate value
 MAX_TOTAL = 16 * MAX_SIZE  # characters of all intermediate values together
 MAX_SECONDS = 1.0  # CPU time
+MAX_WORK = 200_000_000  # comparisons of characters in one call, which cannot be ended: about 0.1 s
 ITEM_SIZE = 64  # cost of an item of a list, in characters: about its bytes
 
 # Allowed names. Jinja's others escape HTML or can produce large values from small ones.
 FILTERS = (
     *("abs", "capitalize", "count", "d", "default", "dictsort", "first", "float", "groupby", "int", "items", "last"),
     *("length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "select", "selectattr"),
-    *("sort", "string", "title", "trim", "unique", "upper"),
+    *("sort", "string", "title", "unique", "upper"),
 )
 METHODS = {
     str: {
@@ -50,6 +51,9 @@ METHODS = {
     list: {"count", "index"},
     tuple: {"count", "index"},
 }
+NOT_ASCII = "[^\x00-\x7f\U000f0000-\U0010ffff]"  # but for escapes of untrusted text
+# Python searches forward in linear time; from the right, and for any of many characters, it compares each with each.
+QUADRATIC = {"lstrip", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "strip"}
 FORBIDDEN_TAGS: dict[type[nodes.Node], str] = {
     nodes.Extends: "extends",
     nodes.Include: "include",
@@ -157,6 +161,12 @@ class Meter:
         return self.counted(text.replace(old, new, count))
 
 
+def _check_work(text: str, *arguments: object) -> None:
+    """Raises before a call that would compare each character of a text with each of its arguments' too often."""
+    if len(text) * sum(len(argument) for argument in arguments if isinstance(argument, str)) > MAX_WORK:
+        raise LimitExceeded(f"the template searches or strips with more than {MAX_WORK:,} comparisons in one call")
+
+
 def size_of(value: Any) -> int:
     """Returns the approximate size of a value in characters; shared items count each time, sizes stop at MAX_SIZE.
 
@@ -207,7 +217,8 @@ class _Environment(ImmutableSandboxedEnvironment):
             "join": self._join,
             "replace": lambda text, old, new, count=-1: meter.replace(_text(text), _text(old), _text(new), count),
             "safe": lambda value: value,
-            "tojson": self._metered(to_json),
+            "tojson": lambda *args, **kwargs: meter.join("", json_parts(*args, **kwargs)),
+            "trim": self._metered(trim),
             # Inserted by _MeterInserter; no template can write such a name.
             "(iterate)": meter.iterate,
             "(count)": functools.partial(meter.counted, shallow=True),
@@ -242,6 +253,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         name, owner = getattr(obj, "__name__", None), getattr(obj, "__self__", None)
         if isinstance(owner, str) and name in ("join", "replace"):
             return getattr(self.meter, name)(owner, *args, **kwargs)
+        if isinstance(owner, str) and name in QUADRATIC:
+            _check_work(owner, *args, *kwargs.values())
         return self.meter.counted(super().call(context, obj, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -334,20 +347,26 @@ def strftime_now(format: str) -> str:
     return datetime.now().strftime(format)
 
 
-def to_json(
+def trim(value: Any, chars: str | None = None) -> str:
+    """Returns a value as text without white space, or any of `chars`, at its ends."""
+    text = _text(value)
+    _check_work(text, chars)
+    return text.strip(chars)
+
+
+def json_parts(
     value: Any,
     ensure_ascii: bool = False,
     indent: int | None = None,
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
-) -> str:
-    """Returns a value as JSON in which <, > and & are not escaped.
+) -> Iterator[str]:
+    """Yields the parts of a value as JSON in which <, > and & are not escaped.
 
     `ensure_ascii` keeps the characters of planes 15 and 16, which are escapes of untrusted text.
     """
     if len(json.dumps([indent, separators])) > 40 or (isinstance(indent, int) and indent > 16):
         raise LimitExceeded("tojson: expected an indent of at most 16 and short separators")
-    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
-    if ensure_ascii:
-        text = re.sub("[^\x00-\x7f\U000f0000-\U0010ffff]", lambda found: json.dumps(found[0])[1:-1], text)
-    return text
+    encoder = json.JSONEncoder(ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
+    for part in encoder.iterencode(value):
+        yield re.sub(NOT_ASCII, lambda found: json.dumps(found[0])[1:-1], part) if ensure_ascii else part

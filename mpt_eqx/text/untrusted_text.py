@@ -8,7 +8,7 @@ also look into messages, so the arguments of the text's methods are escaped as w
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from mpt_eqx.errors import MPTError
 
@@ -16,15 +16,31 @@ PRIVATE_USE = range(0xF0000, 0x10FFFE)  # planes 15 and 16; their few non-charac
 
 # Methods that compare with their arguments, or return parts of the text.
 COMPARING = (
-    *("__eq__", "__ne__", "__contains__", "__getitem__", "count", "endswith", "find", "index", "lstrip", "partition"),
+    *("__contains__", "__getitem__", "count", "endswith", "find", "index", "lstrip", "partition"),
     *("removeprefix", "removesuffix", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "split", "splitlines"),
     *("startswith", "strip"),
 )
-# Methods for which it matters that an escaped character is a letter, or how it is ordered.
+# Methods for which it matters that an escaped character is a letter.
 CHARACTERISING = (
-    *("__lt__", "__le__", "__gt__", "__ge__", "capitalize", "isalnum", "isalpha", "isdecimal", "isdigit", "islower"),
-    *("isnumeric", "isspace", "istitle", "isupper", "lower", "title", "upper"),
+    *("capitalize", "isalnum", "isalpha", "isdecimal", "isdigit", "islower", "isnumeric", "isspace", "istitle"),
+    *("isupper", "lower", "title", "upper"),
 )
+ORDERING = ("__lt__", "__le__", "__gt__", "__ge__")
+
+
+class Escapes(NamedTuple):
+    """Which character stands for which, as tables of `str.translate`."""
+
+    escaped: dict[int, str]
+    original: dict[int, str]
+
+    @classmethod
+    def of(cls, characters: Mapping[str, str]) -> "Escapes":
+        """Returns the tables of a mapping from the original to the escaped character."""
+        return cls(
+            {ord(original): escaped for original, escaped in characters.items()},
+            {ord(escaped): original for original, escaped in characters.items()},
+        )
 
 
 def private_characters(things: Iterable[Any], texts: Iterable[str]) -> dict[Any, str]:
@@ -36,31 +52,31 @@ def private_characters(things: Iterable[Any], texts: Iterable[str]) -> dict[Any,
     return dict(zip(things, unused, strict=True))
 
 
-def escape(value: Any, escapes: Mapping[str, str]) -> Any:
+def escape(value: Any, escapes: Escapes) -> Any:
     """Returns a text, or a tuple of texts, with its characters replaced by their escapes; other values as they are."""
     if isinstance(value, tuple):
         return tuple(escape(item, escapes) for item in value)
     if not isinstance(value, str):
         return value
-    return str.translate(value, {ord(character): escaped for character, escaped in escapes.items()})
+    return str.translate(value, escapes.escaped)
 
 
-def unescape(text: str, escapes: Mapping[str, str]) -> str:
+def unescape(text: str, escapes: Escapes) -> str:
     """Returns the original of an escaped text."""
-    return str.translate(text, {ord(escaped): character for character, escaped in escapes.items()})
+    return str.translate(text, escapes.original)
 
 
 class UntrustedText(str):
     """An escaped text whose methods take ordinary text; what they return is untrusted, too."""
 
-    escapes: Mapping[str, str]
+    escapes: Escapes
 
-    def __new__(cls, text: str, escapes: Mapping[str, str]) -> "UntrustedText":
+    def __new__(cls, text: str, escapes: Escapes) -> "UntrustedText":
         """Escapes `text`."""
         return cls._of_escaped(escape(str(text), escapes), escapes)
 
     @classmethod
-    def _of_escaped(cls, value: Any, escapes: Mapping[str, str]) -> Any:
+    def _of_escaped(cls, value: Any, escapes: Escapes) -> Any:
         """Returns the result of a method of str, in which every text is untrusted."""
         if isinstance(value, (list, tuple)):
             return type(value)(cls._of_escaped(item, escapes) for item in value)
@@ -69,6 +85,16 @@ class UntrustedText(str):
         text = super().__new__(cls, value)
         text.escapes = escapes
         return text
+
+    # A list compares a text with each of its items in one call, so each comparison costs no more than the shorter one.
+    def __eq__(self, other: object) -> Any:
+        if isinstance(other, str) and len(other) != len(self):
+            return False
+        return str.__eq__(self, escape(other, self.escapes))
+
+    def __ne__(self, other: object) -> Any:
+        equal = self.__eq__(other)
+        return equal if equal is NotImplemented else not equal
 
     def __hash__(self) -> int:
         return hash(unescape(self, self.escapes))
@@ -108,7 +134,23 @@ def _characterising(name: str) -> Any:
     return method
 
 
+def _ordering(name: str) -> Any:
+    """Returns a comparison that is computed on the original text, as far as it can matter."""
+
+    def method(self: UntrustedText, other: Any) -> Any:
+        if not isinstance(other, str):
+            return NotImplemented
+        size = min(len(self), len(other)) + 1
+        texts = [unescape(str.__getitem__(text, slice(size)), self.escapes) for text in (self, other)]
+        return getattr(str, name)(*texts)
+
+    method.__name__ = name
+    return method
+
+
 for _name in COMPARING:
     setattr(UntrustedText, _name, _comparing(_name))
+for _name in ORDERING:
+    setattr(UntrustedText, _name, _ordering(_name))
 for _name in CHARACTERISING:
     setattr(UntrustedText, _name, _characterising(_name))
