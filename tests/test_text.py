@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -160,3 +161,154 @@ def test_without_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(MPTError, match=r"install it with pip install 'mpt_eqx\[text\]'"):
         load_tokenizer(tmp_path)
+
+
+def words(decoder):
+    """A tokenizer of the letters a and b, whose decoder is of one of the kinds that checkpoints have."""
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+    from mpt_eqx.text import Tokenizer
+
+    letters = [f"{before}{letter}" for before in ("", "▁", "##") for letter in "ab"] + ["▁", "<s>", "[U]"]
+    raw = [f"<0x{byte:02X}>" for byte in range(256)]
+    vocabulary = {token: id_ for id_, token in enumerate(letters + raw)}
+    if decoder == "WordPiece":
+        backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[U]"))
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+    else:
+        merges = [("▁", "a"), ("▁", "b")]
+        backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, fuse_unk=True))
+    if decoder == "Metaspace":
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    if decoder == "Llama":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+    backend.add_special_tokens(["<s>"])
+    return Tokenizer(backend, ())
+
+
+@pytest.mark.parametrize("decoder", ["Metaspace", "Llama", "WordPiece"])
+def test_the_space_between_a_prompt_and_what_follows_is_kept(decoder):
+    """Whatever the prompt ends with: a word, many special tokens, spaces."""
+    tokenizer = words(decoder)
+    start, tokens = tokenizer.encode("ab ab"), tokenizer.encode("ba b")
+    assert tokenizer.decode(tokens) == "ba b" and "".join(tokenizer.decode_stream(tokens)) == "ba b"
+    for prompt in (start, start * 20, [*start, *tokenizer.ids_of(["<s>"]) * 40]):
+        assert tokenizer.decode(tokens, prompt=prompt) == " ba b"
+        pieces = list(tokenizer.decode_stream(tokens, prompt=prompt))
+        assert pieces[0] == " b" and "".join(pieces) == " ba b"
+    assert tokenizer.decode([], prompt=start) == "" and list(tokenizer.decode_stream([], prompt=start)) == []
+
+
+ANY = st.lists(st.text("ab é🙂", max_size=4), min_size=1, max_size=5).map(" ".join)
+
+
+@examples(200)
+@given(ANY, st.integers(0, 40), st.sampled_from(["Metaspace", "Llama", "bytes"]))
+def test_a_text_cut_anywhere_comes_back_in_two_parts(tokenizer, text, at, decoder):
+    """Also within a character, which then belongs to the second part, and piece by piece."""
+    tokenizer = tokenizer if decoder == "bytes" else words(decoder)
+    tokens = tokenizer.encode(text)
+    whole, head, tail = tokenizer.decode(tokens), tokens[:at], tokens[at:]
+    second = tokenizer.decode(tail, prompt=head)
+    assert "".join(tokenizer.decode_stream(tail, prompt=head)) == second
+    if decoder != "Metaspace":  # which has no bytes to fall back on when it decodes
+        assert whole == text and tokenizer.decode(head).rstrip("\ufffd") + second == text
+
+
+def test_a_stop_string_ends_text_and_generation(tokenizer):
+    """In one text or in a stream, wherever tokens begin and end; nothing after it is asked for."""
+    text = "One two three four"
+    tokens, asked = tokenizer.encode(text), []
+    assert tokenizer.decode(tokens[:1]) == "O"
+    for stop in ("o th", ["four", "o th"], ("o th",)):
+        assert tokenizer.decode(tokens, stop=stop) == "One tw"
+        asked.clear()
+        stream = tokenizer.decode_stream((asked.append(token) or token for token in tokens), stop=stop)
+        assert "".join(stream) == "One tw" and len(asked) < len(tokens)
+    assert tokenizer.decode(tokens[1:], prompt=tokens[:1], stop="three") == "ne two "
+
+
+def test_what_is_no_text_and_no_token(tokenizer):
+    from mpt_eqx import MPTError
+
+    for call, message in {
+        lambda: tokenizer.encode(b"a"): "text: expected text, found bytes; decode them",
+        lambda: tokenizer.encode(["a"]): "text: expected text, found list; give one text at a time",
+        lambda: tokenizer.encode("a\udce9"): r"text: expected text, found half of a character \('\\udce9'\) at 1",
+        lambda: tokenizer.decode(3): "tokens: expected the token ids of one text, found int",
+        lambda: tokenizer.decode("a"): "tokens: expected the token ids of one text, found str",
+        lambda: tokenizer.decode([[1], [2]]): r"tokens: expected the token ids of one text, found \[1\]",
+        lambda: tokenizer.decode([1.5]): "tokens: expected the token ids of one text, found 1.5",
+        lambda: tokenizer.decode([-1]): "tokens: expected token ids ≥ 0, found -1",
+        lambda: tokenizer.decode([1], prompt=3): "prompt: expected the token ids of one text, found int",
+        lambda: list(tokenizer.decode_stream([-1])): "tokens: expected token ids ≥ 0, found -1",
+        lambda: tokenizer.decode_stream(
+            [1], stop=["a", ""]
+        ): "stop: expected a text or a list of texts, found an empty",
+        lambda: tokenizer.decode([1], stop=[3]): "stop: expected a text or a list of texts, found int",
+    }.items():
+        with pytest.raises(MPTError, match=message):
+            call()
+
+
+def test_tokens_of_any_kind(tokenizer):
+    import jax.numpy as jnp
+    import numpy as np
+
+    tokens = tokenizer.encode("The zip() function")
+    for kind in (tuple, np.asarray, jnp.asarray, iter):
+        assert tokenizer.decode(kind(tokens)) == "The zip() function"
+    from mpt_eqx import MPTError
+
+    with pytest.raises(MPTError, match=r"found a row of shape \(4,\) in it; decode one row at a time"):
+        tokenizer.decode(np.asarray([tokens]))
+
+
+def broken(tmp_path):
+    """Writes a tokenizer.json whose regular expression gives up on a long word."""
+    from mpt_eqx import SHIPPED_MODEL
+
+    content = json.loads((SHIPPED_MODEL / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": "^(a+)+$"}, "behavior": "Isolated", "invert": False}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, content["pre_tokenizer"]]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def test_a_regular_expression_that_gives_up(tmp_path, capfd):
+    """The library raises PanicException there, which is no Exception."""
+    from mpt_eqx import MPTError
+    from mpt_eqx.text import load_tokenizer
+
+    tokenizer, word = load_tokenizer(broken(tmp_path)), "a" * 40 + "!"
+    assert tokenizer.encode("The")
+    for call in (
+        lambda: tokenizer.encode(word),
+        lambda: tokenizer.apply_chat_template([{"role": "user", "content": word}], chat_template="chatml"),
+    ):
+        with pytest.raises(
+            MPTError, match=r"tokenizer.json: expected a working tokenizer, found one that fails .*retry"
+        ):
+            call()
+    capfd.readouterr()
+
+
+def test_whatever_a_tokenizer_raises_is_an_error_of_ours():
+    from mpt_eqx import CheckpointError, MPTError
+    from mpt_eqx.text.checks import backend_errors
+
+    class PanicException(BaseException):
+        pass
+
+    for error in (PanicException("no\n" * 999), ValueError("no"), RecursionError("no")):
+        message = r"^x: expected a working tokenizer, found one that fails \(no"
+        with pytest.raises(CheckpointError, match=message) as found, backend_errors("x", CheckpointError):
+            raise error
+        assert len(str(found.value)) < 400
+    for error in (KeyboardInterrupt(), SystemExit(), MPTError("ours")):
+        with pytest.raises(type(error)), backend_errors("x"):
+            raise error

@@ -157,5 +157,6 @@ def _template(name: str | None) -> str | None:
     except (FileNotFoundError, NotADirectoryError):
         expected = f"{', '.join(BUILT_IN)} or a file with a Jinja template"
         raise GenerationError(f"--template: expected {expected}, found {name!r:.100}, which is no such file") from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise GenerationError(f"--template: expected a file with text, found {name!r:.100} ({error})") from None
+    except (OSError, ValueError) as error:  # not a file, or not in UTF-8
+        what = getattr(error, "strerror", None) or error
+        raise GenerationError(f"--template: expected a file with text, found {name!r:.100} ({what})") from None

@@ -9,6 +9,8 @@ from typing import Any
 
 from mpt_eqx.errors import GenerationError, MPTError
 
+STDERR = 2  # of the process: where libraries in other languages write
+
 
 def prepare() -> None:
     """Makes the standard streams take any text.
@@ -28,9 +30,13 @@ def prepare() -> None:
 def forget(stream: Any) -> None:
     """Makes a stream that cannot be written to write nowhere, so that Python does not fail again when it exits."""
     with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        _redirect_to_nowhere(stream.fileno())
+
+
+def _redirect_to_nowhere(number: int) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, number)
+    os.close(nowhere)
 
 
 def as_text(text: str, where: str, encoding: str | None = None) -> str:
@@ -107,15 +113,15 @@ def _readable(instead: str) -> Iterator[None]:
 def without_panics() -> Iterator[None]:
     """Keeps the `tokenizers` library from writing on stderr itself what it also raises as an error."""
     try:
-        number = sys.stderr.fileno()
-        sys.stderr.flush()
-        kept = os.dup(number)
-    except (AttributeError, OSError, ValueError):  # stderr is no file
+        kept = os.dup(STDERR)
+    except OSError:  # it is closed
         yield
         return
-    forget(sys.stderr)
+    sys.stderr.flush()
+    _redirect_to_nowhere(STDERR)
     try:
         yield
     finally:
-        os.dup2(kept, number)
+        sys.stderr.flush()
+        os.dup2(kept, STDERR)
         os.close(kept)
