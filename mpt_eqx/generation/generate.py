@@ -31,7 +31,9 @@ class GenerateResult:
         lengths: how many tokens each row has; the end-of-sequence token counts.
         finish_reasons: "stop" where an end-of-sequence token ended a row, "length" where max_new_tokens did;
             "interrupted" in the result of an interrupted call.
-        logprobs: the model's log-probability of each token, in nats, before any processing; 0 after the end.
+        logprobs: the model's log-probability of each token, in nats, before any processing; 0 after the end. Of a
+            16-bit model they come from logits that are rounded to its type, and are off by hundredths of a nat;
+            `model(tokens, logits_dtype="float32")` does not round.
         logits: the model's logits, before any processing; 0 after the end; None unless asked for.
         scores: from `beam_search`, the sum of the log-probabilities that the search went by over length to the power of
             length_penalty; None otherwise.
