@@ -201,7 +201,8 @@ def test_what_nobody_expected_is_one_line_too(monkeypatch, capsys, error):
         main(["inspect", "--debug"])
 
 
-def test_a_tokenizer_that_panics_is_one_line(tmp_path, capfd):
+@pytest.mark.parametrize("name", ["pre_tokenizer", "decoder"])
+def test_a_tokenizer_that_panics_is_one_line(tmp_path, capfd, name):
     """Its library also writes to the process's stderr, which nobody sees."""
     from mpt_eqx import SHIPPED_MODEL
     from mpt_eqx.cli import main
@@ -209,7 +210,7 @@ def test_a_tokenizer_that_panics_is_one_line(tmp_path, capfd):
     for path in SHIPPED_MODEL.iterdir():
         (tmp_path / path.name).symlink_to(path)
     (tmp_path / "tokenizer.json").unlink()
-    broken(tmp_path)
+    broken(tmp_path, name)
     word = "a" * 40 + "!"
     for args in (["generate", word], ["chat", "--system", word]):
         assert main([*args, "--model", str(tmp_path)]) == 1

@@ -268,31 +268,44 @@ def test_tokens_of_any_kind(tokenizer):
         tokenizer.decode(np.asarray([tokens]))
 
 
-def broken(tmp_path):
-    """Writes a tokenizer.json whose regular expression gives up on a long word."""
+GIVES_UP = {"Regex": "^(a+)+$"}
+TEMPLATE = {"type": "TemplateProcessing", "pair": [], "special_tokens": {}}
+# What its library takes as a tokenizer and then panics at.
+BROKEN = {
+    "pre_tokenizer": {"type": "Split", "pattern": GIVES_UP, "behavior": "Isolated", "invert": False},
+    "normalizer": {"type": "Replace", "pattern": GIVES_UP, "content": "x"},
+    "chunks": {"type": "FixedLength", "length": 0},
+    "post_processor": {**TEMPLATE, "single": [{"SpecialToken": {"id": "[X]", "type_id": 0}}]},
+    "second": {**TEMPLATE, "single": [{"Sequence": {"id": "B", "type_id": 0}}]},
+    "decoder": {"type": "Strip", "content": "a", "start": 99, "stop": 99},
+}
+
+
+def broken(tmp_path, name="pre_tokenizer"):
+    """Writes a tokenizer.json that loads and does not work."""
     from mpt_eqx import SHIPPED_MODEL
 
     content = json.loads((SHIPPED_MODEL / "tokenizer.json").read_text())
-    split = {"type": "Split", "pattern": {"Regex": "^(a+)+$"}, "behavior": "Isolated", "invert": False}
-    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, content["pre_tokenizer"]]}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    part = {"chunks": "pre_tokenizer", "second": "post_processor"}.get(name, name)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**content, part: BROKEN[name]}))
     return tmp_path
 
 
-def test_a_regular_expression_that_gives_up(tmp_path, capfd):
-    """The library raises PanicException there, which is no Exception."""
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_tokenizer_that_panics(tmp_path, name, capfd):
+    """Its library raises PanicException, which is no Exception."""
     from mpt_eqx import MPTError
     from mpt_eqx.text import load_tokenizer
 
-    tokenizer, word = load_tokenizer(broken(tmp_path)), "a" * 40 + "!"
-    assert tokenizer.encode("The")
-    for call in (
-        lambda: tokenizer.encode(word),
-        lambda: tokenizer.apply_chat_template([{"role": "user", "content": word}], chat_template="chatml"),
-    ):
-        with pytest.raises(
-            MPTError, match=r"tokenizer.json: expected a working tokenizer, found one that fails .*retry"
-        ):
+    tokenizer, word = load_tokenizer(broken(tmp_path, name)), "a" * 40 + "!"
+    calls = [
+        lambda: tokenizer.decode(tokenizer.encode(word)),
+        lambda: list(tokenizer.decode_stream(tokenizer.encode(word))),
+    ]
+    if name in ("pre_tokenizer", "normalizer", "chunks"):  # templates do without the other parts
+        calls[1] = lambda: tokenizer.apply_chat_template([{"role": "user", "content": word}], chat_template="chatml")
+    for call in calls[: 1 if name in ("post_processor", "second") else 2]:
+        with pytest.raises(MPTError, match=r"tokenizer.json: expected a working tokenizer, found one that fails \("):
             call()
     capfd.readouterr()
 

@@ -62,7 +62,9 @@ def run(args: argparse.Namespace) -> int:
 
     def encoded(messages: list[dict[str, str]]) -> list[int]:
         with without_panics():
-            return tokenizer.apply_chat_template(messages, chat_template=template)
+            tokens = tokenizer.apply_chat_template(messages, chat_template=template)
+            tokenizer.decode(tokens)  # what cannot be decoded fails before it is the answer
+            return tokens
 
     encoded([*start, {"role": "user", "content": "?"}])  # fails on an unusable template now, not after a message
     model = load(place, args, tokenizer, options)

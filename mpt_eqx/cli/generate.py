@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     place, tokenizer, options = read_options(args)
     with without_panics():
         tokens = tokenizer.encode(prompt)
+        tokenizer.decode(tokens)  # what cannot be decoded fails before the model is loaded
     if not tokens:
         raise GenerationError("PROMPT: expected some text, found an empty prompt")
     model = load(place, args, tokenizer, options)

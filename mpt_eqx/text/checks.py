@@ -50,6 +50,11 @@ def token_id(token: Any, where: str = "tokens") -> int:
     return int(id_)
 
 
+def is_failure(error: BaseException) -> bool:
+    """Tells a failure of the `tokenizers` library from an interrupt; its panics are no Exceptions."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 @contextmanager
 def backend_errors(where: str, kind: type[MPTError] = MPTError) -> Iterator[None]:
     """Raises `kind` for whatever the `tokenizers` library raises: plain Exception, or PanicException.
@@ -62,7 +67,7 @@ def backend_errors(where: str, kind: type[MPTError] = MPTError) -> Iterator[None
     except MPTError:
         raise
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not is_failure(error):
             raise
         found = " ".join(str(error).split())
         found = found if len(found) <= 300 else f"{found[:300]}…"

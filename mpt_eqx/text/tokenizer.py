@@ -9,7 +9,7 @@ from mpt_eqx.checkpoint.hub import find_checkpoint
 from mpt_eqx.config.json_file import read_json_object
 from mpt_eqx.errors import CheckpointError, MPTError
 from mpt_eqx.text.chat_template import Piece, chat_pieces, encode_pieces
-from mpt_eqx.text.checks import backend_errors, check_text, token_id, token_ids
+from mpt_eqx.text.checks import backend_errors, check_text, is_failure, token_id, token_ids
 
 if TYPE_CHECKING:
     import tokenizers
@@ -207,12 +207,15 @@ def load_tokenizer(
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise CheckpointError(
-            f"{directory}: expected tokenizer.json, found no such file; give token ids to generate instead"
+            f"{directory}: expected tokenizer.json, found no such file; give token ids to mpt_eqx.generate instead, or "
+            f"copy the tokenizer of the model it was made from, as save_pretrained(…, companions_from=source) does"
         )
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise CheckpointError(f"{path}: expected a tokenizer, found something else ({error})") from None
+    except BaseException as error:  # the library raises plain Exception, or panics
+        if not is_failure(error):
+            raise
+        raise CheckpointError(f"{path}: expected a tokenizer, found something else ({error!s:.300})") from None
     _check_added_ids(path, backend)
     # Settings for training batches, which would silently truncate text.
     backend.no_truncation()
