@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mpt_eqx.checkpoint.checkpoint_files import CONFIG, files_of
+from mpt_eqx.checkpoint.checkpoint_files import CONFIG, files_of, weight_names
+from mpt_eqx.checkpoint.formats.gguf_tokenizer import read_gguf_tokenizer
 from mpt_eqx.config.json_file import read_json_object
 from mpt_eqx.errors import CheckpointError
 
@@ -20,6 +21,9 @@ PATTERNS = (
     *("spm.model", "*.tiktoken", "normalizer.json", "preprocessor_config.json"),
 )
 """The files, as patterns of names. Code of a tokenizer (tokenization_….py) is left behind."""
+
+TOKENIZERS = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "sentencepiece.bpe.model", "spm.model"}
+"""Those that are a tokenizer by themselves."""
 
 TEMPLATES = "additional_chat_templates"
 """The directory in which transformers keeps chat templates besides the first."""
@@ -37,12 +41,16 @@ TEXT_KEYS = {
 """The keys of config.json."""
 
 
-def read_companions(directory: Path) -> dict[str, bytes]:
-    """Returns the files about text in a checkpoint's directory: their content by name.
+def read_companions(place: Path) -> dict[str, bytes]:
+    """Returns the files about text of a checkpoint, in its directory or in the header of its GGUF file, by name.
+
+    Args:
+        place: the directory, or a weight file in it.
 
     Raises:
         CheckpointError: one cannot be read, or is too large to be one.
     """
+    directory = place.parent if place.is_file() else place
     found = {name: path for name, path in files_of(directory).items() if is_companion(name)}
     if (templates := directory / TEMPLATES).is_dir():
         found |= {f"{TEMPLATES}/{name}": path for name, path in files_of(templates).items() if name.endswith(".jinja")}
@@ -50,9 +58,23 @@ def read_companions(directory: Path) -> dict[str, bytes]:
         for path in found.values():
             if (size := path.stat().st_size) > MAX_BYTES:
                 raise CheckpointError(f"{path}: expected at most {MAX_BYTES} bytes, found {size}; move it away")
-        return {name: path.read_bytes() for name, path in found.items()}
+        files = {name: path.read_bytes() for name, path in found.items()}
     except OSError as error:
         raise CheckpointError(f"{directory}: cannot be read ({error})") from None
+    return files if TOKENIZERS & files.keys() else {**gguf_files(place), **files}
+
+
+def gguf_files(place: Path) -> dict[str, bytes]:
+    """Returns the files of the tokenizer in the header of a GGUF file; none where the weights are of another format.
+
+    Raises:
+        CheckpointError: the header is damaged, or the tokenizer is of an unknown kind.
+    """
+    path = place
+    if place.is_dir():
+        names = weight_names(files_of(place))
+        path = place / names[0] if len(names) == 1 else place
+    return read_gguf_tokenizer(path) if path.is_file() and path.suffix == ".gguf" else {}
 
 
 def is_companion(name: str) -> bool:

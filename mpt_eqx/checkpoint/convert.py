@@ -114,7 +114,7 @@ def convert(
             limit,
             quantization=quantization or info.quantization,
             weight_dtype=info.weight_dtype if target is None else None,
-            companions=read_companions(info.directory),
+            companions=read_companions(info.directory / info.tensors[0].file),
             text_keys=keys,
             progress=bar.update,
         )

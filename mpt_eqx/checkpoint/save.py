@@ -175,9 +175,9 @@ def _to_write(name: str, parts: Sequence[jax.Array | np.ndarray]) -> TensorToWri
 
 def _text_of(source: str | Path) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Returns the files of a checkpoint that are about text, and the keys of its config.json that are."""
-    place = find_checkpoint(source, with_weights=False)
+    place = find_checkpoint(source, with_weights=str(source).endswith(".gguf"))
     directory = place.parent if place.is_file() else place
-    companions, keys = read_companions(directory), read_text_keys(directory)
+    companions, keys = read_companions(place), read_text_keys(directory)
     if not companions and not keys:
         raise CheckpointError(
             f"companions_from: expected a checkpoint with a tokenizer or another file about text, found none in "

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -24,7 +25,8 @@ def prepare() -> None:
         raise MPTError("stdout: expected a place to write to, found it closed; redirect it to a file or /dev/null")
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors=errors)
+            with contextlib.suppress(io.UnsupportedOperation):  # of a stream that the caller of `main` has read from
+                stream.reconfigure(errors=errors)
 
 
 def forget(stream: Any) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from mpt_eqx.config.json_file import read_json_object
 from mpt_eqx.errors import CheckpointError, MPTError
 from mpt_eqx.text.checks import check_unicode
+from mpt_eqx.text.sentencepiece import SentencePieceBackend
 from mpt_eqx.text.untrusted_text import Escapes, UntrustedText, private_characters, unescape
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ BUILT_IN = {"chatml": CHATML, "mpt-instruct": INSTRUCT}
 
 
 def chat_pieces(
-    backend: "tokenizers.Tokenizer",
+    backend: "tokenizers.Tokenizer | SentencePieceBackend",
     messages: Sequence[Mapping[str, Any]],
     *,
     directory: Path | None = None,
@@ -113,7 +114,7 @@ def chat_pieces(
     return [(unescape(text, escapes), id_) for text, id_ in _split(rendered, backend)]
 
 
-def encode_pieces(backend: "tokenizers.Tokenizer", pieces: Sequence[Piece]) -> list[int]:
+def encode_pieces(backend: "tokenizers.Tokenizer | SentencePieceBackend", pieces: Sequence[Piece]) -> list[int]:
     """Returns the token ids of a prompt in pieces, without the tokens that tokenizer.json adds to every text.
 
     Raises:
@@ -121,6 +122,8 @@ def encode_pieces(backend: "tokenizers.Tokenizer", pieces: Sequence[Piece]) -> l
     """
     import tokenizers
 
+    if isinstance(backend, SentencePieceBackend):
+        return backend.encode_pieces(pieces)
     controls = control_tokens(backend)
     names = private_characters({id_ for _, id_ in pieces if id_ is not None}, [text for text, _ in pieces])
     tokens = _added(backend)
@@ -232,12 +235,12 @@ def special_tokens(directory: Path | None) -> dict[str, str]:
     return tokens
 
 
-def control_tokens(backend: "tokenizers.Tokenizer") -> dict[str, int]:
+def control_tokens(backend: "tokenizers.Tokenizer | SentencePieceBackend") -> dict[str, int]:
     """Returns the text and id of every added token that is not white space only."""
     return {token.content: id_ for id_, token in _added(backend).items() if token.content.strip()}
 
 
-def _split(rendered: str, backend: "tokenizers.Tokenizer") -> Iterator[Piece]:
+def _split(rendered: str, backend: "tokenizers.Tokenizer | SentencePieceBackend") -> Iterator[Piece]:
     """Yields the control tokens of a text, as the tokenizer finds them, and the text between them."""
     import tokenizers
 
@@ -259,7 +262,7 @@ def _split(rendered: str, backend: "tokenizers.Tokenizer") -> Iterator[Piece]:
         yield rendered[start:end], ids.get(id_)
 
 
-def _added(backend: "tokenizers.Tokenizer") -> dict[int, Any]:
+def _added(backend: "tokenizers.Tokenizer | SentencePieceBackend") -> dict[int, Any]:
     return dict(sorted(backend.get_added_tokens_decoder().items()))
 
 

@@ -1,15 +1,21 @@
 """The tokenizer of a checkpoint: encoding, decoding and streaming decoding."""
 
+import importlib
 import json
+import shutil
+import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mpt_eqx.checkpoint.companions import gguf_files
 from mpt_eqx.checkpoint.hub import find_checkpoint
 from mpt_eqx.config.json_file import read_json_object
 from mpt_eqx.errors import CheckpointError, MPTError
 from mpt_eqx.text.chat_template import Piece, chat_pieces, encode_pieces
 from mpt_eqx.text.checks import backend_errors, check_text, is_failure, token_id, token_ids
+from mpt_eqx.text.sentencepiece import NAMES, SentencePieceBackend, load_sentencepiece
 
 if TYPE_CHECKING:
     import tokenizers
@@ -27,7 +33,11 @@ class Tokenizer:
     """
 
     def __init__(
-        self, backend: "tokenizers.Tokenizer", eos_token_ids: Sequence[int], *, directory: str | Path | None = None
+        self,
+        backend: "tokenizers.Tokenizer | SentencePieceBackend",
+        eos_token_ids: Sequence[int],
+        *,
+        directory: str | Path | None = None,
     ):
         """Wraps a tokenizer of the `tokenizers` library.
 
@@ -181,35 +191,60 @@ def load_tokenizer(
 ) -> Tokenizer:
     """Returns the tokenizer of a checkpoint; arguments as in `from_pretrained`.
 
-    The end-of-text ids are those of generation_config.json, else of config.json, else the eos_token of
-    tokenizer_config.json.
+    It is read from tokenizer.json, else from a SentencePiece model (with the extra `sentencepiece`, whose library makes
+    the ids), else from the header of a GGUF file. The end-of-text ids are those of generation_config.json, else of
+    config.json, else the eos_token of tokenizer_config.json or special_tokens_map.json, else the model's own.
 
     Raises:
-        CheckpointError: there is no checkpoint, no valid tokenizer.json, or one with gaps before its added ids.
-        MPTError: the extra `text` is not installed.
+        CheckpointError: there is no checkpoint, no valid tokenizer, or a tokenizer.json with gaps before its added ids.
+        MPTError: the extra `text` is not installed, or the extra `sentencepiece` where it is needed.
     """
     try:
-        import tokenizers
+        importlib.import_module("tokenizers")
     except ImportError as error:
         raise MPTError(
             "the tokenizers library is needed for text; install it with pip install 'mpt_eqx[text]'"
         ) from error
-    directory = find_checkpoint(
+    place = find_checkpoint(
         source,
         revision=revision,
         subfolder=subfolder,
         cache_dir=cache_dir,
         token=token,
         local_files_only=local_files_only,
-        with_weights=False,
+        with_weights=str(source).endswith(".gguf"),
     )
-    directory = directory.parent if directory.is_file() else directory
-    path = directory / "tokenizer.json"
-    if not path.is_file():
+    directory = place.parent if place.is_file() else place
+    if any((directory / name).is_file() for name in ("tokenizer.json", *NAMES)):
+        return _from_directory(directory)
+    if not (files := gguf_files(place)):
         raise CheckpointError(
             f"{directory}: expected tokenizer.json, found no such file; give token ids to mpt_eqx.generate instead, or "
-            f"copy the tokenizer of the model it was made from, as save_pretrained(…, companions_from=source) does"
+            f"copy the tokenizer of the model it was made from, as save_pretrained(…, companions_from=source) does; a "
+            f"SentencePiece model ({', '.join(NAMES)}) would do, too"
         )
+    # Written out, so that chat templates and what ends a text are found as in any other checkpoint.
+    room = Path(tempfile.mkdtemp(prefix="mpt_eqx-"))
+    try:
+        for name, content in files.items():
+            (room / name).write_bytes(content)
+        tokenizer = _from_directory(room)
+    except BaseException:
+        shutil.rmtree(room, ignore_errors=True)
+        raise
+    weakref.finalize(tokenizer, shutil.rmtree, room, ignore_errors=True)
+    return tokenizer
+
+
+def _from_directory(directory: Path) -> Tokenizer:
+    """Returns the tokenizer whose files are in a directory."""
+    import tokenizers
+
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        model = next(directory / name for name in NAMES if (directory / name).is_file())
+        spm = load_sentencepiece(model, directory)
+        return Tokenizer(spm, _eos_token_ids(directory, spm) or spm.eos_ids(), directory=directory)
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except BaseException as error:  # the library raises plain Exception, or panics
@@ -267,14 +302,17 @@ def _check_added_ids(path: Path, backend: "tokenizers.Tokenizer") -> None:
             )
 
 
-def _eos_token_ids(directory: Path, backend: "tokenizers.Tokenizer") -> list[int]:
+def _eos_token_ids(directory: Path, backend: "tokenizers.Tokenizer | SentencePieceBackend") -> list[int]:
     for name in ("generation_config.json", "config.json"):
         path = directory / name
         ids = read_json_object(path).get("eos_token_id") if path.is_file() else None
         if ids is not None:
             return list(ids) if isinstance(ids, list) else [ids]
-    path = directory / "tokenizer_config.json"
-    token = read_json_object(path).get("eos_token") if path.is_file() else None
-    content = token.get("content") if isinstance(token, dict) else token
-    id_ = backend.token_to_id(content) if isinstance(content, str) else None
-    return [] if id_ is None else [id_]
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = directory / name
+        token = read_json_object(path).get("eos_token") if path.is_file() else None
+        content = token.get("content") if isinstance(token, dict) else token
+        id_ = backend.token_to_id(content) if isinstance(content, str) else None
+        if id_ is not None:
+            return [id_]
+    return []

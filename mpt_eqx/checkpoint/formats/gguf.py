@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from mpt_eqx.checkpoint.formats.tensors import FLOATS, MAX_TENSORS, TensorInfo
+from mpt_eqx.config.keys import TEXT_PADDING
 from mpt_eqx.errors import CheckpointError, printable
 
 # llama.cpp's name → llm-foundry's. Blocks are "blk.N." there and "transformer.blocks.N." here.
@@ -30,6 +31,7 @@ TEXT, ARRAY = 8, 9
 MAX_ENTRIES = 10_000
 MAX_TEXTS = 1_000_000
 MAX_RANK = 4
+TOKENIZER = "tokenizer.ggml."
 
 
 def read_gguf(file: Path) -> tuple[list[TensorInfo], dict[str, Any], str]:
@@ -48,7 +50,7 @@ def read_gguf(file: Path) -> tuple[list[TensorInfo], dict[str, Any], str]:
         ) from None
     try:
         data = np.memmap(file, mode="r")
-        arrays = _scan(data)
+        arrays = scan_header(data)
 
         class Reader(gguf.GGUFReader):
             """The library's reader, which would make ten objects of every token of the vocabulary."""
@@ -60,6 +62,8 @@ def read_gguf(file: Path) -> tuple[list[TensorInfo], dict[str, Any], str]:
 
         reader = Reader(file)
         fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
+        ids = (f"{TOKENIZER}{name}_token_id" for name in ("bos", "eos", "padding"))
+        fields |= {name: reader.fields[name].contents() for name in ids if name in reader.fields}
         if fields.get("general.architecture") != "mpt":
             raise ValueError(f"expected general.architecture 'mpt', found {fields.get('general.architecture')!r}")
         # Parts of the file that several tensors shared would let a small file fill the memory.
@@ -129,13 +133,20 @@ def _config(fields: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[
     }
     if kv_heads not in (None, heads):
         attn_config |= {"attn_type": "grouped_query_attention", "kv_n_heads": kv_heads}
+    vocab_size = shapes["transformer.wte.weight"][0]
+    # What begins and ends a text; a number that is no token says that there is none.
+    found = {name: fields.get(f"{TOKENIZER}{name}_token_id") for name in ("bos", "eos", "padding")}
+    text = {name: id_ for name, id_ in found.items() if isinstance(id_, int) and 0 <= id_ < vocab_size}
+    names = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
     return {
         "model_type": "mpt",
+        **{names[name]: id_ for name, id_ in text.items()},
+        TEXT_PADDING: "padding" in text,
         "d_model": width,
         "n_heads": heads,
         "n_layers": value("block_count"),
         "max_seq_len": value("context_length"),
-        "vocab_size": shapes["transformer.wte.weight"][0],
+        "vocab_size": vocab_size,
         "norm_eps": round(float(value("attention.layer_norm_epsilon", 1e-5)), 12),
         "no_bias": not biased,
         "attention_bias": "transformer.blocks.0.attn.Wqkv.bias" in shapes,
@@ -146,7 +157,7 @@ def _config(fields: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[
     }
 
 
-def _scan(data: np.ndarray) -> dict[int, int]:
+def scan_header(data: np.ndarray) -> dict[int, int]:
     """Checks a header, because the library would follow lengths that lead past the end of the file.
 
     Returns the size in bytes of each array by its offset, so that the library can skip them.

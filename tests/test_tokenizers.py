@@ -1,0 +1,306 @@
+"""Tokenizers of other kinds than tokenizer.json: in the header of a GGUF file, and SentencePiece's own."""
+
+import io
+import json
+import sys
+
+import pytest
+from conftest import examples
+from hypothesis import given
+from hypothesis import strategies as st
+
+TEXTS = [
+    "The function returns a dictionary.", "  two  spaces\n\tand a tab ", "naïve 🙂 日本語 é", "", " ", "<|endoftext|>",
+    "x<pad>y", "a\x00b", "\ud7ff￿",
+]  # fmt: skip
+TEMPLATE = "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.content }}{{ eos_token }}{% endfor %}"
+
+
+def write_gguf(path, write):
+    """Writes a GGUF file of an MPT that has a header only."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "mpt")
+    write(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    """The shipped tokenizer in a GGUF file, with added tokens, and as tokenizer.json with the same ones."""
+    import tokenizers
+
+    from mpt_eqx import SHIPPED_MODEL
+
+    directory = tmp_path_factory.mktemp("bpe")
+    backend = tokenizers.Tokenizer.from_file(str(SHIPPED_MODEL / "tokenizer.json"))
+    backend.add_special_tokens(["<|im_start|>"])
+    backend.add_tokens([tokenizers.AddedToken("<word>", normalized=False)])
+    content = json.loads(backend.to_str())
+    (directory / "json").mkdir()
+    backend.save(str(directory / "json" / "tokenizer.json"))
+    vocab = backend.get_vocab()
+    tokens = [*sorted(vocab, key=vocab.get), "[PAD4098]", "[PAD4099]"]
+    kinds = {token["content"]: 3 if token["special"] else 4 for token in content["added_tokens"]}
+
+    def write(writer):
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list(tokens)
+        writer.add_token_types([5 if token.startswith("[PAD4") else kinds.get(token, 1) for token in tokens])
+        writer.add_token_merges([" ".join(pair) for pair in content["model"]["merges"]])
+        writer.add_eos_token_id(0)
+        writer.add_bos_token_id(0)
+        writer.add_chat_template(TEMPLATE)
+
+    return write_gguf(directory / "model.gguf", write), directory / "json"
+
+
+@pytest.fixture(scope="module")
+def bpe_loaded(bpe):
+    from mpt_eqx.text import load_tokenizer
+
+    return [load_tokenizer(place) for place in bpe]
+
+
+@examples(40)
+@given(st.text(max_size=40) | st.sampled_from([*TEXTS, "a<word>b<|im_start|> c"]))
+def test_gguf_gives_the_ids_of_tokenizer_json(bpe_loaded, text):
+    one, other = bpe_loaded
+    assert one.encode(text) == other.encode(text)
+    assert one.decode(one.encode(text)) == other.decode(other.encode(text))
+
+
+def test_gguf_says_what_ends_a_text_and_how_to_chat(bpe):
+    from mpt_eqx.text import load_tokenizer
+
+    for place in (bpe[0], bpe[0].parent):
+        tokenizer = load_tokenizer(place)
+        assert tokenizer.eos_token_ids == (0,) and tokenizer.vocab_size == 4098  # without what fills rows
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hi <|im_start|>"}])
+        assert ids[:2] == [0, 4096] and ids[-1] == 0 and ids.count(4096) == 1
+
+
+def test_gguf_is_converted_with_its_tokenizer(bpe, golden, tmp_path):
+    from test_formats import write_gguf as write_model
+
+    from mpt_eqx import from_pretrained, save_pretrained
+    from mpt_eqx.checkpoint import convert
+    from mpt_eqx.text import load_tokenizer
+
+    def tokenizer(writer):
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list(["a", "b", "ab", "<end>"])
+        writer.add_token_types([1, 1, 1, 3])
+        writer.add_token_merges(["a b"])
+        writer.add_eos_token_id(3)
+        writer.add_pad_token_id(3)
+        writer.add_bos_token_id(2**31)
+
+    write_model(tmp_path / "m.gguf", golden("hf_default").model, also=tokenizer)
+    model = from_pretrained(tmp_path / "m.gguf")
+    config = model.config
+    assert (config.eos_token_id, config.text_pad_token_id, config.bos_token_id) == (3, 3, None)
+    convert(tmp_path / "m.gguf", tmp_path / "converted")
+    save_pretrained(model, tmp_path / "saved", companions_from=tmp_path / "m.gguf")
+    for name in ("converted", "saved"):
+        loaded = load_tokenizer(tmp_path / name)
+        assert loaded.encode("abba<end>") == [2, 1, 0, 3] and loaded.eos_token_ids == (3,)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.add_tokenizer_model("t5"), "expected tokenizer.ggml.model 'gpt2' or 'llama', found 't5'; put the"),
+        (
+            lambda w: w.add_tokenizer_pre("llama-bpe"),
+            "expected words as GPT-2 splits them .*found 'llama-bpe'; put the",
+        ),
+        (
+            lambda w: w.add_token_types([1]),
+            "expected a tokenizer in its header, found a damaged one .expected a type for",
+        ),
+        (lambda w: w.add_token_list(["a", "a"]), "found a damaged one .expected tokens that differ, found 1 twice"),
+        (lambda w: w.add_uint32("tokenizer.ggml.tokens", 3), "expected a tokenizer in its header, found a damaged one"),
+    ],
+)
+def test_gguf_tokenizers_that_are_none(tmp_path, change, message):
+    from mpt_eqx import CheckpointError
+    from mpt_eqx.text import load_tokenizer
+
+    class Writer:
+        """Later values replace earlier ones."""
+
+        def __init__(self):
+            self.calls = {}
+
+        def __getattr__(self, name):
+            return lambda *args: self.calls.__setitem__(args[0] if name == "add_uint32" else name, (name, args))
+
+    recorded = Writer()
+    recorded.add_tokenizer_model("gpt2")
+    recorded.add_token_list(["a", "b"])
+    change(recorded)
+    if "tokenizer.ggml.tokens" in recorded.calls:
+        del recorded.calls["add_token_list"]
+    path = write_gguf(tmp_path / "m.gguf", lambda w: [getattr(w, n)(*a) for n, a in recorded.calls.values()])
+    with pytest.raises(CheckpointError, match=message):
+        load_tokenizer(path)
+
+
+def test_gguf_without_a_tokenizer(tmp_path):
+    from mpt_eqx import CheckpointError
+    from mpt_eqx.text import load_tokenizer
+
+    path = write_gguf(tmp_path / "m.gguf", lambda writer: None)
+    with pytest.raises(CheckpointError, match="expected tokenizer.json, found no such file; give token ids .*Sentence"):
+        load_tokenizer(path)
+
+
+def trained(kind, **options):
+    """Trains a SentencePiece model; returns its bytes."""
+    import sentencepiece
+
+    text = "the function returns a dictionary of values for each key and raises an error where none is found"
+    words = text.split(" ")
+    lines = [" ".join(words[i % 17 : i % 17 + 9]) for i in range(60)] + ["ab cd 12 34", "Größe 日本"]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, model_type=kind, minloglevel=2, hard_vocab_limit=False,
+        **{"vocab_size": 340, "byte_fallback": True, "user_defined_symbols": ["<|user|>", "\n"], **options},
+    )  # fmt: skip
+    return model.getvalue()
+
+
+KINDS = {
+    "unigram": {},
+    "bpe": {"normalization_rule_name": "identity", "remove_extra_whitespaces": False},
+    "unigram without bytes": {"byte_fallback": False, "vocab_size": 80, "add_dummy_prefix": False},
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def spm(request, tmp_path_factory):
+    """A checkpoint's directory with a SentencePiece model, and the library's own reader of it."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    directory = tmp_path_factory.mktemp("spm")
+    proto = trained(request.param.split()[0], **KINDS[request.param])
+    (directory / ("tokenizer.model" if request.param == "bpe" else "spiece.model")).write_bytes(proto)
+    return directory, sentencepiece.SentencePieceProcessor(model_proto=proto)
+
+
+@examples(40)
+@given(st.text(max_size=30) | st.sampled_from([*TEXTS, "the key <|user|> raises", "</s> <unk> <0x41>"]))
+def test_ids_are_sentencepieces(spm, text):
+    from mpt_eqx.text import load_tokenizer
+
+    directory, library = spm
+    tokenizer = load_tokenizer(directory)
+    ids = library.encode(text)
+    assert tokenizer.encode(text) == ids and tokenizer.decode(ids) == library.decode(ids)
+    assert "".join(tokenizer.decode_stream(ids)) == library.decode(ids)
+    assert tokenizer.eos_token_ids == (library.eos_id(),) and tokenizer.vocab_size == library.get_piece_size()
+
+
+def test_added_tokens_and_messages(spm, tmp_path):
+    import shutil
+
+    from mpt_eqx import MPTError
+    from mpt_eqx.text import load_tokenizer
+
+    directory, library = spm
+    directory = shutil.copytree(directory, tmp_path / "m")
+    size = library.get_piece_size()
+    (directory / "added_tokens.json").write_text(json.dumps({"<word>": size, "<|end|>": size + 1}))
+    settings = {
+        "add_bos_token": True, "eos_token": {"content": "<|end|>"}, "chat_template": "{{ messages[0].content }}<|end|>",
+        "added_tokens_decoder": {"0": {"content": "<unk>", "special": True}},
+    }  # fmt: skip
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(directory)
+    assert tokenizer.eos_token_ids == (size + 1,) and tokenizer.vocab_size == size + 2
+    begin, the, key = [library.bos_id()], library.encode("the"), library.encode("key")
+    assert tokenizer.encode("the<word>key<|end|>") == [*begin, *the, size, *key, size + 1]
+    assert tokenizer.decode(tokenizer.encode("the<word>key<|end|>")) == "the<word>key"
+    message = [{"role": "user", "content": "the<|end|>"}]
+    assert tokenizer.apply_chat_template(message) == [*library.encode("the<|end|>"), size + 1]
+    with pytest.raises(
+        MPTError, match="messages: expected text that can be encoded as ordinary text, found the text of"
+    ):
+        tokenizer.apply_chat_template([{"role": "user", "content": "<|user|>"}])
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"spiece.model": b"x"}, "spiece.model: expected a SentencePiece model, found something else"),
+        (
+            {"added_tokens.json": b'{"<word>": 3}'},
+            "expected added tokens from id .* found '<word>' with id 3, which is",
+        ),
+        ({"added_tokens.json": b'{"<word>": "3"}'}, "expected a whole number for the added token '<word>', found '3'"),
+    ],
+)
+def test_sentencepiece_files_that_are_wrong(tmp_path, files, message):
+    from mpt_eqx import CheckpointError
+    from mpt_eqx.text import load_tokenizer
+
+    for name, content in {"spiece.model": trained("unigram"), **files}.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_without_the_wheel(tmp_path, monkeypatch):
+    from mpt_eqx import MPTError
+    from mpt_eqx.text import load_tokenizer
+
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(
+        MPTError, match=r"needs its library; install it with pip install 'mpt_eqx\[text,sentencepiece\]'"
+    ):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_sentencepiece_in_gguf(tmp_path, kind):
+    """With the scores, types and settings in the header, the ids are those of the model it was made from."""
+    import sentencepiece
+
+    from mpt_eqx.text import load_tokenizer
+
+    library = sentencepiece.SentencePieceProcessor(model_proto=trained(kind, **KINDS["bpe"]))
+    numbers = range(library.get_piece_size())
+
+    def kind_of(i):
+        if library.id_to_piece(i) in ("<|user|>", "\n"):
+            return 4
+        return 2 if library.is_unknown(i) else 3 if library.is_control(i) else 6 if library.is_byte(i) else 1
+
+    def write(writer):
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list([library.id_to_piece(i) for i in numbers])
+        writer.add_token_scores([library.get_score(i) for i in numbers])
+        writer.add_token_types([kind_of(i) for i in numbers])
+        writer.add_eos_token_id(library.eos_id())
+
+    tokenizer = load_tokenizer(write_gguf(tmp_path / "m.gguf", write))
+    for text in (*TEXTS, "the key <|user|> raises\nan error"):
+        assert tokenizer.encode(text) == library.encode(text)
+    assert tokenizer.eos_token_ids == (library.eos_id(),)
+
+
+def test_nothing_is_left_of_what_was_written_out(bpe, tmp_path, monkeypatch):
+    import tempfile
+
+    from mpt_eqx.text import load_tokenizer
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    tokenizer = load_tokenizer(bpe[0])
+    assert len(list(tmp_path.iterdir())) == 1
+    del tokenizer
+    assert list(tmp_path.iterdir()) == []
