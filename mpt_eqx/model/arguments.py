@@ -57,9 +57,10 @@ def _as_numpy(name: str, values: Any) -> np.ndarray:
     except (ValueError, TypeError, RuntimeError) as error:  # lists of several lengths; tensors of another library
         found = f"{type(values).__name__} ({str(error)[:100]})"
         raise MPTError(f"{name}: expected a list or an array of numbers, found {found}") from None
-    if array.dtype.kind in "USO":
-        what = "text; encode it with mpt_eqx.text.load_tokenizer" if array.dtype.kind in "US" else "other objects"
-        raise MPTError(f"{name}: expected numbers, found {what}")
+    if np.issubdtype(array.dtype, np.character):
+        raise MPTError(f"{name}: expected numbers, found text; encode it with mpt_eqx.text.load_tokenizer")
+    if np.issubdtype(array.dtype, np.object_):
+        raise MPTError(f"{name}: expected numbers, found other objects")
     return array if array.size else array.astype(np.int32)
 
 
