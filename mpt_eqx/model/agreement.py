@@ -17,7 +17,7 @@ def check_agreement(model: Any, error: type[MPTError] = MPTError) -> None:
         found = _rows(weight)
         if found is not None and found != rows:
             way = f"mpt_eqx.surgery.resize_vocab(model, {found}) makes them agree"
-            if key != "vocab_size":
+            if model.wpe is not None and weight is model.wpe.weight:
                 way = "make an MPT of a config that says so and put the weights there with equinox.tree_at"
             raise error(f"{name}: expected {rows} rows, as config.{key} says, found {found}; {way}")
     if len(model.blocks) != config.n_layers:
