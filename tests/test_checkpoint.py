@@ -317,11 +317,13 @@ def test_directories_without_weights(tmp_path):
         from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("source", ["./none", "/none/at/all", "~/none-at-all", "a/b/c", "none", "tests/none"])
+@pytest.mark.parametrize(
+    "source", ["./none", "/none/at/all", "~/none-at-all", "a/b/c", "none", "tests/none", r"models\none", r"D:\a\none"]
+)
 def test_a_path_that_does_not_exist_is_no_repository(source):
     from mpt_eqx import CheckpointError, from_pretrained
 
-    with pytest.raises(CheckpointError, match=f"^{source}: no such directory$"):
+    with pytest.raises(CheckpointError, match=f"^{re.escape(source)}: no such directory$"):
         from_pretrained(source)
 
 
@@ -861,3 +863,13 @@ def test_shards_without_an_index_and_an_adapter_on_the_hub(copy, golden, hub):
     for source in ("owner/name", "owner/name/adapter_model.safetensors"):
         with pytest.raises(CheckpointError, match="expected a whole model, found an adapter .*'mosaicml/mpt-7b'"):
             from_pretrained(source)
+
+
+def test_the_command_line_leaves_tensors_out(copy, tmp_path, capsys):
+    from mpt_eqx.cli import main
+
+    directory = copy(lambda held: held | {"score.weight": np.zeros((3, 32), np.float32)})
+    assert main(["inspect", str(directory)]) == 1
+    assert main(["inspect", str(directory), "--ignore", "score.*"]) == 0
+    assert main(["convert", str(directory), str(tmp_path / "n"), "--ignore", "score.*"]) == 0
+    assert "ignore=['score.*'] leaves it out" in capsys.readouterr().err

@@ -652,3 +652,26 @@ def test_training_leaves_nothing_that_is_not_saved(tmp_path):
     assert eqx.tree_equal(from_pretrained(tmp_path), model)
     save_pretrained(jax.tree.map(lambda a: np.asarray(a, ">f4") if eqx.is_array(a) else a, model), tmp_path)
     assert eqx.tree_equal(from_pretrained(tmp_path), model)
+
+
+@pytest.mark.parametrize("stderr", ["None", pytest.param("open('/dev/null', 'w')", marks=pytest.mark.slow)])
+def test_without_a_console(tmp_path, stderr):
+    """As in a program without a window, where stderr is None or closed; and no posix module is there, as on Windows."""
+    script = (
+        "import sys\n"
+        "for name in ('fcntl', 'resource', 'msvcrt', 'termios', 'pwd'): sys.modules[name] = None\n"
+        f"sys.stderr = {stderr}\n"
+        "if sys.stderr: sys.stderr.close()\n"
+        "try:\n"
+        "    from mpt_eqx import from_pretrained, quantize, save_pretrained\n"
+        "    from mpt_eqx.checkpoint import convert\n"
+        "    from mpt_eqx.generation.prompts import progress_bar\n"
+        f"    model = from_pretrained({str(GOLDEN / 'hf_default')!r})\n"
+        "    save_pretrained(quantize(model, 'int8') if sys.stderr else model, 'm')\n"
+        "    convert('m', 'n')\n"
+        "    with progress_bar(1, None) as bar: bar.update(1)\n"
+        "    print(from_pretrained('n').config == model.config)\n"
+        "except BaseException as error: print(repr(error))\n"
+    )
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert run.stdout == "True\n"

@@ -183,6 +183,7 @@ def _looks_like_a_path(source: str | Path) -> bool:
     return (
         isinstance(source, Path)
         or text.startswith((".", "~", os.sep))
+        or "\\" in text  # of a path on Windows, and in no repository id
         or not rest
         or (len(rest) > 1 and not text.endswith(SUFFIXES))
         or text.endswith(os.sep)

@@ -10,8 +10,10 @@ UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 def is_shown(progress: bool | None) -> bool:
-    """Returns `progress`, and for None whether stderr is a terminal."""
-    return sys.stderr.isatty() if progress is None else progress
+    """Returns `progress`, and for None whether stderr is a terminal; in a program without a console there is none."""
+    if progress is not None or sys.stderr is None or sys.stderr.closed:
+        return bool(progress)
+    return sys.stderr.isatty()
 
 
 def byte_bar(description: str, total: int, is_shown: bool) -> tqdm:

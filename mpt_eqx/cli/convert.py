@@ -19,6 +19,10 @@ def add_to(commands: Any, shared: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantize", metavar="Q", help="quantise weights to int8 or int4 (default: no change)")
     parser.add_argument("--embeddings", action="store_true", help="quantise the embedding, too (default: no)")
     parser.add_argument("--max-shard-size", default="5GB", metavar="S", help="maximum file size (default: %(default)s)")
+    parser.add_argument(
+        "--ignore", action="append", default=[], metavar="PATTERN",
+        help="leave out tensors of this name, such as 'score.*'; may be repeated (default: none)",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
@@ -29,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
     info = convert(
         args.source, args.destination, dtype=args.dtype, quantize=args.quantize, embeddings=args.embeddings,
-        max_shard_size=args.max_shard_size, revision=args.revision,
+        max_shard_size=args.max_shard_size, revision=args.revision, ignore=args.ignore,
     )  # fmt: skip
     seconds = time.monotonic() - started
     print(f"{args.destination}: {info.parameters:,} parameters from {info.format} in {seconds:.1f} s", file=sys.stderr)

@@ -19,6 +19,10 @@ def add_to(commands: Any, shared: argparse.ArgumentParser) -> None:
         "model", nargs="?", default=str(SHIPPED_MODEL), metavar="M",
         help="directory, weight file or Hub repository id (default: the small model that ships with mpt_eqx)",
     )  # fmt: skip
+    parser.add_argument(
+        "--ignore", action="append", default=[], metavar="PATTERN",
+        help="leave out tensors of this name, such as 'score.*'; may be repeated (default: none)",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
@@ -27,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     from mpt_eqx.checkpoint import checkpoint_info
     from mpt_eqx.checkpoint.names import HEAD, canonical_name
 
-    info = checkpoint_info(args.model, revision=args.revision)
+    info = checkpoint_info(args.model, revision=args.revision, ignore=args.ignore)
     config, files = info.config, sorted({tensor.file for tensor in info.tensors})
     # The headers do not say whether it equals the embedding, as it should.
     heads = [tensor.name for tensor in info.tensors if canonical_name(tensor.name) == HEAD]

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
+from mpt_eqx.checkpoint.progress import is_shown
 from mpt_eqx.generation.buckets import prefill_buckets
 from mpt_eqx.generation.interrupts import held_interrupts
 from mpt_eqx.generation.state import DecodeState, constrain, replicate, row_of, with_row
@@ -107,5 +108,4 @@ def prefill_chunk(model: MPT, state: DecodeState, chunk: Int[Array, "B T"], ends
 
 def progress_bar(total: int, shown: bool | None) -> tqdm:
     """Returns a bar on stderr that counts tokens, and shows itself after two seconds; None: only in a terminal."""
-    disabled = None if shown is None else not shown
-    return tqdm(total=total, desc="generating", unit=" tokens", disable=disabled, delay=2, leave=False)
+    return tqdm(total=total, desc="generating", unit=" tokens", disable=not is_shown(shown), delay=2, leave=False)

@@ -1,5 +1,6 @@
 """quantize: a model with weights in 8 or 4 bits."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -60,7 +61,8 @@ def quantize(model: MPT, scheme: str, *, embeddings: bool = False) -> MPT:
         )
     # This also checks every shape before the work begins.
     total = sum(weight.size for weight in _quantizable(model, quantization))
-    with tqdm(total=total, desc="quantising", unit="", unit_scale=True, delay=2, disable=None, leave=False) as bar:
+    hidden = True if sys.stderr is None or sys.stderr.closed else None  # None: unless stderr is a terminal
+    with tqdm(total=total, desc="quantising", unit="", unit_scale=True, delay=2, disable=hidden, leave=False) as bar:
 
         def make(name: str, weight: Float[Array | np.ndarray, "out in"]) -> QuantizedWeight:
             made = quantize_weight(name, weight, scheme)
