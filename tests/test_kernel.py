@@ -99,6 +99,13 @@ def test_few_rows_and_many_agree(kind, way):
     ).all()
 
 
+def isas():
+    """The instruction sets of the kernel that this processor has."""
+    flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text())) if Path("/proc/cpuinfo").exists() else set()
+    needs = {"default": set(), "v3": {"avx2", "fma"}, "v4": {"avx512f", "avx512bw", "avx512vl"}}
+    return [isa for isa, need in needs.items() if need <= flags]
+
+
 def copies(name: str):
     """A function of the kernel for each instruction set that this processor has."""
     from mpt_eqx.ops import cpu
@@ -106,10 +113,8 @@ def copies(name: str):
 
     if not cpu.available():
         pytest.skip(f"no kernel: {cpu.missing()}")
-    flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text())) if Path("/proc/cpuinfo").exists() else set()
-    needs = {"default": set(), "v3": {"avx2", "fma"}, "v4": {"avx512f", "avx512bw", "avx512vl"}}
     library = ctypes.cdll.LoadLibrary(str(LIBRARY))
-    found = [isa for isa, need in needs.items() if need <= flags and hasattr(library, f"{name}_{isa}")]
+    found = [isa for isa in isas() if hasattr(library, f"{name}_{isa}")]
     assert found
     return [getattr(library, f"{name}_{isa}") for isa in found]
 
@@ -288,6 +293,27 @@ def test_a_mutation_of_the_kernel_is_noticed(file, part, other, tmp_path):
         y = matmul_by(copy, kind, np.asarray(values), None if scale is None else np.asarray(scale), x)
         wrong.append(not np.allclose(y, x @ numbers.T, atol=1e-2))
     assert sum(wrong) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["default", "v3", "v4"])
+def test_the_kernel_stays_inside_its_arrays(isa, tmp_path):
+    """Under AddressSanitizer and UBSan, with odd sizes, any bits, and queries that stand outside of the cache."""
+    from mpt_eqx.ops.cpu import build
+
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    flags = ["-O1", "-std=c++17", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags += [*build.X86.get(isa, ()), f"-DMPT_EQX_ISA={isa}", f"-I{build.SOURCES}"]
+    flags += [f"-DMPT_EQX_{name.upper()}={name}_{isa}" for name in ("matmul", "attention")]
+    sources = [build.SOURCES / "matmul.cc", build.SOURCES / "attention.cc", Path(__file__).parent / "sanitized.cc"]
+    program = tmp_path / "sanitized"
+    if isa not in isas():
+        pytest.skip("not this processor's")
+    subprocess.run([compiler, *flags, *sources, "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "1038 calls\n"), done.stderr
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -474,6 +474,66 @@ def test_no_label_no_loss(tiny_model):
     assert next_token_loss(tiny_model, tokens, labels=jnp.full((2, 5), -100)) == 0
 
 
+@pytest.fixture(scope="module")
+def packed_model(tiny_config):
+    from mpt_eqx import MPT, AttnConfig
+
+    attn = AttnConfig(alibi=True, attn_uses_sequence_id=True)
+    return MPT(tiny_config(n_layers=1, attn_config=attn), key=jax.random.key(0))
+
+
+@eqx.filter_jit
+def loss_and_logits(model, tokens, mask, ids, labels):
+    from mpt_eqx.train import next_token_loss
+
+    row = {"mask": mask[None], "sequence_ids": ids[None], "labels": None if labels is None else labels[None]}
+    found = eqx.filter_value_and_grad(next_token_loss)(model, tokens[None], **row)
+    return *found, model(tokens, mask=mask, sequence_ids=ids)
+
+
+@examples(40)
+@given(st.lists(st.sampled_from([-1, 0, 0, 1]), min_size=10, max_size=10), st.integers(0, 1023), st.booleans())
+def test_the_loss_counts_what_follows_a_real_token_of_its_sequence(packed_model, ids, bits, labelled):
+    """Any mask, any sequence ids: picked one by one; padding's ids change nothing, no gradient either."""
+    tokens, ids = jnp.arange(10) * 7 % 61, jnp.asarray(ids)
+    mask = jnp.asarray([bool(bits >> i & 1) for i in range(10)])
+    labels = jnp.where(jnp.arange(10) % 3 == 1, -100, tokens) if labelled else None
+    real = np.asarray(mask & (ids >= 0))
+    loss, grads, logits = loss_and_logits(packed_model, tokens, mask, ids, labels)
+    log_probs, picked = jax.nn.log_softmax(logits), []
+    for at in range(1, 10):
+        follows = labels[at] != -100 if labelled else real[at] and ids[at] == ids[at - 1]
+        if real[at - 1] and follows:
+            picked.append(-float(log_probs[at - 1, tokens[at]]))
+    np.testing.assert_allclose(loss, np.mean(picked) if picked else 0, rtol=1e-5)
+    other, other_grads, _ = loss_and_logits(packed_model, jnp.where(real, tokens, 60), mask, ids, labels)
+    assert loss == other
+    for one, two in zip(jax.tree.leaves(grads), jax.tree.leaves(other_grads), strict=True):
+        assert np.isfinite(one).all()
+        np.testing.assert_array_equal(one, two)
+
+
+def test_the_loss_of_a_padded_row_is_that_of_the_row(packed_model):
+    """Left, right, and both; whatever the padding's id. Gradients too."""
+    tokens, ids = jnp.asarray([5, 6, 7, 8]), jnp.zeros(4, jnp.int32)
+    alone, wanted, _ = loss_and_logits(packed_model, tokens, ids == 0, ids, None)
+    for padding in ((2, 0), (0, 2), (1, 1)):
+        for pad in (0, 9):
+            row, mask = jnp.pad(tokens, padding, constant_values=pad), jnp.pad(ids == 0, padding)
+            loss, grads, _ = loss_and_logits(packed_model, row, mask, jnp.zeros(6, jnp.int32), None)
+            np.testing.assert_allclose(loss, alone, rtol=1e-6)
+            for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted), strict=True):
+                np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_the_loss_of_packed_sequences_is_that_of_each(packed_model):
+    tokens, ids = jnp.asarray([5, 6, 7, 8, 20, 21, 22, 23]), jnp.asarray([0] * 4 + [1] * 4)
+    whole = jnp.ones(4, bool)
+    packed = loss_and_logits(packed_model, tokens, jnp.ones(8, bool), ids, None)[0]
+    each = [loss_and_logits(packed_model, row, whole, jnp.zeros(4, jnp.int32), None)[0] for row in tokens.reshape(2, 4)]
+    np.testing.assert_allclose(packed, np.mean(each), rtol=1e-6)
+
+
 def test_a_few_steps_of_training_lower_the_loss(tiny_model):
     import optax
 

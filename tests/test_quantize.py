@@ -1,5 +1,6 @@
 """Weights in 8 and 4 bits: what is quantised and how well, that such a model is one like any other, and its files."""
 
+import itertools
 import json
 import os
 import re
@@ -283,6 +284,56 @@ def test_gradients_are_those_of_what_is_floating(tiny_model):
     assert weight.values is None and weight.scale.shape == (128, 1)
     expected = eqx.filter_grad(next_token_loss)(whole(model), TOKENS[None]).wte.weight
     np.testing.assert_allclose(grads.wte.weight, expected, atol=1e-5)
+
+
+def cast(model, dtype):
+    """What recipes of mixed precision do."""
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, model)
+
+
+FAST_CASTS = [("int4", "float32", "float16"), ("int8", "float32", "bfloat16")]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "before", "after"),
+    [
+        pytest.param(*case, marks=() if case in FAST_CASTS else pytest.mark.slow)
+        for case in itertools.product(SCHEMES, ("float32", "bfloat16"), ("float32", "bfloat16", "float16"))
+    ],
+)
+def test_a_model_that_is_cast_computes_in_that_type(tiny_model, scheme, before, after):
+    """For few positions, which the kernel may compute, and for many; its tokens are those of whole weights."""
+    from mpt_eqx import generate, quantize
+
+    made = quantize(cast(tiny_model, before), scheme, embeddings=True)
+    expected = whole(made)(TOKENS).astype(jnp.float32)
+    other = cast(made, after)
+    few, many = jax.jit(lambda m, t: m(t))(other, TOKENS[:8]), jax.jit(lambda m, t: m(t))(other, TOKENS)
+    assert few.dtype == many.dtype == other.dtype == after
+    atol = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.25}
+    atol = max(atol[before], atol[after])
+    np.testing.assert_allclose(many.astype(jnp.float32), expected, atol=atol)
+    np.testing.assert_allclose(few.astype(jnp.float32), expected[:8], atol=atol)
+    assert np.isfinite(generate(other, TOKENS.tolist(), max_new_tokens=3).logprobs).all()
+
+
+def test_what_is_no_quantised_weight_is_refused(tiny_model):
+    """Whole numbers that were cast, and scales of another size: before anything is computed."""
+    from mpt_eqx import MPTError, quantize
+
+    for scheme in SCHEMES:
+        model = quantize(tiny_model, scheme)
+        message = "weight: expected values of int8 or uint8 and a floating scale, found bfloat16 and .*; cast floating"
+        with pytest.raises(MPTError, match=message):
+            jax.eval_shape(jax.tree.map(lambda x: x.astype(jnp.bfloat16), model), TOKENS)
+        for shape in ((96, 2), (95, 1)):
+            scale = jnp.ones(shape, jnp.float32 if scheme == "int8" else jnp.bfloat16)
+            changed = eqx.tree_at(lambda m: m.blocks[0].attn.Wqkv.weight.scale, model, scale)
+            with pytest.raises(MPTError, match=r"weight: expected a scale of shape \(96, 1\) for .*, found "):
+                jax.eval_shape(changed, TOKENS)
+    narrow = eqx.tree_at(lambda m: m.blocks[0].attn.Wqkv.weight, tiny_model, jnp.ones((96, 31)))
+    with pytest.raises(MPTError, match="weight: expected 32 columns, as many as its input has, found 31; a model"):
+        jax.eval_shape(narrow, TOKENS)
 
 
 SHARDED = """

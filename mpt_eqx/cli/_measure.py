@@ -102,7 +102,8 @@ def decode_step(model: MPT, cache: KVCache, tokens: Array) -> tuple[Array, KVCac
 
 def one_row(model: MPT, capacity: int) -> KVCache:
     """Returns an empty cache with a leading axis of one row."""
-    return jax.tree.map(lambda x: x[None], KVCache.empty(model.config, capacity, model.wte.weight.dtype))
+    cache = KVCache.empty(model.config, capacity, model.dtype, as_bits=True)
+    return jax.tree.map(lambda x: x[None], cache)
 
 
 def model_facts(model: MPT) -> dict[str, Any]:
@@ -192,7 +193,7 @@ def measure(
     peak, quantization, facts = peak_bytes(), quantization_of(model), model_facts(model)
     used = facts["step_bytes"] * decodes[batch_sizes[0]] / batch_sizes[0]
     return {
-        "dtype": model.wte.weight.dtype.name if quantization is None else quantization.scheme,
+        "dtype": model.dtype.name if quantization is None else quantization.scheme,
         "prefill_tokens_per_s": prefills, "decode_tokens_per_s": decodes,
         "bandwidth_share": used / memory_bandwidth(array_size),
         "load_seconds": load_seconds, "first_token_seconds": firsts[0], "compile_seconds": compiling,

@@ -86,7 +86,9 @@ def decode_step(model: MPT, state: DecodeState, tokens: Int[Array, " B"]) -> Dec
     def row(
         cache: KVCache, so_far: Int[Array, " S"], token: Int[Array, ""]
     ) -> tuple[KVCache, Int[Array, " S"], Float[Array, " D"]]:
-        x, new = model.extend(token[None], cache)
+        # A row that has ended may stand at the end of its cache while others go on.
+        at = jnp.minimum(cache.length, cache.capacity - 1)
+        x, new = model.extend(token[None], eqx.tree_at(lambda c: c.length, cache, at))
         new = eqx.tree_at(lambda c: c.length, new, cache.length + 1)
         return new, so_far.at[cache.length].set(token, mode="drop"), x[0]
 

@@ -19,6 +19,7 @@ from mpt_eqx.generation.state import repeat_and_resize
 from mpt_eqx.generation.validate import check_count, check_key, check_one_prompt, check_processors, check_prompts
 from mpt_eqx.model import MPT
 from mpt_eqx.model.agreement import check_agreement
+from mpt_eqx.ops.switches import each_with_library_switches
 from mpt_eqx.sharding.multihost import check_same_arguments
 
 
@@ -208,4 +209,4 @@ def stream(
                 if token in eos:
                     return
 
-    return tokens()
+    return each_with_library_switches(tokens())

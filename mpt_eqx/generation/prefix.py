@@ -82,7 +82,7 @@ def initial_state(model: MPT, prefix: Prefix | None, rows: int, length: int) -> 
     if prefix is None:
         with held_interrupts():
             return empty_state(model, rows, capacity)
-    found, dtype = prefix.state.hidden.dtype, model.wte.weight.dtype
+    found, dtype = prefix.state.hidden.dtype, model.dtype
     if prefix.config != model.config or found != dtype:
         what = f"in {found} instead of {dtype}" if found != dtype else "with another configuration"
         raise GenerationError(

@@ -303,7 +303,7 @@ def _border(
     enough = jnp.maximum(jnp.asarray(enough, jnp.float32), jnp.finfo(jnp.float32).tiny)
 
     def with_next_bit(i: Int[Array, ""], border: Int[Array, ""]) -> Int[Array, ""]:
-        higher = border ^ jnp.left_shift(jnp.ones_like(border), (integer.bits - 1 - i).astype(border.dtype))
+        higher = border ^ jnp.left_shift(jnp.ones_like(border), jnp.asarray(integer.bits - 1 - i, border.dtype))
         return jnp.where(_tree_sum(jnp.where(keys >= higher, weights, 0)) >= enough, higher, border)
 
     return jax.lax.fori_loop(0, integer.bits, with_next_bit, jnp.asarray(integer.min, keys.dtype))

@@ -38,10 +38,10 @@ class DecodeState(eqx.Module):
 
 def empty_state(model: MPT, rows: int, capacity: int) -> DecodeState:
     """Returns a state of rows without tokens, with room for `capacity` tokens in each."""
-    dtype, layout = model.wte.weight.dtype, model.layout
+    dtype, layout = model.dtype, model.layout
 
     def zeros() -> DecodeState:
-        one = KVCache.empty(model.config, capacity, dtype)
+        one = KVCache.empty(model.config, capacity, dtype, as_bits=True)
         return DecodeState(
             cache=jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), one),
             tokens=jnp.zeros((rows, one.capacity), jnp.int32),

@@ -27,7 +27,7 @@ def as_tokens(tokens: Any, vocab_size: int, call: str = "model") -> Int[Array, "
         raise MPTError(f"tokens: expected the ids of one sequence, found an array of shape {given.shape}; {many}")
     if not jnp.issubdtype(given.dtype, jnp.integer):
         raise MPTError(f"tokens: expected whole numbers, found {given.dtype}; use tokens.astype(int)")
-    if not isinstance(given, jax.core.Tracer) and len(given):
+    if not isinstance(given, jax.core.Tracer) and given.size:
         # By numpy, because under jit even a constant's minimum would be traced.
         low, high = int(np.asarray(given).min()), int(np.asarray(given).max())
         if low < 0 or high >= vocab_size:

@@ -21,12 +21,20 @@ class KVCache(eqx.Module):
     length: Int[Array, ""]
 
     @classmethod
-    def empty(cls, config: MPTConfig, capacity: int, dtype: DTypeLike) -> "KVCache":
-        """Returns a cache that holds no tokens and has room for `capacity`, rounded up to whole blocks."""
+    def empty(cls, config: MPTConfig, capacity: int, dtype: DTypeLike, *, as_bits: bool = False) -> "KVCache":
+        """Returns a cache that holds no tokens and has room for `capacity`, rounded up to whole blocks.
+
+        Args:
+            config: of the model.
+            capacity: how many tokens have room.
+            dtype: the type that the model computes in.
+            as_bits: whether to store 16-bit numbers as integers, which XLA's CPU backend writes in place, but which
+                have no derivatives.
+        """
         shape = (config.kv_heads, -(-capacity // BLOCK) * BLOCK, config.head_size)
         dtype = np.dtype(dtype)
         # Made by numpy, so that no size of cache costs a compilation; each array is its own, so that it can be donated.
-        stored = np.zeros(shape, np.uint16 if dtype.itemsize == 2 else dtype)
+        stored = np.zeros(shape, np.uint16 if as_bits and dtype.itemsize == 2 else dtype)
         return cls(
             layers=tuple(
                 LayerCache(jnp.array(stored), jnp.array(stored), dtype) if layer.kv_from is None else None

@@ -1,6 +1,7 @@
 """The model: embedding, blocks, norm, logits."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -21,6 +22,9 @@ from mpt_eqx.model.positions import Positions, token_positions
 from mpt_eqx.ops.layer_cache import KeysValues, LayerCache
 from mpt_eqx.ops.layout import Layout
 from mpt_eqx.ops.numerics import apply_dropout, scale, softcap
+from mpt_eqx.ops.quantized import QuantizedWeight
+from mpt_eqx.ops.sizes import at_most
+from mpt_eqx.ops.switches import library_switches
 
 
 class MPT(eqx.Module):
@@ -93,6 +97,13 @@ class MPT(eqx.Module):
         x = self.hidden_states(tokens, mask=mask, sequence_ids=sequence_ids, key=key)[-1]
         return self.unembed(x, dtype=logits_dtype)
 
+    @property
+    def dtype(self) -> np.dtype:
+        """The type that it computes in: the embedding's, or norm_f's where that is quantised."""
+        weight = self.wte.weight
+        return np.dtype(self.norm_f.weight.dtype if isinstance(weight, QuantizedWeight) else weight.dtype)
+
+    @library_switches()
     def hidden_states(
         self,
         tokens: Int[Array, " T"] | ArrayLike | Sequence[int],
@@ -113,7 +124,7 @@ class MPT(eqx.Module):
             mask = mask.astype(bool)  # tokenizers give 0 and 1
         if sequence_ids is not None:
             mask = sequence_ids >= 0 if mask is None else mask & (sequence_ids >= 0)
-        allowed = None if mask is None else jnp.broadcast_to(mask, (len(tokens), len(tokens)))
+        allowed = None if mask is None else jnp.broadcast_to(mask, tokens.shape * 2)
         if allowed is not None and sequence_ids is not None:
             allowed &= sequence_ids[None, :] == sequence_ids[:, None]
         token = place if mask is None else token_positions(mask)
@@ -124,6 +135,7 @@ class MPT(eqx.Module):
         inputs, x, _ = self._run(x, positions, (None,) * len(self.blocks), block_keys)
         return (*inputs, self.norm_f(x))
 
+    @library_switches()
     def extend(
         self, tokens: Int[Array, " T"] | ArrayLike | Sequence[int], cache: KVCache
     ) -> tuple[Float[Array, "T D"], KVCache]:
@@ -144,12 +156,12 @@ class MPT(eqx.Module):
         """
         tokens = as_tokens(tokens, self.config.vocab_size, "model.extend")
         if not isinstance(cache.length, jax.core.Tracer) and cache.length.ndim == 0:
-            total = int(cache.length) + len(tokens)
+            total = int(cache.length) + tokens.shape[0]
             self._check_length(total)
-            if total > cache.capacity:
+            if at_most(cache.capacity + 1, total):
                 raise MPTError(
                     f"tokens: expected at most {cache.capacity - int(cache.length)}, which fit into the rest of the "
-                    f"cache, found {len(tokens)}; make room with cache.resized({total})"
+                    f"cache, found {tokens.shape[0]}; make room with cache.resized({total})"
                 )
         query = cache.length + jnp.arange(tokens.shape[0])
         positions = Positions(query=query, token=query, allowed=None)
@@ -161,6 +173,7 @@ class MPT(eqx.Module):
         )
         return self.norm_f(x), KVCache(layers=layers, length=cache.length + tokens.shape[0])
 
+    @library_switches()
     def unembed(self, x: Float[Array, "T D"], *, dtype: DTypeLike | None = None) -> Float[Array, "T V"]:
         """Returns the logits of the output of norm_f, in its type or in `dtype`, as in `__call__`."""
         head = Linear(self.wte.weight) if self.lm_head is None else self.lm_head
@@ -176,6 +189,8 @@ class MPT(eqx.Module):
     ) -> Float[Array, "T D"]:
         """Returns the residual stream before the first block."""
         x = self.wte(tokens)
+        if isinstance(getattr(self.wte, "weight", None), QuantizedWeight):
+            x = x.astype(self.dtype)
         if self.config.pad_token_id is not None:
             x = jnp.where((tokens == self.config.pad_token_id)[:, None], jax.lax.stop_gradient(x), x)
         if self.wpe is not None:
@@ -222,11 +237,11 @@ class MPT(eqx.Module):
                 "switch them off with eqx.nn.inference_mode(model)"
             )
 
-    def _check_length(self, total: int) -> None:
+    def _check_length(self, total: Any) -> None:
         """Checks the number of tokens that are read in all."""
         config = self.config
         check_agreement(self)
-        if total > config.max_seq_len:
+        if at_most(config.max_seq_len + 1, total):
             raise MPTError(
                 f"tokens: expected at most max_seq_len={config.max_seq_len}, found {total}; "
                 f"{max_len_hint(config, total)}"
@@ -238,7 +253,7 @@ class MPT(eqx.Module):
         return not all(getattr(module, "inference", True) for module in modules)
 
 
-def max_len_hint(config: MPTConfig, n: int) -> str:
+def max_len_hint(config: MPTConfig, n: Any) -> str:
     """Returns what to do about an input of n tokens, which is more than max_seq_len."""
     if config.learned_pos_emb:
         return "learned positions end there; shorten the input"

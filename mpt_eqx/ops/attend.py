@@ -1,6 +1,9 @@
 """Attention, in the way that fits: the formula, blocks of a cache, cuDNN, or the CPU kernel."""
 
+import functools
+
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
@@ -10,6 +13,7 @@ from mpt_eqx.ops.cudnn_attention import cudnn_attention, supports_cudnn
 from mpt_eqx.ops.decode_attention import decode_attention, supports_cpu_kernel
 from mpt_eqx.ops.layer_cache import KeysValues, LayerCache
 from mpt_eqx.ops.platform import by_platform
+from mpt_eqx.ops.switches import library_switches
 
 
 def attend(
@@ -39,35 +43,61 @@ def attend(
         dropout: as in `attention`. Only without a cache.
         key: as in `attention`.
     """
-    shape, groups = q.shape, q.shape[0] // kv.k.shape[0]
     # The queries that share a key head stand as more positions of that head.
-    q = q.reshape(kv.k.shape[0], -1, q.shape[-1])
+    shape, key_heads = q.shape, kv.k.shape[0]
+    grouped = q.reshape(key_heads, -1, q.shape[-1])
 
-    def bias_and_mask(key_pos: Int[Array, " S"]) -> tuple[Float32[Array, "K GT S"] | None, Bool[Array, "GT S"]]:
+    def bias_and_mask(
+        slopes: Float32[Array, " N"] | None, query_pos: Int[Array, " T"], key_pos: Int[Array, " S"]
+    ) -> tuple[Float32[Array, "K GT S"] | None, Bool[Array, "GT S"]]:
         bias = None if slopes is None else alibi_bias(slopes, query_pos, key_pos)
         mask = visible(query_pos, key_pos, window)
         if allowed is not None:
             mask &= allowed
-        if groups > 1:
-            bias = None if bias is None else bias.reshape(q.shape[0], -1, bias.shape[-1])
+        if (groups := shape[0] // key_heads) > 1:
+            bias = None if bias is None else bias.reshape(key_heads, -1, bias.shape[-1])
             mask = jnp.tile(mask, (groups, 1))
         return bias, mask
 
     if isinstance(kv, KeysValues):
-        h = attention(q, kv.k, kv.v, *bias_and_mask(query_pos), scale, softcap=softcap, dropout=dropout, key=key)
-    elif supports_cpu_kernel(q, kv, shape[1], softcap):
-        grouped = None if slopes is None else slopes.reshape(q.shape[0], -1)
-        h = decode_attention(q, kv, grouped, query_pos[0], scale, window)
-    else:
-        length, capacity = query_pos[-1] + 1, kv.k.shape[-2]
+        bias, mask = bias_and_mask(slopes, query_pos, query_pos)
+        h = attention(grouped, kv.k, kv.v, bias, mask, scale, softcap=softcap, dropout=dropout, key=key)
+        return h.reshape(shape)
+    capacity = kv.k.shape[-2]
+    # A query that stands outside of the cache sees nothing, and gets NaN.
+    query_pos = jnp.where((query_pos >= 0) & (query_pos < capacity), query_pos, -1)
+
+    @jax.custom_jvp
+    def from_cache(
+        q: Float[Array, "K GT H"], kv: LayerCache, slopes: Float32[Array, " N"] | None, query_pos: Int[Array, " T"]
+    ) -> Float[Array, "K GT H"]:
+        if supports_cpu_kernel(q, kv, shape[1], softcap):
+            in_groups = None if slopes is None else slopes.reshape(q.shape[0], -1)
+            return decode_attention(q, kv, in_groups, query_pos[0], scale, window)
+        made, length = functools.partial(bias_and_mask, slopes, query_pos), jnp.max(query_pos) + 1
 
         def in_blocks() -> Float[Array, "K GT H"]:
-            return blockwise_attention(q, kv, bias_and_mask, length, scale, softcap=softcap)
+            return blockwise_attention(q, kv, made, length, scale, softcap=softcap)
 
         def by_cudnn() -> Float[Array, "K GT H"]:
             rows = kv.rows(0, capacity)
-            return cudnn_attention(q, rows.k, rows.v, *bias_and_mask(jnp.arange(capacity)), length, scale)
+            bias, mask = made(jnp.arange(capacity))
+            h = cudnn_attention(q, rows.k, rows.v, bias, mask, length, scale)
+            return jnp.where(jnp.any(mask, axis=-1)[:, None], h, jnp.nan)
 
         fused = supports_cudnn(q, capacity, softcap)
-        h = by_platform(cuda=by_cudnn, default=in_blocks) if fused else in_blocks()
-    return h.reshape(shape)
+        return by_platform(cuda=by_cudnn, default=in_blocks) if fused else in_blocks()
+
+    @library_switches()
+    def by_formula(
+        q: Float[Array, "K GT H"], kv: LayerCache, slopes: Float32[Array, " N"] | None, query_pos: Int[Array, " T"]
+    ) -> Float[Array, "K GT H"]:
+        bias, mask = bias_and_mask(slopes, query_pos, jnp.arange(capacity))
+        # What no query sees may be anything, and 0 · NaN is NaN: in sums, and in the derivatives of products.
+        seen, rows = jnp.any(mask, axis=0)[:, None], kv.rows(0, capacity)
+        k, v = jnp.where(seen, rows.k, 0), jnp.where(seen, rows.v, 0)
+        return attention(q, k, v, bias, mask, scale, softcap=softcap, masked_score=-jnp.inf)
+
+    # Derivatives are those of the formula: neither the kernel nor a loop of unknown length has any in reverse mode.
+    from_cache.defjvp(lambda primals, tangents: jax.jvp(by_formula, primals, tangents))
+    return from_cache(grouped, kv, slopes, query_pos).reshape(shape)

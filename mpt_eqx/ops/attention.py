@@ -3,6 +3,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
 from mpt_eqx.ops import numerics
@@ -20,10 +21,12 @@ def attention(
     softcap: float | None = None,
     dropout: eqx.nn.Dropout | None = None,
     key: PRNGKeyArray | None = None,
+    masked_score: float | None = None,
 ) -> Float[Array, "N T H"]:
     """Returns softmax(scale · q kᵀ + bias, where masked) v for each of N heads.
 
-    The softmax is taken in float32; its weights are rounded to the type of v, as in the references.
+    The softmax is taken in float32; its weights are rounded to the type of v, as in the references. A score of −∞,
+    such as an overflow of float16, has weight 0; a query that sees nothing else gets NaN.
 
     Args:
         q: queries of T positions.
@@ -35,10 +38,17 @@ def attention(
         softcap: scores are squashed into ±softcap before the bias; None for none.
         dropout: on the weights, where a key is given.
         key: randomness of the dropout.
+        masked_score: of keys that a query may not see; None for what this function promises.
 
     Source: llm-foundry 8c8dd48, llmfoundry/models/layers/attention.py, scaled_multihead_dot_product_attention.
     """
-    weights = jax.nn.softmax(attention_scores(q, k, bias, mask, scale, softcap), axis=-1)
+    # −∞, but the smallest number in a row without any visible key, so that it is not NaN. Chosen as bits, because then
+    # no operation on real numbers is added to the formula.
+    bits = [int(np.float32(score).view(np.int32)) for score in (-np.inf, np.finfo(np.float32).min)]
+    chosen = jnp.where(jnp.any(mask, axis=-1, keepdims=True), jnp.int32(bits[0]), jnp.int32(bits[1]))
+    of_rows = jax.lax.bitcast_convert_type(chosen, jnp.float32)
+    hidden = of_rows if masked_score is None else masked_score
+    weights = jax.nn.softmax(attention_scores(q, k, bias, mask, scale, softcap, hidden), axis=-1)
     weights = numerics.apply_dropout(weights, dropout, key)
     mixed = jnp.einsum("NTS,NSH->NTH", weights.astype(v.dtype), v, preferred_element_type=accum_dtype(v.dtype))
     return mixed.astype(v.dtype)
@@ -51,8 +61,9 @@ def attention_scores(
     mask: Bool[Array, "#T S"],
     scale: float,
     softcap: float | None,
+    masked_score: Float32[Array, "T 1"] | float,
 ) -> Float[Array, "N T S"]:
-    """Returns scale · q kᵀ, capped, plus bias; the smallest float32 where masked.
+    """Returns scale · q kᵀ, capped, plus bias; `masked_score` where masked.
 
     Scores are rounded to the type of q after the product, the scale and the cap, then the float32 bias makes them
     float32 (float64 for float64). This order is the references'. Arguments as in `attention`.
@@ -64,8 +75,7 @@ def attention_scores(
     scores = scores.astype(accum_dtype(q.dtype))
     if bias is not None:
         scores = scores + bias.astype(scores.dtype)
-    # The smallest number instead of −∞, so that a row without any visible key is not NaN.
-    return jnp.where(mask, scores, float(jnp.finfo(jnp.float32).min))
+    return jnp.where(mask, scores, masked_score)
 
 
 def alibi_bias(

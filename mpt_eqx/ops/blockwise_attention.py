@@ -10,6 +10,7 @@ from mpt_eqx.ops.attention import attention_scores
 from mpt_eqx.ops.layer_cache import BLOCK, LayerCache
 from mpt_eqx.ops.numerics import accum_dtype
 from mpt_eqx.ops.platform import MAX_DECODE_ROWS
+from mpt_eqx.ops.sizes import at_most
 
 BiasAndMask = Callable[[Int[Array, " S"]], tuple[Float32[Array, "N T S"] | None, Bool[Array, "T S"]]]
 
@@ -28,7 +29,7 @@ def blockwise_attention(
     The blocks are read twice: first for the largest score and the sum of the softmax, which is scaled down whenever a
     larger score turns up; then for the values, with weights that are rounded where `attention` rounds them. The scores
     of few queries are kept in between, those of many are computed again. Blocks beyond `length` are not read, and one
-    that is masked as a whole changes no bit of the result.
+    that is masked as a whole changes no bit of the result. A query that sees nothing gets NaN.
 
     Args:
         q: queries of T positions.
@@ -41,11 +42,11 @@ def blockwise_attention(
     Source: arXiv:1805.02867, section 3.
     """
     sums = accum_dtype(q.dtype)
-    blocks = (jnp.minimum(_longest(length), cache.k.shape[-2]) + BLOCK - 1) // BLOCK
+    blocks = (jnp.minimum(jnp.maximum(_longest(length), 1), cache.k.shape[-2]) + BLOCK - 1) // BLOCK
 
     def scores(number: Int[Array, ""], k: Float[Array, "N S H"]) -> tuple[Float[Array, "N T S"], Bool[Array, "#T S"]]:
         bias, mask = bias_and_mask(number * BLOCK + jnp.arange(BLOCK))
-        return attention_scores(q, k, bias, mask, scale, softcap), mask
+        return attention_scores(q, k, bias, mask, scale, softcap, -jnp.inf), mask
 
     def measure(number: Int[Array, ""], so_far: tuple[Array, Array, Array | None]) -> tuple[Array, Array, Array | None]:
         largest, total, kept = so_far
@@ -57,7 +58,7 @@ def blockwise_attention(
         return new_largest, total, kept
 
     none = jnp.full(q.shape[:2], float(jnp.finfo(jnp.float32).min), sums)
-    small_batch = q.shape[1] <= MAX_DECODE_ROWS
+    small_batch = at_most(q.shape[1], MAX_DECODE_ROWS)
     kept = jnp.zeros((cache.k.shape[-2] // BLOCK, *q.shape[:2], BLOCK), sums) if small_batch else None
     largest, total, kept = jax.lax.fori_loop(0, blocks, measure, (none, jnp.zeros_like(none), kept))
 

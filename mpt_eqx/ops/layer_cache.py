@@ -1,9 +1,15 @@
 """Keys and values of one layer, and how a cache of them is stored."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int, UInt16
+
+from mpt_eqx.errors import MPTError
 
 BLOCK = 256
 """Keys that a cached query reads at a time; the capacity of a cache is a multiple of it."""
@@ -19,8 +25,8 @@ class KeysValues(eqx.Module):
 class LayerCache(eqx.Module):
     """Keys and values of one layer with room for S positions, stored.
 
-    bfloat16 and float16 are stored as their bits: XLA's CPU backend cannot write into an array of theirs in place and
-    would turn the whole cache into float32 and back for every token.
+    Generation stores bfloat16 and float16 as their bits: XLA's CPU backend cannot write into an array of theirs in
+    place and would turn the whole cache into float32 and back for every token. Bits have no derivatives.
     """
 
     k: Float[Array, "K S H"] | UInt16[Array, "K S H"]
@@ -28,10 +34,19 @@ class LayerCache(eqx.Module):
     dtype: np.dtype = eqx.field(static=True)
 
     def write(self, new: KeysValues, positions: Int[Array, " T"]) -> "LayerCache":
-        """Returns the cache with T rows written at `positions`; those beyond the capacity are dropped."""
+        """Returns the cache with T rows written at `positions`; those beyond the capacity are dropped.
+
+        Raises:
+            MPTError: the rows are of another type than the cache, or derivatives of a cache of bits are asked for.
+        """
+        if new.k.dtype != self.dtype:
+            raise MPTError(
+                f"cache: expected one of {new.k.dtype}, in which the model computes, found {self.dtype}; "
+                f"make it with KVCache.empty(model.config, capacity, '{new.k.dtype}')"
+            )
 
         def written(old: Array, rows: Float[Array, "K T H"]) -> Array:
-            return old.at[:, positions].set(jax.lax.bitcast_convert_type(rows, old.dtype), mode="drop")
+            return old.at[:, positions].set(rows if rows.dtype == old.dtype else _bits(rows), mode="drop")
 
         return LayerCache(k=written(self.k, new.k), v=written(self.v, new.v), dtype=self.dtype)
 
@@ -40,6 +55,24 @@ class LayerCache(eqx.Module):
 
         def part(stored: Array) -> Float[Array, "K S H"]:
             rows = jax.lax.dynamic_slice_in_dim(stored, first, count, axis=1)
-            return jax.lax.bitcast_convert_type(rows, self.dtype)
+            return rows if rows.dtype == self.dtype else jax.lax.bitcast_convert_type(rows, self.dtype)
 
         return KeysValues(k=part(self.k), v=part(self.v))
+
+
+@jax.custom_jvp
+def _bits(rows: Float[Array, "K T H"]) -> UInt16[Array, "K T H"]:
+    return jax.lax.bitcast_convert_type(rows, jnp.uint16)
+
+
+def _no_derivative(primals: tuple[Any], tangents: tuple[Any]) -> Any:
+    if not isinstance(tangents[0], SymbolicZero):
+        raise MPTError(
+            "cache: expected one of KVCache.empty(model.config, capacity, dtype), through which derivatives go, found "
+            "one of generation, which holds 16-bit numbers as integers"
+        )
+    bits = _bits(*primals)
+    return bits, SymbolicZero(jax.typeof(bits).to_tangent_aval())
+
+
+_bits.defjvp(_no_derivative, symbolic_zeros=True)

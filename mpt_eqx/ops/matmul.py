@@ -1,15 +1,19 @@
 """Products of a weight, floating or quantised, with the positions of a sequence: y = W x."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
+from mpt_eqx.errors import MPTError
 from mpt_eqx.ops import cpu
 from mpt_eqx.ops.numerics import accum_dtype
-from mpt_eqx.ops.platform import MAX_DECODE_ROWS, by_platform, on_mesh
+from mpt_eqx.ops.platform import MAX_DECODE_ROWS, by_kernel, by_platform, on_mesh
 from mpt_eqx.ops.quantized import QuantizedWeight, dequantize
+from mpt_eqx.ops.sizes import at_most
+from mpt_eqx.ops.switches import library_switches
 
 MAX_PREFILL_ROWS = 128
 """Positions of one sequence up to which XLA's CPU product is faster with the weight as its left operand."""
@@ -26,10 +30,11 @@ def matmul(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
     In a decode step on one CPU the kernel computes it, if there is one; a position's result is then the same to the bit
     for any number of positions, and of rows under vmap. Derivatives always go through XLA.
     """
+    _check(weight, x)
     rows = x.shape[0]
-    if rows > MAX_PREFILL_ROWS or on_mesh(*jax.tree.leaves(weight), x):
+    if not at_most(rows, MAX_PREFILL_ROWS) or on_mesh(*jax.tree.leaves(weight), x):
         return _matmul(weight, x)
-    return _decode_matmul(weight, x) if rows <= MAX_DECODE_ROWS else _prefill_matmul(weight, x)
+    return _decode_matmul(weight, x) if at_most(rows, MAX_DECODE_ROWS) else _prefill_matmul(weight, x)
 
 
 def expert_matmul(x: Float[Array, "T in"], w: Float[Array, "in out"]) -> Float[Array, "T out"]:
@@ -42,9 +47,24 @@ def expert_matmul(x: Float[Array, "T in"], w: Float[Array, "in out"]) -> Float[A
 
 def take_rows(weight: Weight, tokens: Int[Array, " T"]) -> Float[Array, "T in"]:
     """Returns the rows of `tokens` of a weight."""
-    if tokens.shape[0] > MAX_DECODE_ROWS or on_mesh(*jax.tree.leaves(weight), tokens):
+    _check(weight, None)
+    if not at_most(tokens.shape[0], MAX_DECODE_ROWS) or on_mesh(*jax.tree.leaves(weight), tokens):
         return _take_rows(weight, tokens)
     return _decode_take_rows(weight, tokens)
+
+
+def _check(weight: Weight, x: Float[Array, "T in"] | None) -> None:
+    """Raises MPTError where a weight is no weight, or does not fit x."""
+    if isinstance(weight, QuantizedWeight):
+        weight.check()
+        columns = weight.values.shape[-1] * (2 if weight.values.dtype == jnp.uint8 else 1)
+    else:
+        columns = weight.shape[-1]
+    if x is not None and columns != x.shape[-1]:
+        raise MPTError(
+            f"weight: expected {x.shape[-1]} columns, as many as its input has, found {columns}; a model that has been "
+            "changed needs a config that agrees"
+        )
 
 
 def _matmul(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
@@ -77,17 +97,19 @@ def _decode_matmul(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T o
 
 @_prefill_matmul.defjvp
 @_decode_matmul.defjvp
+@library_switches()
 def _(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Float[Array, "T out"], Float[Array, "T out"]]:
     return jax.jvp(_matmul, primals, tangents)
 
 
 @jax.custom_batching.custom_vmap
 def _decode_rows(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
-    on_cpu = _by_kernel if cpu.available() and x.dtype != jnp.float64 else _by_xla
+    on_cpu = functools.partial(by_kernel, _by_kernel, _by_xla) if _suits_kernel(weight, x) else _by_xla
     return by_platform(weight, x, cpu=on_cpu, default=_matmul)
 
 
 @_decode_rows.def_vmap
+@library_switches()
 def _(size: int, batched: list[Any], weight: Any, x: Array) -> tuple[Float[Array, "B T out"], bool]:
     """The rows of a batch become more positions; with a weight for each row, XLA has the product."""
     weight_batched, x_batched = batched
@@ -97,9 +119,22 @@ def _(size: int, batched: list[Any], weight: Any, x: Array) -> tuple[Float[Array
     return _decode_rows(weight, x.reshape(-1, x.shape[-1])).reshape(size, x.shape[1], -1), True
 
 
+def _suits_kernel(weight: Weight, x: Float[Array, "T in"]) -> bool:
+    """Whether there is a kernel that reads such a weight, and scales in 4 bits would not be rounded for it."""
+    if x.dtype == jnp.float64 or not cpu.available():
+        return False
+    if isinstance(weight, QuantizedWeight):
+        return weight.values.dtype == jnp.int8 or weight.has_own_scale()
+    return weight.dtype in cpu.DTYPES
+
+
 def _by_kernel(weight: Weight, x: Float[Array, "T in"]) -> Float32[Array, "T out"]:
-    values, scale = (weight.values, weight.scale) if isinstance(weight, QuantizedWeight) else (weight, None)
-    return cpu.matmul(values, scale, x.astype(jnp.float32))
+    if not isinstance(weight, QuantizedWeight):
+        return cpu.matmul(weight, None, x.astype(jnp.float32))
+    packed = weight.values.dtype == jnp.uint8
+    return cpu.matmul(
+        weight.values, weight.scale.astype(jnp.bfloat16 if packed else jnp.float32), x.astype(jnp.float32)
+    )
 
 
 def _by_xla(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
@@ -148,5 +183,6 @@ def _decode_take_rows(weight: Weight, tokens: Int[Array, " T"]) -> Float[Array, 
 
 
 @_decode_take_rows.defjvp
+@library_switches()
 def _(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Float[Array, "T in"], Float[Array, "T in"]]:
     return jax.jvp(_take_rows, primals, tangents)

@@ -11,6 +11,7 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from mpt_eqx.ops import cpu
 from mpt_eqx.ops.platform import MAX_DECODE_ROWS, by_platform, on_mesh
+from mpt_eqx.ops.sizes import at_most
 
 
 def accum_dtype(dtype: DTypeLike) -> np.dtype:
@@ -44,7 +45,7 @@ def mean(x: Float[Array, "*T D"]) -> Float[Array, "*T 1"]:
     depend on the rest of the batch, and XLA would sum few rows in another order than many.
     """
     rows = x.shape[-2] if x.ndim > 1 else 1
-    if rows <= MAX_DECODE_ROWS and cpu.available() and not on_mesh(x):
+    if at_most(rows, MAX_DECODE_ROWS) and cpu.available() and not on_mesh(x):
         return _decode_mean(x)
     return _mean(x)
 

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 from jaxtyping import Array
 
 from mpt_eqx.ops import cpu
@@ -15,6 +17,37 @@ MAX_DECODE_ROWS = 8
 def by_platform(*operands: Any, default: Callable[..., Any], **platforms: Callable[..., Any]) -> Any:
     """Returns platforms[name](*operands) where the program is compiled for that platform, else default(*operands)."""
     return jax.lax.platform_dependent(*operands, default=default, **platforms)
+
+
+def by_kernel(kernel: Callable[..., Array], default: Callable[..., Array], *operands: Any) -> Array:
+    """Returns kernel(*operands), or default(*operands) in a program that `jax.export` makes.
+
+    Such a program is to run in processes, and on machines, that have no kernel.
+    """
+    leaves, structure = jax.tree_util.tree_flatten(operands)
+
+    def of_leaves(function: Callable[..., Array]) -> Callable[..., Array]:
+        return lambda *leaves: function(*jax.tree.unflatten(structure, leaves))
+
+    return _by_kernel.bind(*leaves, kernel=of_leaves(kernel), default=of_leaves(default))
+
+
+_by_kernel = Primitive("mpt_eqx_by_kernel")
+_by_kernel.def_impl(lambda *leaves, kernel, default: kernel(*leaves))
+
+
+def _result(*leaves: Any, kernel: Callable[..., Array], default: Callable[..., Array]) -> jax.core.ShapedArray:
+    found = jax.eval_shape(default, *leaves)
+    return jax.core.ShapedArray(found.shape, found.dtype)
+
+
+def _lower(context: Any, *leaves: Any, kernel: Callable[..., Array], default: Callable[..., Array]) -> Any:
+    exported = context.module_context.lowering_parameters.for_export
+    return mlir.lower_fun(default if exported else kernel, multiple_results=False)(context, *leaves)
+
+
+_by_kernel.def_abstract_eval(_result)
+mlir.register_lowering(_by_kernel, _lower)
 
 
 def on_mesh(*arrays: Array) -> bool:

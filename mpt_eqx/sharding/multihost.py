@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mpt_eqx.errors import ShardingError, printable
+from mpt_eqx.ops.switches import library_switches
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -69,7 +70,8 @@ def check_same_arguments(function: Callable[P, T]) -> Callable[P, T]:
             if given.get("prefix") is not None:
                 given["prefix"] = len(given["prefix"])
             assert_same_across_processes(**{n: x for n, x in given.items() if not isinstance(x, Iterator)})
-        return function(*args, **kwargs)
+        with library_switches():
+            return function(*args, **kwargs)
 
     return checked
 

@@ -9,11 +9,13 @@ from jaxtyping import Array, ArrayLike, Bool, Float32, Int, PRNGKeyArray
 
 from mpt_eqx.model import MPT
 from mpt_eqx.model.arguments import as_batch
+from mpt_eqx.ops.switches import library_switches
 
 IGNORED = -100
 Rows = Sequence[Sequence[int]]
 
 
+@library_switches()
 def next_token_loss(
     model: MPT,
     tokens: Int[Array, "B T"] | ArrayLike | Rows,
@@ -23,14 +25,18 @@ def next_token_loss(
     sequence_ids: Int[Array, "B T"] | np.ndarray | Rows | None = None,
     key: PRNGKeyArray | None = None,
 ) -> Float32[Array, ""]:
-    """Returns the mean cross-entropy, in nats, of each token given those before it.
+    """Returns the mean cross-entropy, in nats, of each token given those before it in its sequence.
+
+    A token counts only where it is real and the position before it is a real token of the same sequence: padding,
+    wherever it stands, neither is predicted nor predicts, and the first token of a packed sequence is not predicted.
 
     Args:
         model: the model.
         tokens: a batch of token ids, 0 ≤ id < vocab_size.
         mask: True (or 1) at real tokens; None when all are real.
         labels: the tokens again (the shift by one happens here), with -100 where none is to be predicted; None means
-            every real token. Without any label the loss is 0.
+            every token that counts. Those that are given count wherever the position before them is real. Without any
+            the loss is 0.
         sequence_ids: as in `MPT.__call__`; −1 counts as padding.
         key: as in `MPT.__call__`; every row gets its own.
 
@@ -45,17 +51,21 @@ def next_token_loss(
     sequence_ids = None if sequence_ids is None else as_batch("sequence_ids", sequence_ids, tokens.shape)
     if model.layout is not None:
         tokens = model.layout.constrain(tokens, "batch", None)
-    if labels is None:
-        real = jnp.ones_like(tokens, bool) if mask is None else mask.astype(bool)
-        real = real if sequence_ids is None else real & (sequence_ids >= 0)
-        labels = jnp.where(real, tokens, IGNORED)
-    keys = None if key is None else jax.random.split(key, len(tokens))
+    keys = None if key is None else jax.random.split(key, tokens.shape[0])
     # Arguments that are None have no leaf to be mapped over.
     logits = jax.vmap(
         lambda tokens, mask, sequence_ids, key: model(tokens, mask=mask, sequence_ids=sequence_ids, key=key)
     )(tokens, mask, sequence_ids, keys)
-    targets = labels[:, 1:]
-    counted = targets != IGNORED
+    targets, real = (tokens if labels is None else labels)[:, 1:], jnp.ones_like(tokens, bool)
+    if mask is not None:
+        real &= mask.astype(bool)
+    if sequence_ids is not None:
+        real &= sequence_ids >= 0
+    counted = (targets != IGNORED) & real[:, :-1]
+    if labels is None:
+        counted &= real[:, 1:]
+        if sequence_ids is not None:
+            counted &= sequence_ids[:, :-1] == sequence_ids[:, 1:]
     log_probs = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32), axis=-1)
     picked = jnp.take_along_axis(log_probs, jnp.where(counted, targets, 0)[..., None], axis=-1)[..., 0]
     return -jnp.sum(jnp.where(counted, picked, 0.0)) / jnp.maximum(jnp.sum(counted), 1).astype(jnp.float32)

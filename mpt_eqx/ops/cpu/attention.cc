@@ -1,6 +1,7 @@
 // Attention of a step of decoding. Compiled once for each instruction set.
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "kernel.h"
@@ -61,7 +62,12 @@ inline Floats columns(const float* row, int64_t at, int64_t size) {
 
 template <typename Number>
 void head(const AttentionArgs& p, int64_t number, std::vector<float>& scores) {
-  const int64_t position = std::min<int64_t>(p.position[number / p.heads], p.capacity - 1);
+  const int64_t position = p.position[number / p.heads];
+  if (position < 0 || position >= p.capacity) {
+    const int64_t numbers = p.groups * p.size;
+    std::fill_n(p.y + number * numbers, numbers, std::numeric_limits<float>::quiet_NaN());
+    return;
+  }
   const int64_t first = p.window < 0 ? 0 : std::max<int64_t>(position - p.window, 0);
   const int64_t keys = position + 1 - first;
   const int64_t row_bytes = p.size * Number::kBytes;
@@ -100,8 +106,9 @@ void head(const AttentionArgs& p, int64_t number, std::vector<float>& scores) {
     Floats sums = {};
     for (int64_t at = 0; at < padded; at += kLanes) {
       const Floats score = load<Floats>(&scores[at]);
-      // The difference is zero, or NaN for what is no finite number, which comparisons have passed over.
-      Floats weight = exponential(score - maximum) + (score - score);
+      // NaN for NaN, which comparisons have passed over, and for +∞; −∞ has no weight.
+      const Floats wrong = score < std::numeric_limits<float>::infinity() ? Floats{} : score - score;
+      Floats weight = exponential(score - maximum) + wrong;
       weight = places + static_cast<float>(at) <= 0 ? weight : Floats{};
       std::memcpy(&scores[at], &weight, sizeof(weight));
       sums += weight;

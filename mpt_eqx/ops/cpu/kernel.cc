@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <functional>
+#include <initializer_list>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -110,8 +111,19 @@ ffi::Error shared(ffi::ThreadPool& pool, std::function<void(int64_t, int64_t)> f
   return ffi::Error::Success();
 }
 
+// The last word on what is read and written: whoever calls, and whatever traced the call, has to pass here.
+#define MPT_EQX_EXPECT(condition) \
+  if (!(condition)) return ffi::Error::InvalidArgument("mpt_eqx: the kernel expected " #condition)
+
+template <typename Array>
+bool has_shape(const Array& array, std::initializer_list<int64_t> shape) {
+  const auto found = array.dimensions();
+  return std::equal(found.begin(), found.end(), shape.begin(), shape.end());
+}
+
 ffi::Error product(ffi::ThreadPool pool, ffi::AnyBuffer weight, ffi::AnyBuffer scale, ffi::Buffer<ffi::F32> x,
                    ffi::ResultBuffer<ffi::F32> y) {
+  MPT_EQX_EXPECT(weight.dimensions().size() == 2 && x.dimensions().size() == 2);
   MatmulArgs rows;
   switch (weight.element_type()) {
     case ffi::F32: rows.kind = Kind::kFloat32; break;
@@ -122,12 +134,23 @@ ffi::Error product(ffi::ThreadPool pool, ffi::AnyBuffer weight, ffi::AnyBuffer s
     default: return ffi::Error::InvalidArgument("mpt_eqx: no product with a weight of this type");
   }
   rows.weight = weight.untyped_data();
-  rows.scale = scale.element_count() ? scale.untyped_data() : nullptr;
+  rows.scale = scale.untyped_data();
   rows.x = x.typed_data();
   rows.y = y->typed_data();
   rows.vectors = x.dimensions()[0];
   rows.in = x.dimensions()[1];
   rows.out = weight.dimensions()[0];
+  MPT_EQX_EXPECT(has_shape(weight, {rows.out, rows.kind == Kind::kInt4 ? rows.in / 2 : rows.in}));
+  MPT_EQX_EXPECT(has_shape(*y, {rows.vectors, rows.out}));
+  if (rows.kind == Kind::kInt8) {
+    MPT_EQX_EXPECT(scale.element_type() == ffi::F32 && has_shape(scale, {rows.out, 1}));
+  } else if (rows.kind == Kind::kInt4) {
+    MPT_EQX_EXPECT(rows.in % 32 == 0);
+    MPT_EQX_EXPECT(scale.element_type() == ffi::BF16 && has_shape(scale, {rows.out, rows.in / 32}));
+  } else {
+    MPT_EQX_EXPECT(scale.element_count() == 0);
+    rows.scale = nullptr;
+  }
   const int64_t row_bytes = std::max<int64_t>(weight.size_bytes() / std::max<int64_t>(rows.out, 1), 1);
   const auto function = [rows](int64_t first, int64_t last) { matmul_function(rows, first, last); };
   return shared(pool, function, rows.out, std::max<int64_t>(kShareBytes / row_bytes / 8 * 8, 8));
@@ -136,6 +159,19 @@ ffi::Error product(ffi::ThreadPool pool, ffi::AnyBuffer weight, ffi::AnyBuffer s
 ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                      ffi::Buffer<ffi::F32> slopes, ffi::Buffer<ffi::S32> position, ffi::ResultBuffer<ffi::F32> y,
                      int32_t kind, float scale, int64_t window) {
+  MPT_EQX_EXPECT(q.dimensions().size() == 4 && k.dimensions().size() == 4);
+  const int64_t batch = q.dimensions()[0], key_heads = q.dimensions()[1], groups = q.dimensions()[2];
+  const int64_t size = q.dimensions()[3], capacity = k.dimensions()[2];
+  MPT_EQX_EXPECT(has_shape(k, {batch, key_heads, capacity, size}) && has_shape(v, {batch, key_heads, capacity, size}));
+  MPT_EQX_EXPECT(has_shape(slopes, {key_heads, groups}) && has_shape(position, {batch}));
+  MPT_EQX_EXPECT(has_shape(*y, {batch, key_heads, groups, size}));
+  MPT_EQX_EXPECT(k.element_type() == v.element_type());
+  switch (static_cast<Kind>(kind)) {
+    case Kind::kFloat32: MPT_EQX_EXPECT(k.element_type() == ffi::F32); break;
+    case Kind::kBFloat16: MPT_EQX_EXPECT(k.element_type() == ffi::BF16 || k.element_type() == ffi::U16); break;
+    case Kind::kFloat16: MPT_EQX_EXPECT(k.element_type() == ffi::F16 || k.element_type() == ffi::U16); break;
+    default: return ffi::Error::InvalidArgument("mpt_eqx: no attention to keys of this type");
+  }
   AttentionArgs heads;
   heads.kind = static_cast<Kind>(kind);
   heads.q = q.typed_data();
@@ -144,14 +180,14 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuff
   heads.slopes = slopes.typed_data();
   heads.position = position.typed_data();
   heads.y = y->typed_data();
-  heads.heads = q.dimensions()[1];
-  heads.groups = q.dimensions()[2];
-  heads.size = q.dimensions()[3];
-  heads.capacity = k.dimensions()[2];
+  heads.heads = key_heads;
+  heads.groups = groups;
+  heads.size = size;
+  heads.capacity = capacity;
   heads.window = window;
   heads.scale = scale;
   const auto function = [heads](int64_t first, int64_t last) { attention_function(heads, first, last); };
-  return shared(pool, function, q.dimensions()[0] * heads.heads, 1);
+  return shared(pool, function, batch * key_heads, 1);
 }
 
 }  // namespace

@@ -18,7 +18,7 @@ struct MatmulArgs {
 
 // Attention of one query in each of `groups` heads to the keys of a cache, from max(position − window, 0) to position.
 // As in mpt_eqx/ops/attention.py, scores are rounded to the type of the cache before the bias, and weights before they
-// meet the values.
+// meet the values. A query at no place of the cache, 0 ≤ position < capacity, gets NaN.
 struct AttentionArgs {
   Kind kind;              // of keys and values, and of what is rounded
   const float* q;         // [rows, heads, groups, size]

@@ -1,0 +1,90 @@
+// Calls what the kernel computes with arrays of exactly the sizes that they should have, odd ones too: compiled with
+// AddressSanitizer and UBSan, which end the program where it reads or writes beside them.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "kernel.h"
+
+extern "C" MatmulFunction MPT_EQX_MATMUL;
+extern "C" AttentionFunction MPT_EQX_ATTENTION;
+
+namespace {
+
+std::mt19937 random_bits(0);
+
+// Any bits, so that NaN, infinities and subnormal numbers are among them, at the very end of what was allocated.
+std::unique_ptr<uint8_t[]> bytes(int64_t count) {
+  std::unique_ptr<uint8_t[]> made(new uint8_t[count]);
+  for (int64_t i = 0; i < count; i++) made[i] = static_cast<uint8_t>(random_bits());
+  return made;
+}
+
+int64_t calls = 0;
+
+void products(Kind kind, int64_t out, int64_t in, int64_t vectors) {
+  const int64_t sizes[] = {4, 2, 2, 1, 0}, size = sizes[static_cast<int>(kind)];
+  const auto weight = bytes(kind == Kind::kInt4 ? out * in / 2 : out * in * size);
+  const auto scale = bytes(kind == Kind::kInt8 ? out * 4 : kind == Kind::kInt4 ? out * (in / 32) * 2 : 0);
+  const auto x = bytes(vectors * in * 4), y = bytes(vectors * out * 4);
+  const bool scaled = kind == Kind::kInt8 || kind == Kind::kInt4;
+  const MatmulArgs args{kind, weight.get(), scaled ? scale.get() : nullptr, reinterpret_cast<float*>(x.get()),
+                        reinterpret_cast<float*>(y.get()), out, in, vectors};
+  // In shares, as threads take them.
+  for (int64_t first = 0; first < out; first += 8) MPT_EQX_MATMUL(args, first, std::min(first + 8, out));
+  calls++;
+}
+
+void attention(Kind kind, int64_t heads, int64_t groups, int64_t size, int64_t capacity, int64_t window) {
+  constexpr int32_t lowest = std::numeric_limits<int32_t>::min(), largest = std::numeric_limits<int32_t>::max();
+  const int32_t last = static_cast<int32_t>(capacity) - 1;
+  const std::vector<int32_t> positions = {0, last / 2, last, last + 1, -1, lowest, largest};
+  const int64_t rows = positions.size(), number = kind == Kind::kFloat32 ? 4 : 2;
+  std::unique_ptr<int32_t[]> position(new int32_t[rows]);
+  std::memcpy(position.get(), positions.data(), rows * sizeof(int32_t));
+  const auto q = bytes(rows * heads * groups * size * 4), slopes = bytes(heads * groups * 4);
+  const auto k = bytes(rows * heads * capacity * size * number), v = bytes(rows * heads * capacity * size * number);
+  const auto y = bytes(rows * heads * groups * size * 4);
+  float* found = reinterpret_cast<float*>(y.get());
+  const AttentionArgs args{kind, reinterpret_cast<float*>(q.get()), k.get(), v.get(),
+                           reinterpret_cast<float*>(slopes.get()), position.get(), found,
+                           heads, groups, capacity, size, window, 0.3f};
+  for (int64_t row = 0; row < rows * heads; row++) MPT_EQX_ATTENTION(args, row, row + 1);
+  for (int64_t i = 3 * heads * groups * size; i < rows * heads * groups * size; i++) {
+    if (!std::isnan(found[i])) {
+      std::fprintf(stderr, "a query outside of the cache gets %f\n", found[i]);
+      std::exit(1);
+    }
+  }
+  calls++;
+}
+
+}  // namespace
+
+int main() {
+  for (Kind kind : {Kind::kFloat32, Kind::kBFloat16, Kind::kFloat16, Kind::kInt8, Kind::kInt4}) {
+    for (int64_t out : {1, 3, 7, 8, 33}) {
+      for (int64_t in : {1, 15, 16, 17, 32, 63, 96}) {
+        if (kind == Kind::kInt4 && in % 32) continue;
+        for (int64_t vectors : {1, 2, 3, 5, 9}) products(kind, out, in, vectors);
+      }
+    }
+  }
+  for (Kind kind : {Kind::kFloat32, Kind::kBFloat16, Kind::kFloat16}) {
+    for (int64_t size : {1, 7, 16, 17, 40, 65}) {
+      for (int64_t capacity : {1, 15, 16, 33}) {
+        for (int64_t window : {int64_t{-1}, int64_t{0}, int64_t{5}, std::numeric_limits<int64_t>::max()}) {
+          attention(kind, 2, 3, size, capacity, window);
+        }
+      }
+    }
+  }
+  std::printf("%lld calls\n", static_cast<long long>(calls));
+}
