@@ -99,7 +99,7 @@ def reorder_cache(cache: KVCache, order: Int[Array, " R"]) -> KVCache:
     """Returns a cache with row order[i] in place of row i; blocks that no row has filled yet stay where they are."""
 
     def reordered(stored: Array) -> Array:
-        def block(number: Int[Array, ""], stored: Array) -> Array:
+        def block(number: Int[Array, ""] | int, stored: Array) -> Array:
             part = jax.lax.dynamic_slice_in_dim(stored, number * BLOCK, BLOCK, axis=-2)
             return jax.lax.dynamic_update_slice_in_dim(stored, part[order], number * BLOCK, axis=-2)
 

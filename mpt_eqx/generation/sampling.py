@@ -302,7 +302,7 @@ def _border(
     # More than 0, so that there is an entry in any case.
     enough = jnp.maximum(jnp.asarray(enough, jnp.float32), jnp.finfo(jnp.float32).tiny)
 
-    def with_next_bit(i: Int[Array, ""], border: Int[Array, ""]) -> Int[Array, ""]:
+    def with_next_bit(i: Int[Array, ""] | int, border: Int[Array, ""]) -> Int[Array, ""]:
         higher = border ^ jnp.left_shift(jnp.ones_like(border), jnp.asarray(integer.bits - 1 - i, border.dtype))
         return jnp.where(_tree_sum(jnp.where(keys >= higher, weights, 0)) >= enough, higher, border)
 

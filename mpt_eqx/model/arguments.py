@@ -36,7 +36,7 @@ def as_tokens(tokens: Any, vocab_size: int, call: str = "model") -> Int[Array, "
     return given if isinstance(given, jax.Array) else jnp.asarray(given, jnp.int32)
 
 
-def as_row(name: str, values: Any, shape: tuple[int, ...]) -> Array | None:
+def as_row(name: str, values: Any, shape: tuple[Any, ...]) -> Array | None:
     """Returns mask or sequence_ids as an array; None stays None.
 
     Raises:
@@ -64,7 +64,7 @@ def _as_numpy(name: str, values: Any) -> np.ndarray:
     return array if array.size else array.astype(np.int32)
 
 
-def as_batch(name: str, values: Any, shape: tuple[int, ...] | None = None) -> Array:
+def as_batch(name: str, values: Any, shape: tuple[Any, ...] | None = None) -> Array:
     """Returns a batch of rows, of a shape if it is given, as an array.
 
     Raises:

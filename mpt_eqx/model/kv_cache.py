@@ -28,8 +28,7 @@ class KVCache(eqx.Module):
             config: of the model.
             capacity: how many tokens have room.
             dtype: the type that the model computes in.
-            as_bits: whether to store 16-bit numbers as integers, which XLA's CPU backend writes in place, but which
-                have no derivatives.
+            as_bits: whether to store 16-bit numbers as integers, which are written faster, but have no derivatives.
         """
         shape = (config.kv_heads, -(-capacity // BLOCK) * BLOCK, config.head_size)
         dtype = np.dtype(dtype)

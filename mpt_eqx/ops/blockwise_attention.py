@@ -44,11 +44,15 @@ def blockwise_attention(
     sums = accum_dtype(q.dtype)
     blocks = (jnp.minimum(jnp.maximum(_longest(length), 1), cache.k.shape[-2]) + BLOCK - 1) // BLOCK
 
-    def scores(number: Int[Array, ""], k: Float[Array, "N S H"]) -> tuple[Float[Array, "N T S"], Bool[Array, "#T S"]]:
+    def scores(
+        number: Int[Array, ""] | int, k: Float[Array, "N S H"]
+    ) -> tuple[Float[Array, "N T S"], Bool[Array, "#T S"]]:
         bias, mask = bias_and_mask(number * BLOCK + jnp.arange(BLOCK))
         return attention_scores(q, k, bias, mask, scale, softcap, -jnp.inf), mask
 
-    def measure(number: Int[Array, ""], so_far: tuple[Array, Array, Array | None]) -> tuple[Array, Array, Array | None]:
+    def measure(
+        number: Int[Array, ""] | int, so_far: tuple[Array, Array, Array | None]
+    ) -> tuple[Array, Array, Array | None]:
         largest, total, kept = so_far
         block, _ = scores(number, cache.rows(number * BLOCK, BLOCK).k)
         if kept is not None:
@@ -62,7 +66,7 @@ def blockwise_attention(
     kept = jnp.zeros((cache.k.shape[-2] // BLOCK, *q.shape[:2], BLOCK), sums) if small_batch else None
     largest, total, kept = jax.lax.fori_loop(0, blocks, measure, (none, jnp.zeros_like(none), kept))
 
-    def gather(number: Int[Array, ""], mixed: Float[Array, "N T H"]) -> Float[Array, "N T H"]:
+    def gather(number: Int[Array, ""] | int, mixed: Float[Array, "N T H"]) -> Float[Array, "N T H"]:
         rows = cache.rows(number * BLOCK, BLOCK)
         if kept is None:
             block, mask = scores(number, rows.k)

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from mpt_eqx.errors import MPTError
 from mpt_eqx.ops import cpu
 from mpt_eqx.ops.numerics import accum_dtype
 from mpt_eqx.ops.platform import MAX_DECODE_ROWS, by_kernel, by_platform, on_mesh
@@ -30,7 +29,8 @@ def matmul(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
     In a decode step on one CPU the kernel computes it, if there is one; a position's result is then the same to the bit
     for any number of positions, and of rows under vmap. Derivatives always go through XLA.
     """
-    _check(weight, x)
+    if isinstance(weight, QuantizedWeight):
+        weight.check()
     rows = x.shape[0]
     if not at_most(rows, MAX_PREFILL_ROWS) or on_mesh(*jax.tree.leaves(weight), x):
         return _matmul(weight, x)
@@ -47,24 +47,11 @@ def expert_matmul(x: Float[Array, "T in"], w: Float[Array, "in out"]) -> Float[A
 
 def take_rows(weight: Weight, tokens: Int[Array, " T"]) -> Float[Array, "T in"]:
     """Returns the rows of `tokens` of a weight."""
-    _check(weight, None)
+    if isinstance(weight, QuantizedWeight):
+        weight.check()
     if not at_most(tokens.shape[0], MAX_DECODE_ROWS) or on_mesh(*jax.tree.leaves(weight), tokens):
         return _take_rows(weight, tokens)
     return _decode_take_rows(weight, tokens)
-
-
-def _check(weight: Weight, x: Float[Array, "T in"] | None) -> None:
-    """Raises MPTError where a weight is no weight, or does not fit x."""
-    if isinstance(weight, QuantizedWeight):
-        weight.check()
-        columns = weight.values.shape[-1] * (2 if weight.values.dtype == jnp.uint8 else 1)
-    else:
-        columns = weight.shape[-1]
-    if x is not None and columns != x.shape[-1]:
-        raise MPTError(
-            f"weight: expected {x.shape[-1]} columns, as many as its input has, found {columns}; a model that has been "
-            "changed needs a config that agrees"
-        )
 
 
 def _matmul(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
@@ -162,7 +149,7 @@ def _in_parts(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
     count = min(max(PART_SIZE // x.shape[1], 1), rows)
     x = x.astype(accum_dtype(x.dtype))
 
-    def part(number: Int[Array, ""], y: Float[Array, "out T"]) -> Float[Array, "out T"]:
+    def part(number: Int[Array, ""] | int, y: Float[Array, "out T"]) -> Float[Array, "out T"]:
         first = jnp.minimum(number * count, rows - count)
         # Behind a barrier that the index passes as well, the weight stays in the loop.
         here, first = jax.lax.optimization_barrier((weight, first))
