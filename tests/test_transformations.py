@@ -331,7 +331,7 @@ def test_everything_runs_under_a_switch_of_jax(small, switch, prompts):
     options = {"max_new_tokens": 4, "temperature": 1.0, "top_k": 5, "top_p": 0.9, "key": key}
 
     def everything():
-        yield eqx.filter_jit(jax.vmap(model))(batch)
+        yield eqx.filter_jit(lambda model, batch: jax.vmap(model)(batch))(model, batch)
         yield eqx.filter_jit(eqx.filter_grad(next_token_loss))(model, batch).norm_f.weight
         yield eqx.filter_jit(lambda cache: model.extend(TOKENS[:1], cache))(cache)[0]
         yield generate(model, rows, **options).tokens
