@@ -11,7 +11,7 @@ import pytest
 SMALL = ("--prompt", "8", "--new-tokens", "8", "--batch-sizes", "2", "--prefill-lengths", "8", "--rounds", "1")
 RESULT = {
     "asked", "dtype", "kernel", "prefill_tokens_per_s", "decode_tokens_per_s", "bandwidth_share", "load_seconds",
-    "first_token_seconds", "compile_seconds", "weight_bytes", "step_bytes", "temporary_bytes", "peak_bytes",
+    "first_token_seconds", "compile_seconds", "weight_bytes", "step_bytes", "peak_bytes",
 }  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def test_the_table():
     result = {
         "dtype": "int8", "kernel": True, "prefill_tokens_per_s": {"128": 1234.5}, "decode_tokens_per_s": {"1": 12.345},
         "bandwidth_share": 0.876, "load_seconds": 0.5, "first_token_seconds": 2.25, "compile_seconds": 10.0,
-        "weight_bytes": 7 * 10**9, "temporary_bytes": 4_500_000, "peak_bytes": None,
+        "weight_bytes": 7 * 10**9, "peak_bytes": None,
     }  # fmt: skip
     report = {
         "model": "m", "parameters": 1234, "prompt": 128, "new_tokens": 64, "prefill_lengths": [128],
@@ -92,8 +92,8 @@ def test_the_table():
     }  # fmt: skip
     assert text_report(report).splitlines() == [
         "m: 1,234 parameters. Tokens per second; decode: batch sizes, 64 tokens after 128.",
-        "dtype  kernel  prefill 128  decode ×1  bandwidth   load  1st token  compile  weights  temporary  peak",
-        " int8     yes        1,234       12.3       88 %  0.5 s     2.25 s     10 s     7 GB     4.5 MB     –",
+        "dtype  kernel  prefill 128  decode ×1  bandwidth   load  1st token  compile   weights  peak",
+        " int8     yes        1,234       12.3       88 %  0.5 s     2.25 s     10 s  7,000 MB     –",
     ]
 
 
@@ -159,11 +159,11 @@ def test_bad_use(args, message, capsys):
 
 
 def test_numbers_of_an_option():
-    from mpt_eqx.cli import bench
+    from mpt_eqx.cli.options import counts
 
-    assert bench.counts("4,1,4") == (1, 4)
+    assert counts("4,1,4") == (1, 4)
     with pytest.raises(argparse.ArgumentTypeError):
-        bench.counts("1,,2")
+        counts("1,,2")
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,11 @@ def test_the_model_is_short_and_knows_no_platform():
         assert not re.search(r"backend|platform|barrier|cuda|\bcpu\b|\bgpu\b|custom_(jvp|vjp|vmap)", source)
 
 
+def test_the_measuring_command_is_small():
+    """Comparisons with other programs stand in benchmarks/speed."""
+    assert sum(len((PACKAGE / "cli" / name).read_text().splitlines()) for name in ("bench.py", "_measure.py")) <= 300
+
+
 FORWARD = [path for path in MODULES if path.parent.name == "model" and path.name != "init.py"]
 
 

@@ -323,8 +323,9 @@ def test_a_baseline_computes_the_same(name, checkpoint, tmp_path):
     from benchmarks.speed.compare import agreement
     from benchmarks.speed.gguf_writer import write_gguf
     from benchmarks.speed.process import worker
+    from benchmarks.speed.run import make_prompts
     from mpt_eqx import from_pretrained, generate
-    from mpt_eqx.cli._measure import make_prompts, step_bytes
+    from mpt_eqx.cli._measure import step_bytes
 
     if line := baselines.missing(name):
         pytest.skip(line)
@@ -360,8 +361,8 @@ def test_a_baselines_process_imports_nothing_of_ours():
 def test_our_process_decodes_what_generate_does(checkpoint):
     """The tokens of steps and the logits of single steps are those of the library's calls, in every round."""
     from benchmarks.speed.ours import open_mpt_eqx
+    from benchmarks.speed.run import make_prompts
     from mpt_eqx import from_pretrained, generate
-    from mpt_eqx.cli._measure import make_prompts
 
     model, opened, prompts = from_pretrained(checkpoint), open_mpt_eqx(str(checkpoint)), make_prompts(160, 2, 24)
     expected = generate(model, prompts[0], max_new_tokens=8).tokens[0].tolist()

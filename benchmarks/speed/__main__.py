@@ -10,7 +10,7 @@ from benchmarks.speed import run
 from benchmarks.speed.baselines import BASELINES
 from mpt_eqx import SHIPPED_MODEL, MPTError
 from mpt_eqx.checkpoint.hub import find_checkpoint
-from mpt_eqx.cli.bench import count, counts, some_of
+from mpt_eqx.cli.options import count, counts, some_of
 
 DESCRIPTION = """Measures mpt_eqx beside transformers and llama.cpp, where they are installed, on the same weights and
 threads (pip install 'mpt_eqx[bench]', 'mpt_eqx[reference]'). Tables go to stdout, progress to stderr."""

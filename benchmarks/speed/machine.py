@@ -1,10 +1,13 @@
 """What this machine can do, and what share of it a model's speed is."""
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpt_eqx import MPTConfig
-from mpt_eqx.cli._measure import ARRAY_SIZE, best_seconds, memory_bandwidth, num_threads
+from mpt_eqx.cli._measure import ARRAY_SIZE, memory_bandwidth
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"small": 2**22, "large": ARRAY_SIZE}
 """Float32 numbers in the array that bandwidth is measured with; "small" is for tests, its figures mean nothing."""
+
+
+def num_threads() -> int:
+    """Returns how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def best_seconds(function: Callable[[], object], times: int = 5) -> float:
+    """Returns the least seconds of several calls, after one that does not count."""
+    function()
+    seconds = []
+    for _ in range(times):
+        started = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
 
 
 def hardware() -> dict[str, Any]:

@@ -8,11 +8,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 import mpt_eqx
 from benchmarks.speed.implementation import SINGLE_STEPS, Implementation
 from mpt_eqx import MPT, AttnConfig, MPTConfig, MPTError, from_pretrained, save_pretrained
-from mpt_eqx.cli._measure import decode_run, decode_step, load_model, model_facts, one_row, prefill_run
+from mpt_eqx.cli._measure import decode_run, load_model, model_facts, next_logits, prefill_run
+from mpt_eqx.model import KVCache
 from mpt_eqx.surgery.quantization import quantization_of
 
 REFERENCE = MPTConfig(
@@ -20,6 +22,26 @@ REFERENCE = MPTConfig(
     attn_config=AttnConfig(alibi=True),
 )  # fmt: skip
 """The model of random weights that published figures are of."""
+
+
+@eqx.filter_jit(donate="all-except-first")
+def decode_step(model: MPT, cache: KVCache, tokens: Array) -> tuple[Array, KVCache]:
+    """Returns the logits [B, V] after one more token [B] in each row, and its cache, as a step of `generate` does."""
+    hidden, cache = jax.vmap(lambda cache, token: model.extend(token[None], cache))(cache, tokens)
+    return next_logits(model, hidden[:, 0]), cache
+
+
+def one_row(model: MPT, capacity: int) -> KVCache:
+    """Returns an empty cache with a leading axis of one row."""
+    cache = KVCache.empty(model.config, capacity, model.dtype, as_bits=True)
+    return jax.tree.map(lambda x: x[None], cache)
+
+
+def temporary_bytes(model: MPT) -> int:
+    """Returns the memory of a compiled decode step of one row, besides weights and cache."""
+    step: Any = decode_step
+    compiled = step.lower(model, one_row(model, 512), jnp.zeros(1, jnp.int32)).compile().compiled
+    return int(compiled.memory_analysis().temp_size_in_bytes)
 
 
 def open_mpt_eqx(place: str) -> Implementation:
@@ -38,7 +60,7 @@ def open_mpt_eqx(place: str) -> Implementation:
         prefill=lambda prompt: prefill_run(model, prompt),
         decode=lambda prompts, steps: decode_run(model, prompts[0], len(prompts), steps),
         logits=logits,
-        facts=lambda: model_facts(model),
+        facts=lambda: {**model_facts(model), "temporary_bytes": temporary_bytes(model)},
     )
 
 

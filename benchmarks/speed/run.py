@@ -17,10 +17,10 @@ import numpy as np
 
 from benchmarks.speed import baselines
 from benchmarks.speed.compare import OURS, OURS_XLA, agreement, compile_seconds, disagreement, ratios
-from benchmarks.speed.machine import add_shares, commit, hardware, versions
+from benchmarks.speed.machine import add_shares, commit, hardware, num_threads, versions
 from benchmarks.speed.process import NO_KERNEL, Worker, child_environment, worker
 from mpt_eqx import SHIPPED_MODEL, MPTConfig, MPTError
-from mpt_eqx.cli._measure import EXTRA_TOKENS, make_prompts, num_threads, peak_bytes, step_bytes
+from mpt_eqx.cli._measure import EXTRA_TOKENS, peak_bytes, step_bytes
 
 DTYPES = ("float32", "bfloat16", "int8", "int4")
 PREFILL_LENGTHS = (128, 512, 2048)
@@ -29,6 +29,11 @@ GREEDY = 8
 """Tokens that are compared with those of the widest dtype."""
 
 Say = Callable[[str], None]
+
+
+def make_prompts(vocab_size: int, rows: int, length: int) -> list[list[int]]:
+    """Returns prompts of random tokens, the same at every call."""
+    return np.random.default_rng(0).integers(vocab_size, size=(rows, length)).tolist()
 
 
 @dataclasses.dataclass(frozen=True)

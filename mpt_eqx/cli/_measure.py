@@ -1,7 +1,6 @@
 """Measurements of one model in one dtype, made in a process of its own; `benchmarks/speed` uses them as well."""
 
 import json
-import os
 import statistics
 import sys
 import time
@@ -20,15 +19,12 @@ from mpt_eqx.checkpoint.names import named_leaves
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.errors import MPTError
 from mpt_eqx.generation import generate, prefill
-from mpt_eqx.model import MPT, KVCache
+from mpt_eqx.model import MPT
 from mpt_eqx.ops import cpu
 from mpt_eqx.surgery.quantization import quantization_of, quantize
 
-EXTRA_TOKENS = 8
-"""Tokens generated besides those that count: a call for these alone costs everything but the steps."""
-
-ARRAY_SIZE = 2**28
-"""Float32 numbers in the array that bandwidth is measured with: more than any processor's cache holds."""
+EXTRA_TOKENS = 8  # generated besides those that count: a call for these alone costs everything but the steps
+ARRAY_SIZE = 2**28  # float32 numbers that bandwidth is measured with: more than any processor's cache holds
 
 
 def load_model(place: str | Path, dtype: str) -> MPT:
@@ -45,13 +41,7 @@ def load_model(place: str | Path, dtype: str) -> MPT:
             f"{place}: expected weights that are not quantised, found {found.scheme}; measure it with --dtypes stored, "
             f"or give the checkpoint that it was made from"
         )
-    model = quantize(model, scheme, embeddings=True) if scheme else model
-    return jax.block_until_ready(model)
-
-
-def make_prompts(vocab_size: int, rows: int, length: int) -> list[list[int]]:
-    """Returns prompts of random tokens, the same at every call."""
-    return np.random.default_rng(0).integers(vocab_size, size=(rows, length)).tolist()
+    return jax.block_until_ready(quantize(model, scheme, embeddings=True) if scheme else model)
 
 
 @eqx.filter_jit
@@ -75,8 +65,7 @@ def prefill_run(model: MPT, prompt: list[int]) -> Callable[[], float]:
 def decode_run(model: MPT, prompt: list[int], rows: int, steps: int) -> Callable[[], tuple[float, list[int]]]:
     """Returns a function that decodes `steps` greedy tokens in each row after the prompt, a multiple of 8.
 
-    It returns the seconds of these steps, and the first row's tokens. The prompt is read once, here; what a call costs
-    besides its steps (checks, the copy of the cache) is measured with a short call and subtracted.
+    It returns their seconds and the first row's tokens; what a call costs besides is subtracted, by a short call.
     """
     prefix = prefill(model, prompt, progress=False)
 
@@ -93,46 +82,18 @@ def decode_run(model: MPT, prompt: list[int], rows: int, steps: int) -> Callable
     return run
 
 
-@eqx.filter_jit(donate="all-except-first")
-def decode_step(model: MPT, cache: KVCache, tokens: Array) -> tuple[Array, KVCache]:
-    """Returns the logits [B, V] after one more token [B] in each row, and its cache, as a step of `generate` does."""
-    hidden, cache = jax.vmap(lambda cache, token: model.extend(token[None], cache))(cache, tokens)
-    return next_logits(model, hidden[:, 0]), cache
-
-
-def one_row(model: MPT, capacity: int) -> KVCache:
-    """Returns an empty cache with a leading axis of one row."""
-    cache = KVCache.empty(model.config, capacity, model.dtype, as_bits=True)
-    return jax.tree.map(lambda x: x[None], cache)
-
-
 def model_facts(model: MPT) -> dict[str, Any]:
-    """Returns bytes of the weights, of those that a step reads, and of a compiled step's temporary memory."""
+    """Returns bytes of the weights and of those that a step reads, and whether the CPU kernel runs."""
     sizes = {name: leaf.nbytes for name, leaf in named_leaves(model).items()}
-    step: Any = decode_step
-    memory = step.lower(model, one_row(model, 512), jnp.zeros(1, jnp.int32)).compile().compiled.memory_analysis()
-    return {
-        "weight_bytes": sum(sizes.values()),
-        "step_bytes": step_bytes(model.config, sizes),
-        "temporary_bytes": int(memory.temp_size_in_bytes),
-        "kernel": bool(cpu.available()),
-    }
+    read = step_bytes(model.config, sizes)
+    return {"weight_bytes": sum(sizes.values()), "step_bytes": read, "kernel": bool(cpu.available())}
 
 
 def step_bytes(config: MPTConfig, sizes: dict[str, int]) -> int:
-    """Returns the bytes of weights that a decode step of one row reads: all but the rows of other tokens' embeddings.
-
-    Args:
-        config: the model's.
-        sizes: bytes of each weight, by its canonical name.
-    """
+    """Returns the bytes that a decode step of one row reads, given those of each weight by its canonical name."""
+    # The rows of other tokens' embeddings are not read.
     looked_up = ("transformer.wpe.",) if config.tie_word_embeddings else ("transformer.wpe.", "transformer.wte.")
     return sum(size for name, size in sizes.items() if not name.startswith(looked_up))
-
-
-def num_threads() -> int:
-    """Returns how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def peak_bytes(process: int | str = "self") -> int | None:
@@ -144,28 +105,16 @@ def peak_bytes(process: int | str = "self") -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
-def best_seconds(function: Callable[[], object], times: int = 5) -> float:
-    """Returns the least seconds of several calls, after one that does not count."""
-    function()
-    seconds = []
-    for _ in range(times):
-        started = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
-
-
 def memory_bandwidth(size: int = ARRAY_SIZE) -> float:
-    """Returns how many bytes per second JAX reads of an array of `size` float32 numbers."""
-    rows = num_threads() * 8
-    x = jax.block_until_ready(jnp.ones((rows, size // rows), jnp.float32))
-    largest = jax.jit(lambda x: jnp.max(x, axis=1))
-    return x.nbytes / best_seconds(lambda: jax.block_until_ready(largest(x)))
-
-
-def seconds_of(run: Callable[[], tuple[float, list[int]]]) -> Callable[[], float]:
-    """Returns a run of `decode_run` without its tokens."""
-    return lambda: run()[0]
+    """Returns how many bytes per second JAX reads of an array of `size` float32 numbers, the best of five times."""
+    x = jnp.ones((64, size // 64), jnp.float32)  # threads share the rows
+    largest, seconds = jax.jit(lambda x: jnp.max(x, axis=1)), []
+    jax.block_until_ready(largest(x))
+    for _ in range(5):
+        started = time.perf_counter()
+        jax.block_until_ready(largest(x))
+        seconds.append(time.perf_counter() - started)
+    return x.nbytes / min(seconds)
 
 
 def measure(
@@ -185,11 +134,13 @@ def measure(
     started = time.perf_counter()
     model = load_model(place, dtype)
     load_seconds = time.perf_counter() - started
-    tokens = make_prompts(model.config.vocab_size, 1, max([prompt, *prefill_lengths]))[0]
+    length = max([prompt, *prefill_lengths])
+    tokens = np.random.default_rng(0).integers(model.config.vocab_size, size=length).tolist()
     prefills = {n: rate(prefill_run(model, tokens[:n]), n) for n in prefill_lengths}
     decodes = {}
     for rows in batch_sizes:
-        decodes[rows] = rate(seconds_of(decode_run(model, tokens[:prompt], rows, new_tokens)), rows * new_tokens)
+        decode = decode_run(model, tokens[:prompt], rows, new_tokens)
+        decodes[rows] = rate(lambda decode=decode: decode()[0], rows * new_tokens)
     peak, quantization, facts = peak_bytes(), quantization_of(model), model_facts(model)
     used = facts["step_bytes"] * decodes[batch_sizes[0]] / batch_sizes[0]
     return {

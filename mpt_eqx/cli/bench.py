@@ -5,12 +5,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
 
-from mpt_eqx import SHIPPED_MODEL, MPTConfig, checkpoint_info
+from mpt_eqx import MPTConfig, checkpoint_info
 from mpt_eqx.checkpoint.hub import find_checkpoint
-from mpt_eqx.cli.options import Note
+from mpt_eqx.cli.options import Note, add_model, count, counts, some_of
 from mpt_eqx.errors import MPTError
 
 DTYPES = ("stored", "float32", "bfloat16", "int8", "int4")
@@ -22,7 +21,6 @@ progress to stderr. Every dtype is measured in a process of its own, with random
 EPILOG = """examples:
   mpt-eqx bench                                               the small model that ships with mpt_eqx
   mpt-eqx bench --model ./mpt-7b --dtypes bfloat16,int8       a local checkpoint in two dtypes
-  mpt-eqx bench --model ./mpt-7b --batch-sizes 1 --rounds 5   one row, medians of five
   mpt-eqx bench --dtypes bfloat16 --kernel both --json        with and without the CPU kernel, as JSON
 
 what the numbers mean:
@@ -33,12 +31,10 @@ what the numbers mean:
   load         seconds to load the checkpoint, and to quantise it for int8 and int4
   1st token    seconds of the first (shortest) prefill after loading, compilation included
   compile      what the first calls of all sizes took longer than later ones
-  temporary    memory of a compiled decode step of one row, besides weights and cache
   peak         most memory of the process, mapped files included; "–" where the system does not report it
 
 int8 and int4 quantise the embedding too and compute in bfloat16. The optional CPU kernel serves decode steps on CPUs;
---kernel off sets MPT_EQX_KERNEL=0. `mpt-eqx generate --compile-cache DIR` keeps compiled code between runs.
-Run nothing else meanwhile.
+--kernel off sets MPT_EQX_KERNEL=0. Run nothing else meanwhile.
 """
 
 
@@ -48,10 +44,7 @@ def add_to(commands: Any, shared: argparse.ArgumentParser) -> None:
         "bench", parents=[shared], help="measure a model's speed and memory", description=DESCRIPTION, epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument(
-        "--model", default=str(SHIPPED_MODEL), metavar="M",
-        help="directory, weight file or Hub repository id (default: the small model that ships with mpt_eqx)",
-    )  # fmt: skip
+    add_model(parser, "--model")
     for flag, kind, metavar, default, text in (
         ("--dtypes", some_of(DTYPES), "A,B", "stored", f"some of {', '.join(DTYPES)}"),
         ("--batch-sizes", counts, "A,B", "1,4,16", "rows that are decoded together"),
@@ -62,9 +55,7 @@ def add_to(commands: Any, shared: argparse.ArgumentParser) -> None:
     ):  # fmt: skip
         text += f" (default: {default})" if default else ""
         parser.add_argument(flag, type=kind, metavar=metavar, default=default, help=text)
-    parser.add_argument(
-        "--kernel", choices=KERNEL, default="on", help="the optional CPU kernel, where it is compiled (default: on)"
-    )
+    parser.add_argument("--kernel", choices=KERNEL, default="on", help="use the optional CPU kernel (default: on)")
     parser.add_argument("--json", action="store_true", help="write one JSON object (default: a table)")
     parser.set_defaults(run=run)
 
@@ -81,10 +72,8 @@ def run(args: argparse.Namespace) -> int:
     for dtype in args.dtypes:
         for switch in KERNEL[args.kernel]:
             note.show(f"measuring {dtype}, kernel {'on' if switch == '1' else 'off'} …")
-            try:
-                found = ask({**question, "dtype": dtype}, {"MPT_EQX_KERNEL": switch})
-            finally:
-                note.clear()
+            found = ask({**question, "dtype": dtype}, {"MPT_EQX_KERNEL": switch})
+            note.clear()
             if "error" in found:
                 print(f"mpt-eqx: {dtype}: {found['error']}", file=sys.stderr)
             results.append({"asked": dtype, **found})
@@ -126,18 +115,18 @@ def text_report(report: dict[str, Any]) -> str:
     """Returns the report as a table, a line for each process that succeeded."""
     head = ["dtype", "kernel", *(f"prefill {n}" for n in report["prefill_lengths"])]
     head += [*(f"decode ×{n}" for n in report["batch_sizes"]), "bandwidth", "load", "1st token", "compile"]
-    rows = [[*head, "weights", "temporary", "peak"]]
+    rows = [[*head, "weights", "peak"]]
     for result in report["results"]:
         if "error" not in result:
             rates = [*result["prefill_tokens_per_s"].values(), *result["decode_tokens_per_s"].values()]
             seconds = [result[key] for key in ("load_seconds", "first_token_seconds", "compile_seconds")]
-            sizes = [result[key] for key in ("weight_bytes", "temporary_bytes", "peak_bytes")]
+            sizes = [result[key] for key in ("weight_bytes", "peak_bytes")]
             rows.append([
                 result["dtype"], "yes" if result["kernel"] else "no", *map(_digits, rates),
                 f"{100 * result['bandwidth_share']:.0f} %", *(f"{_digits(x)} s" for x in seconds), *map(_bytes, sizes),
             ])  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
     about = f"{report['model']}: {report['parameters']:,} parameters. Tokens per second; decode: batch sizes, "
     return "\n".join([f"{about}{report['new_tokens']} tokens after {report['prompt']}.", *lines])
 
@@ -147,36 +136,4 @@ def _digits(x: float) -> str:
 
 
 def _bytes(n: int | None) -> str:
-    unit, scale = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6)) if n and n >= s), ("kB", 1e3))
-    return "–" if n is None else f"{_digits(n / scale)} {unit}"
-
-
-def some_of(known: tuple[str, ...], *, may_be_empty: bool = False) -> Callable[[str], tuple[str, ...]]:
-    """Returns a parser of "a,b" into the names in it, each once."""
-
-    def parse(text: str) -> tuple[str, ...]:
-        names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-        if wrong := [name for name in names if name not in known]:
-            raise argparse.ArgumentTypeError(f"expected some of {', '.join(known)}, found {wrong[0]!r}")
-        if not names and not may_be_empty:
-            raise argparse.ArgumentTypeError(f"expected some of {', '.join(known)}, found none")
-        return names
-
-    return parse
-
-
-def counts(text: str) -> tuple[int, ...]:
-    """Returns the whole numbers of "1,4,16", each once and in order."""
-    return tuple(sorted({count(1)(part.strip()) for part in text.split(",")}))
-
-
-def count(least: int, *, multiple: int = 1) -> Callable[[str], int]:
-    """Returns a parser of whole numbers, at least `least`, that `multiple` divides."""
-    expected = f"a whole number ≥ {least}" if multiple == 1 else f"a multiple of {multiple}, ≥ {least}"
-
-    def parse(text: str) -> int:
-        if not (text.isascii() and text.isdigit()) or int(text) < least or int(text) % multiple:
-            raise argparse.ArgumentTypeError(f"expected {expected}, found {text!r}")
-        return int(text)
-
-    return parse
+    return "–" if n is None else f"{_digits(n / 1e6)} MB"

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mpt_eqx import SHIPPED_MODEL, MPTConfig
+from mpt_eqx import MPTConfig
+from mpt_eqx.cli.options import add_model
 from mpt_eqx.config.quantization import Quantization
 
 
@@ -15,10 +16,7 @@ def add_to(commands: Any, shared: argparse.ArgumentParser) -> None:
         "inspect", parents=[shared], help="show what a checkpoint contains",
         description="Reads a checkpoint's headers and shows its contents; exit code 1 if it cannot be loaded.",
     )  # fmt: skip
-    parser.add_argument(
-        "model", nargs="?", default=str(SHIPPED_MODEL), metavar="M",
-        help="directory, weight file or Hub repository id (default: the small model that ships with mpt_eqx)",
-    )  # fmt: skip
+    add_model(parser, "model", nargs="?")
     parser.add_argument(
         "--ignore", action="append", default=[], metavar="PATTERN",
         help="leave out tensors of this name, such as 'score.*'; may be repeated (default: none)",

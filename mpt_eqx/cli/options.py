@@ -1,7 +1,8 @@
-"""Options, model loading and the status line that `generate` and `chat` share."""
+"""What commands share: options and their parsers, model loading and the status line."""
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +29,17 @@ SAMPLING = (
 )
 
 
-def add_options(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
-    """Adds the options for the model and for sampling; `max_new_tokens` is the command's default."""
+def add_model(parser: argparse.ArgumentParser, name: str, **options: Any) -> None:
+    """Adds the argument that says which model; `name` is that of an option or of a positional argument."""
     parser.add_argument(
-        "--model", default=str(SHIPPED_MODEL), metavar="M",
+        name, default=str(SHIPPED_MODEL), metavar="M", **options,
         help="directory, weight file or Hub repository id (default: the small model that ships with mpt_eqx)",
     )  # fmt: skip
+
+
+def add_options(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
+    """Adds the options for the model and for sampling; `max_new_tokens` is the command's default."""
+    add_model(parser, "--model")
     parser.set_defaults(default_max_new_tokens=max_new_tokens)
     sampling = parser.add_argument_group(
         "sampling", "Values in the checkpoint's generation_config.json replace the defaults below."
@@ -155,3 +161,34 @@ class Note:
         if self._length:
             print("\r" + " " * self._length + "\r", end="", file=sys.stderr, flush=True)
             self._length = 0
+
+
+def some_of(known: tuple[str, ...], *, may_be_empty: bool = False) -> Callable[[str], tuple[str, ...]]:
+    """Returns a parser of "a,b" into the names in it, each once."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+        if wrong := [name for name in names if name not in known]:
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(known)}, found {wrong[0]!r}")
+        if not names and not may_be_empty:
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(known)}, found none")
+        return names
+
+    return parse
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """Returns the whole numbers of "1,4,16", each once and in order."""
+    return tuple(sorted({count(1)(part.strip()) for part in text.split(",")}))
+
+
+def count(least: int, *, multiple: int = 1) -> Callable[[str], int]:
+    """Returns a parser of whole numbers, at least `least`, that `multiple` divides."""
+    expected = f"a whole number ≥ {least}" if multiple == 1 else f"a multiple of {multiple}, ≥ {least}"
+
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdigit()) or int(text) < least or int(text) % multiple:
+            raise argparse.ArgumentTypeError(f"expected {expected}, found {text!r}")
+        return int(text)
+
+    return parse
