@@ -43,9 +43,9 @@ settings.register_profile("long")  # of `just test-all`
 
 
 def examples(count: int) -> settings:
-    """So many random examples in `just test-all`, an eighth of them, but five at least, in `just test`."""
+    """So many random examples in `just test-all`, a tenth of them, but three at least, in `just test`."""
     long = settings.get_current_profile_name() == "long"
-    return settings(max_examples=count if long else max(count // 8, 5), deadline=None)
+    return settings(max_examples=count if long else max(count // 10, 3), deadline=None)
 
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import examples
+from conftest import examples, some
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -299,8 +299,10 @@ def test_any_valid_configuration(d, split, at):
 
     # One program for all: without packing, every token is of the same sequence.
     packs = config.attn_config.attn_uses_sequence_id
+
     def forward(model, tokens, mask, ids):
         return model(tokens, mask=mask, sequence_ids=ids)
+
     tokens, ids = TOKENS % 31, jnp.zeros(16, jnp.int32) if packs else None
     padded, real = jnp.pad(tokens, (0, 4)), jnp.arange(16) < 12
     full = forward(model, padded, real, ids)
@@ -468,7 +470,14 @@ def shrunk(full):
     )
 
 
-@pytest.mark.parametrize("name", presets())
+# One of those that differ in more than their sizes.
+SIBLINGS = (
+    *("mpt-7b", "mpt-7b-storywriter", "mpt-1b-redpajama-200b", "replit-code-v1_5-3b", "phogpt-4b", "sea-lion-7b"),
+    "mpt-125m",
+)
+
+
+@pytest.mark.parametrize("name", some(presets(), SIBLINGS))
 def test_a_small_sibling_of_a_known_model(tmp_path, name):
     """The preset with its sizes shrunk: saved, loaded, and generating what its full forward pass says."""
     from mpt_eqx import MPT, MPTConfig, from_pretrained, generate, save_pretrained
@@ -856,7 +865,10 @@ def test_attention_at_131072_tokens(n_heads, bias_max):
         assert np.abs(found[:, 0] - exact).max() < 3e-7
 
 
-@pytest.mark.parametrize("change", [{}, attn(**ROPE), attn(alibi=False, rope=True), attn(alibi=False)], ids=str)
+@pytest.mark.parametrize(
+    "change", [{}, attn(**ROPE), pytest.param(attn(alibi=False, rope=True), marks=pytest.mark.slow), attn(alibi=False)],
+    ids=str,
+)  # fmt: skip
 def test_longer_than_max_seq_len_on_request_but_for_learned_positions(tmp_path, change):
     from mpt_eqx import MPT, CheckpointError, MPTError, from_pretrained, generate, save_pretrained
 

@@ -348,22 +348,34 @@ def test_rows_with_traced_options_equal_each_row_alone(name):
     assert traced == [name]
 
 
-SUMS = ("_softmax", "log_softmax", "_entropy")
+def same_alone_and_among_others(rows, logits):
+    """Compares a function of several rows with itself on one row."""
+    alone = np.concatenate([rows(logits[i : i + 1]) for i in range(len(logits))])
+    for n in (2, 3, 8, len(logits)):
+        np.testing.assert_array_equal(np.asarray(rows(logits[:n])).view(np.int32), alone[:n].view(np.int32))
 
 
 # Of 50,432 entries, more than 4,096, a reduction by XLA sums 3 or 8 rows in another order than one.
-@pytest.mark.parametrize(
-    ("name", "v"),
-    [*((name, v) for name in (*FILTERS, "top_k", *SUMS) for v in (61, 4096)), *((s, 50432) for s in SUMS)],
-)
-def test_a_row_has_the_same_bits_alone_and_among_others(name, v):
+@pytest.mark.parametrize("v", [61, 4096, 50432])
+@pytest.mark.parametrize("name", ["log_softmax", "_entropy"])
+def test_a_sum_has_the_same_bits_alone_and_among_others(name, v):
     logits = np.random.default_rng(v).normal(size=(40, v)).astype(np.float32) * 2
-    compiled = jax.jit(jax.vmap(function(name), in_axes=(0, None) if name in OPTIONS else 0))
-    for option in OPTIONS.get(name, [None]):
-        context = () if option is None else (jnp.asarray(option),)
-        alone = np.concatenate([compiled(logits[i : i + 1], *context) for i in range(40)])
-        for rows in (2, 3, 8, 40):
-            np.testing.assert_array_equal(compiled(logits[:rows], *context).view(np.int32), alone[:rows].view(np.int32))
+    same_alone_and_among_others(jax.jit(jax.vmap(function(name))), logits)
+
+
+@pytest.mark.parametrize("v", [61, 4096])
+def test_a_row_keeps_the_same_entries_alone_and_among_others(v):
+    """Each of the filters, which are one program."""
+    from mpt_eqx import sampling
+
+    logits = np.random.default_rng(v).normal(size=(40, v)).astype(np.float32) * 2
+    compiled = jax.jit(jax.vmap(sampling._truncate, in_axes=(None, 0, None)))
+    for name in (*FILTERS, "top_k"):
+        rule = jnp.asarray(getattr(sampling, name.upper()))
+        for option in OPTIONS[name]:
+            same_alone_and_among_others(
+                lambda x, option=option, rule=rule: compiled(rule, x, jnp.float32(option)), logits
+            )
 
 
 def test_top_k_and_top_p_tell_what_is_equal():
@@ -387,24 +399,21 @@ def test_no_repeat_ngram_needs_memory_for_a_row_alone():
 # For each function an expression of it and what takes its place; capital letters stand for any expression.
 MUTATIONS = [
     ("temperature", "A / B", "A * B"),
-    ("top_k", "A >= B", "A > B"),
-    ("top_k", "_border(A, B, C)", "_border(A, B, C + 1)"),
-    ("top_p", "_border(A, B, p)", "_border(A, B, p / 2)"),
-    ("top_p", "-jnp.arange(A, dtype=B)", "jnp.arange(A, dtype=B)"),
-    ("top_p", "p - _tree_sum(A)", "p + _tree_sum(A)"),
-    ("top_p", "_tree_sum(jnp.where(A > B, C, 0))", "_tree_sum(jnp.where(A >= B, C, 0))"),
-    ("top_p", "(A > B) | (C & D)", "(A >= B) | (C & D)"),
-    ("top_p", "A | (p >= 1)", "A"),
-    ("min_p", "p * A.max()", "p"),
-    ("typical_p", "A + _entropy(A)", "A"),
-    ("typical_p", "jnp.abs(A)", "A"),
-    ("typical_p", "_border(A, B, p)", "_border(A, B, p / 2)"),
-    ("typical_p", "(A >= B) | C", "(A > B) | C"),
-    ("typical_p", "A | (p >= 1)", "A"),
-    ("epsilon_cutoff", "_with_probability(A, B, e)", "_with_probability(A, B, e / 2)"),
-    ("eta_cutoff", "jnp.minimum", "jnp.maximum"),
-    ("eta_cutoff", "jnp.sqrt(e)", "e"),
-    ("eta_cutoff", "-_entropy(A)", "_entropy(A)"),
+    ("_truncate", "jnp.where(rule == TOP_K, 1, A)", "A"),
+    ("_truncate", "jnp.where(rule == TYPICAL_P, A, B)", "B"),
+    ("_truncate", "A + entropy", "A"),
+    ("_truncate", "jnp.abs(A)", "A"),
+    ("_truncate", "_highest(A, B, value, C)", "_highest(A, B, value / 2, C)"),
+    ("_truncate", "_highest(A, B, C, rule == TOP_P)", "_highest(A, B, C, rule != TOP_P)"),
+    ("_truncate", "A | ((rule != TOP_K) & B)", "A"),
+    ("_truncate", "A | ((rule != TOP_K) & B)", "A | B"),
+    ("_truncate", "jnp.minimum", "jnp.maximum"),
+    ("_truncate", "jnp.sqrt(value)", "value"),
+    ("_truncate", "-entropy", "entropy"),
+    ("_truncate", "value * A.max()", "value"),
+    ("_truncate", "rule == ETA_CUTOFF", "rule != ETA_CUTOFF"),
+    ("_truncate", "A >= B", "A > 2 * B"),
+    ("_truncate", "A | (logits == B)", "A"),
     ("repetition_penalty", "A < 0", "A > 0"),
     ("repetition_penalty", "_among(A, mask, B)", "_among(A, mask | True, B)"),
     ("no_repeat_ngram", "jnp.asarray(n, A) - 1", "jnp.asarray(n, A)"),
@@ -416,31 +425,30 @@ MUTATIONS = [
     ("no_repeat_ngram", "jax.lax.fori_loop(1, A + 1, B, C)", "jax.lax.fori_loop(1, A, B, C)"),
     ("no_repeat_ngram", "jax.lax.fori_loop(1, A, B, C)", "jax.lax.fori_loop(2, A, B, C)"),
     ("no_repeat_ngram", "A & (B == C)", "B == C"),
-    ("_with_probability", "A >= B", "A > 2 * B"),
-    ("_with_probability", "A | (B == B.max())", "A"),
     ("_entropy", "jnp.isneginf(A)", "A > 0"),
     ("_entropy", "jnp.exp(A) * A", "jnp.exp2(A) * A"),
-    ("_softmax", "A / _tree_sum(A)", "A / A.max()"),
     ("log_softmax", "jnp.log", "jnp.log1p"),
     ("_tree_sum", "jnp.add", "jnp.maximum"),
     ("_ordered", "A - B", "B"),
-    ("_border", "A - 1 - B", "A - 2 - B"),
-    ("_border", "_tree_sum(A) >= B", "_tree_sum(A) > B"),
-    ("_border", "jnp.where(A >= B, C, 0)", "jnp.where(A > B, C, 0)"),
-    ("_border", "jnp.finfo(A).tiny", "0"),
+    ("_highest", "31 - A", "30 - A"),
+    ("_highest", "_tree_sum(A) >= B", "_tree_sum(A) > B"),
+    ("_highest", "keys > A", "keys >= A"),
+    ("_highest", "keys == A", "keys != A"),
+    ("_highest", "places >= A", "places <= A"),
+    ("_highest", "-jnp.arange(A, dtype=B)", "jnp.arange(A, dtype=B)"),
+    ("_highest", "jnp.finfo(A).tiny", "0"),
     ("_among", "jnp.where(A, B, vocab_size)", "jnp.where(A, B, 0)"),
 ]
 
 
 # Which functions a helper is part of.
 PART_OF = {
-    "_with_probability": ("min_p", "epsilon_cutoff", "eta_cutoff"),
+    "_truncate": ("top_k", *FILTERS),
+    "_highest": ("top_k", "top_p", "typical_p"),
     "_entropy": ("typical_p", "eta_cutoff"),
-    "_softmax": ("top_p", "min_p", "epsilon_cutoff"),
-    "log_softmax": ("typical_p", "eta_cutoff"),
+    "log_softmax": ("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
     "_tree_sum": (*FILTERS,),
     "_ordered": ("top_k", "top_p", "typical_p"),
-    "_border": ("top_k", "top_p", "typical_p"),
     "_among": WITH_TOKENS,
 }
 

@@ -29,9 +29,7 @@ def temperature(logits: Float[Array, " V"], t: float | Float32[Array, ""]) -> Fl
 
 def top_k(logits: Float[Array, " V"], k: int | Int[Array, ""]) -> Float[Array, " V"]:
     """Returns the k ≥ 1 largest logits, and all that equal the k-th; k ≥ V keeps every one."""
-    keys = _ordered(logits)
-    kth = _border(keys, jnp.ones(logits.shape, jnp.float32), k)
-    return jnp.where(keys >= kth, logits, -jnp.inf)
+    return _truncate(TOP_K, logits, k)
 
 
 def top_p(logits: Float[Array, " V"], p: float | Float32[Array, ""]) -> Float[Array, " V"]:
@@ -39,14 +37,7 @@ def top_p(logits: Float[Array, " V"], p: float | Float32[Array, ""]) -> Float[Ar
 
     Among equal logits at the border, those with the lower index stay.
     """
-    keys, probs = _ordered(logits), _softmax(logits)
-    last = _border(keys, probs, p)
-    # Of the entries that equal the last one kept, the first ones, until they have what the larger ones leave of p.
-    places, level = -jnp.arange(logits.shape[0], dtype=jnp.int32), keys == last
-    last_place = _border(places, jnp.where(level, probs, 0), p - _tree_sum(jnp.where(keys > last, probs, 0)))
-    # p = 1 keeps all, whatever the sum is rounded to.
-    kept = (keys > last) | (level & (places >= last_place)) | (p >= 1)
-    return jnp.where(kept, logits, -jnp.inf)
+    return _truncate(TOP_P, logits, p)
 
 
 def min_p(logits: Float[Array, " V"], p: float | Float32[Array, ""]) -> Float[Array, " V"]:
@@ -54,8 +45,7 @@ def min_p(logits: Float[Array, " V"], p: float | Float32[Array, ""]) -> Float[Ar
 
     Source: Nguyen et al. 2024, "Turning up the heat: min-p sampling", arXiv:2407.01082.
     """
-    probs = _softmax(logits)
-    return _with_probability(logits, probs, p * probs.max())
+    return _truncate(MIN_P, logits, p)
 
 
 def typical_p(logits: Float[Array, " V"], p: float | Float32[Array, ""]) -> Float[Array, " V"]:
@@ -66,11 +56,7 @@ def typical_p(logits: Float[Array, " V"], p: float | Float32[Array, ""]) -> Floa
 
     Source: Meister et al. 2022, "Locally typical sampling", arXiv:2202.00666.
     """
-    log_probs = log_softmax(logits)
-    typical = _ordered(-jnp.abs(log_probs + _entropy(log_probs)))
-    last = _border(typical, jnp.exp(log_probs), p)
-    # p = 1 keeps all, whatever the sum is rounded to.
-    return jnp.where((typical >= last) | (p >= 1), logits, -jnp.inf)
+    return _truncate(TYPICAL_P, logits, p)
 
 
 def epsilon_cutoff(logits: Float[Array, " V"], e: float | Float32[Array, ""]) -> Float[Array, " V"]:
@@ -78,7 +64,7 @@ def epsilon_cutoff(logits: Float[Array, " V"], e: float | Float32[Array, ""]) ->
 
     Source: Hewitt et al. 2022, "Truncation sampling as language model desmoothing", arXiv:2210.15191.
     """
-    return _with_probability(logits, _softmax(logits), e)
+    return _truncate(EPSILON_CUTOFF, logits, e)
 
 
 def eta_cutoff(logits: Float[Array, " V"], e: float | Float32[Array, ""]) -> Float[Array, " V"]:
@@ -88,9 +74,33 @@ def eta_cutoff(logits: Float[Array, " V"], e: float | Float32[Array, ""]) -> Flo
 
     Source: Hewitt et al. 2022, "Truncation sampling as language model desmoothing", arXiv:2210.15191, with α = √ε.
     """
-    log_probs = log_softmax(logits)
-    eta = jnp.minimum(e, jnp.sqrt(e) * jnp.exp(-_entropy(log_probs)))
-    return _with_probability(logits, jnp.exp(log_probs), eta)
+    return _truncate(ETA_CUTOFF, logits, e)
+
+
+TOP_K, TOP_P, MIN_P, TYPICAL_P, EPSILON_CUTOFF, ETA_CUTOFF = range(6)
+
+
+def _truncate(
+    rule: int | Int[Array, ""], logits: Float[Array, " V"], value: float | Float32[Array, ""] | Int[Array, ""]
+) -> Float[Array, " V"]:
+    """Returns the logits that one of the six functions above keeps: one program, so that six are not compiled."""
+    value, log_probs = jnp.asarray(value, jnp.float32), log_softmax(logits)
+    probs, entropy = jnp.exp(log_probs), _entropy(log_probs)
+
+    def by_mass() -> Bool[Array, " V"]:
+        typicality = -jnp.abs(log_probs + entropy)
+        keys = _ordered(jnp.where(rule == TYPICAL_P, typicality, logits.astype(jnp.float32)))
+        kept = _highest(keys, jnp.where(rule == TOP_K, 1, probs), value, rule == TOP_P)
+        # A probability of 1 keeps all, whatever the sum is rounded to.
+        return kept | ((rule != TOP_K) & (value >= 1))
+
+    def by_probability() -> Bool[Array, " V"]:
+        eta = jnp.minimum(value, jnp.sqrt(value) * jnp.exp(-entropy))
+        least = jnp.where(rule == MIN_P, value * probs.max(), jnp.where(rule == ETA_CUTOFF, eta, value))
+        return (probs >= least) | (logits == logits.max())
+
+    kept = jax.lax.cond((rule == TOP_K) | (rule == TOP_P) | (rule == TYPICAL_P), by_mass, by_probability)
+    return jnp.where(kept, logits, -jnp.inf)
 
 
 def repetition_penalty(
@@ -208,26 +218,29 @@ def sample(
     """
     draws = params.temperature > 0
 
-    def greedy() -> Int[Array, " B"]:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def draw() -> Int[Array, " B"]:
-        p, warped = params, logits
-        warped = _where(draws & (p.temperature != 1), temperature, warped, p.temperature)
-        warped = _where(draws & (p.top_k < logits.shape[-1]), top_k, warped, p.top_k)
-        warped = _where(draws & (p.top_p < 1), top_p, warped, p.top_p)
-        warped = _where(draws & (p.min_p > 0), min_p, warped, p.min_p)
-        warped = _where(draws & (p.typical_p < 1), typical_p, warped, p.typical_p)
-        warped = _where(draws & (p.epsilon_cutoff > 0), epsilon_cutoff, warped, p.epsilon_cutoff)
-        warped = _where(draws & (p.eta_cutoff > 0), eta_cutoff, warped, p.eta_cutoff)
+        p = params
+        warped = jax.vmap(temperature)(logits, jnp.where(draws, p.temperature, 1))
+        values = jnp.stack(
+            [jnp.asarray(p.top_k, jnp.float32), p.top_p, p.min_p, p.typical_p, p.epsilon_cutoff, p.eta_cutoff]
+        )
+        neutral = jnp.asarray([logits.shape[-1], 1, 0, 1, 0, 0], jnp.float32)[:, None]
+        asked = draws & jnp.where(neutral > 0, values < neutral, values > 0)
+
+        def truncated(rule: int | Int[Array, ""], warped: Float32[Array, "B V"]) -> Float32[Array, "B V"]:
+            return _where(asked[rule], functools.partial(_truncate, rule), warped, values[rule])
+
+        warped = jax.lax.fori_loop(0, len(values), truncated, warped)
 
         def row(number: Int[Array, ""], logits: Float32[Array, " V"]) -> Int[Array, ""]:
             return jax.random.categorical(jax.random.fold_in(jax.random.fold_in(key, number), step), logits)
 
         drawn = jax.vmap(row)(jnp.arange(logits.shape[0]), warped).astype(jnp.int32)
-        return jnp.where(draws, drawn, greedy())
+        return jnp.where(draws, drawn, greedy)
 
-    return jax.lax.cond(jnp.any(draws), draw, greedy)
+    return jax.lax.cond(jnp.any(draws), draw, lambda: greedy)
 
 
 def _where(
@@ -244,23 +257,9 @@ def _where(
     return jax.lax.cond(jnp.any(asked), changed, lambda: logits)
 
 
-def _with_probability(
-    logits: Float[Array, " V"], probs: Float32[Array, " V"], least: float | Float32[Array, ""]
-) -> Float[Array, " V"]:
-    """Returns the logits with at least this probability, and in any case all that equal the largest."""
-    return jnp.where((probs >= least) | (logits == logits.max()), logits, -jnp.inf)
-
-
 def _entropy(log_probs: Float32[Array, " V"]) -> Float32[Array, ""]:
     """Returns −Σ P log P in nats; what has no probability adds nothing."""
     return -_tree_sum(jnp.where(jnp.isneginf(log_probs), 0, jnp.exp(log_probs) * log_probs))
-
-
-def _softmax(logits: Float[Array, " V"]) -> Float32[Array, " V"]:
-    """Returns the probabilities, as `jax.nn.softmax` does but for the order of the sum."""
-    h = logits.astype(jnp.float32)
-    weights = jnp.exp(h - h.max())
-    return weights / _tree_sum(weights)
 
 
 def log_softmax(logits: Float[Array, " V"]) -> Float32[Array, " V"]:
@@ -281,32 +280,41 @@ def _tree_sum(x: Float32[Array, " V"]) -> Float32[Array, ""]:
     return x[0]
 
 
-def _ordered(x: Float[Array, " V"]) -> Int[Array, " V"]:
-    """Returns integers of the same size that compare as the numbers do; there must be no NaN."""
-    integer = jnp.iinfo(f"int{jnp.finfo(x.dtype).bits}")
-    bits = jax.lax.bitcast_convert_type(x, integer.dtype)
+def _ordered(x: Float32[Array, " V"]) -> Int[Array, " V"]:
+    """Returns integers that compare as the numbers do; there must be no NaN."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     # A sign and a magnitude; so −0 becomes 0.
-    return jnp.where(bits < 0, integer.min - bits, bits)
+    return jnp.where(bits < 0, jnp.iinfo(jnp.int32).min - bits, bits)
 
 
-@jax.jit
-def _border(
-    keys: Int[Array, " V"], weights: Float32[Array, " V"], enough: float | Float32[Array, ""] | Int[Array, ""]
-) -> Int[Array, ""]:
-    """Returns the largest border such that the weights of the entries with keys ≥ border sum to `enough` or more.
+def _highest(
+    keys: Int[Array, " V"],
+    weights: Float32[Array, " V"],
+    enough: Float32[Array, ""],
+    tell_apart: bool | Bool[Array, ""],
+) -> Bool[Array, " V"]:
+    """Returns the fewest entries, the highest keys first, whose weights sum to `enough` or more; all, if all have less.
 
-    That is the key of an entry, or the least integer if all entries together have less. Finds the border bit by bit,
-    the highest first, with a sum for each: the sum of fewer weights is not larger when it is rounded, either.
+    Of the entries that equal the last one, all are kept, or, where they are told apart, the first ones that suffice.
+    The border is found bit by bit, the highest first, with a sum for each: the sum of fewer weights is not larger when
+    it is rounded, either. It has 32 bits of a key, and 32 more of a place.
     """
-    integer = jnp.iinfo(keys.dtype)
+    places, least = -jnp.arange(keys.shape[0], dtype=jnp.int32), jnp.asarray(jnp.iinfo(jnp.int32).min, jnp.int32)
     # More than 0, so that there is an entry in any case.
-    enough = jnp.maximum(jnp.asarray(enough, jnp.float32), jnp.finfo(jnp.float32).tiny)
+    enough = jnp.maximum(enough, jnp.finfo(jnp.float32).tiny)
 
-    def with_next_bit(i: Int[Array, ""] | int, border: Int[Array, ""]) -> Int[Array, ""]:
-        higher = border ^ jnp.left_shift(jnp.ones_like(border), jnp.asarray(integer.bits - 1 - i, border.dtype))
-        return jnp.where(_tree_sum(jnp.where(keys >= higher, weights, 0)) >= enough, higher, border)
+    def at_least(border: tuple[Int[Array, ""], Int[Array, ""]]) -> Bool[Array, " V"]:
+        return (keys > border[0]) | ((keys == border[0]) & (places >= border[1]))
 
-    return jax.lax.fori_loop(0, integer.bits, with_next_bit, jnp.asarray(integer.min, keys.dtype))
+    def with_next_bit(
+        i: int | Int[Array, ""], border: tuple[Int[Array, ""], Int[Array, ""]]
+    ) -> tuple[Int[Array, ""], Int[Array, ""]]:
+        bit = jnp.left_shift(jnp.asarray(1, jnp.int32), jnp.asarray(31 - i % 32, jnp.int32))
+        higher = border[0] ^ jnp.where(i < 32, bit, 0), border[1] ^ jnp.where(i < 32, 0, bit)
+        fits = _tree_sum(jnp.where(at_least(higher), weights, 0)) >= enough
+        return jnp.where(fits, higher[0], border[0]), jnp.where(fits, higher[1], border[1])
+
+    return at_least(jax.lax.fori_loop(0, jnp.where(tell_apart, 64, 32), with_next_bit, (least, least)))
 
 
 def _among(tokens: Int[Array, " T"], mask: Bool[Array, " T"], vocab_size: int) -> Bool[Array, " V"]:
