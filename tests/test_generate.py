@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import examples, some
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 SAMPLED = {"temperature": 1.0, "top_k": 20, "top_p": 0.9}
@@ -36,7 +36,10 @@ def counting_compiles():
         monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.mark.parametrize("sampling", [{}, {**SAMPLED, "key": jax.random.key(5)}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "sampling", [pytest.param({}, marks=pytest.mark.slow), {**SAMPLED, "key": jax.random.key(5)}],
+    ids=["greedy", "sampled"],
+)  # fmt: skip
 def test_a_row_alone_equals_the_row_in_a_batch(tiny_model, prompts, sampling, way):
     """Its tokens, and its logits to 1e-5: in float32, with the kernel and without."""
     from mpt_eqx import generate
@@ -128,8 +131,8 @@ def test_nothing_compiles_again(tiny_model, prompts):
     assert compiles
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("dtype", some(["float32", "bfloat16", "float16"], ("float32", "bfloat16")))
+@pytest.mark.parametrize("rows", some([1, 4], [4]))
+@pytest.mark.parametrize("dtype", some(["float32", "bfloat16", "float16"], ["bfloat16"]))
 def test_a_step_needs_the_cache_and_little_else(tiny_model, rows, dtype):
     """The cache is donated and written in place, in every type; a step needs little memory besides, at any capacity."""
     from mpt_eqx import SamplingParams
@@ -444,6 +447,7 @@ def test_a_row_is_the_same_in_every_bit(kernel, tiny_model, dtype, lengths, at, 
     np.testing.assert_array_equal(others.tokens[at], together.tokens[at])
 
 
+@pytest.mark.slow
 def test_the_shipped_model_decodes_a_row_independently_of_the_batch(kernel, shipped):
     """A hundred tokens of eight prompts, each alone and all together."""
     from mpt_eqx import generate
@@ -458,10 +462,10 @@ def test_the_shipped_model_decodes_a_row_independently_of_the_batch(kernel, ship
         np.testing.assert_array_equal(alone.logprobs[0], logprobs)
 
 
-PAIR = ("f_torch_dmoe", "f_reuse_kv")
+OTHERS = ["f_torch_dmoe", "f_gqa_kv2", "f_rope_dynamic", "f_reuse_kv", "f_qk_ln"]
 
 
-@pytest.mark.parametrize("name", some(["f_torch_dmoe", "f_gqa_kv2", "f_rope_dynamic", "f_reuse_kv", "f_qk_ln"], PAIR))
+@pytest.mark.parametrize("name", some(OTHERS, ["f_reuse_kv"]))
 def test_a_row_of_another_kind_of_model_does_not_depend_on_the_batch(name, way):
     """Experts, shared keys, rotation, another block's keys, normed queries: equal bits with the kernel, else 1e-5."""
     from conftest import GOLDEN
@@ -475,7 +479,7 @@ def test_a_row_of_another_kind_of_model_does_not_depend_on_the_batch(name, way):
     np.testing.assert_allclose(alone.logits[0], together.logits[0], atol=atol, rtol=0)
 
 
-@settings(max_examples=16, deadline=None)
+@examples(16)
 @given(
     st.integers(1, 30), st.sampled_from([1, 7, 21]), st.sampled_from([1, 3, 8, 50]), st.integers(0, 61),
     st.sampled_from([
@@ -498,8 +502,9 @@ def test_drawn_tokens_have_the_warped_frequencies(tiny_model):
 
     n = 4000
     result = generate(
-        tiny_model, [[5, 6]] * n, max_new_tokens=1, temperature=2.0, top_k=6, key=jax.random.key(0), return_logits=True
-    )
+        tiny_model, [5, 6], num_return_sequences=n, max_new_tokens=1, temperature=2.0, top_k=6, key=jax.random.key(0),
+        return_logits=True,
+    )  # fmt: skip
     logits = result.logits[0, 0].astype(np.float64) / 2.0
     likeliest = np.argsort(logits)[::-1][:6]
     probs = np.exp(logits[likeliest]) / np.exp(logits[likeliest]).sum()
