@@ -52,10 +52,30 @@ GOLDEN = Path(__file__).parent / "golden"
 ROOT = Path(__file__).parent.parent
 
 
+# With these flags of XLA the passes over a program are the same, and its machine code is plainer: most tests take the
+# time to compile, which becomes a quarter. JAX 0.11 has another way to compile fusions, and not the second flag.
+QUICK = "--xla_backend_optimization_level=0" + (
+    " --xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
+)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="compile quickly, and leave out the tests of compiled code")
+
+
+def pytest_configure(config):
+    if config.option.quick:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """Keeps the names of all tests that were collected, before any are deselected: pages name them."""
     config.collected_names = {item.name for item in items}
+    if config.option.quick:
+        left_out = [item for item in items if item.get_closest_marker("optimized")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("optimized")]
 
 
 # One of each way to know positions, to share keys, and of networks.

@@ -167,6 +167,7 @@ def test_a_plain_search_finds_the_same(model, prompt, search):
     check_plain(model, prompt, search)
 
 
+@pytest.mark.optimized
 @settings(max_examples=12, deadline=None)
 @given(st.lists(PROMPTS, min_size=3, max_size=3), SEARCHES, st.integers(1, 3))
 def test_a_prompt_alone_equals_the_prompt_in_a_batch(model, rows, search, returned):

@@ -36,6 +36,7 @@ def counting_compiles():
         monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     "sampling", [pytest.param({}, marks=pytest.mark.slow), {**SAMPLED, "key": jax.random.key(5)}],
     ids=["greedy", "sampled"],
@@ -131,6 +132,7 @@ def test_nothing_compiles_again(tiny_model, prompts):
     assert compiles
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("rows", some([1, 4], [4]))
 @pytest.mark.parametrize("dtype", some(["float32", "bfloat16", "float16"], ["bfloat16"]))
 def test_a_step_needs_the_cache_and_little_else(tiny_model, rows, dtype):
@@ -427,6 +429,7 @@ def kernel():
         pytest.skip(f"no kernel: {cpu.missing()}")
 
 
+@pytest.mark.optimized
 @examples(24)
 @given(
     st.sampled_from(["bfloat16", "float16", "float32"]), st.lists(st.integers(1, 60), min_size=4, max_size=4),
@@ -447,6 +450,7 @@ def test_a_row_is_the_same_in_every_bit(kernel, tiny_model, dtype, lengths, at, 
     np.testing.assert_array_equal(others.tokens[at], together.tokens[at])
 
 
+@pytest.mark.optimized
 @pytest.mark.slow
 def test_the_shipped_model_decodes_a_row_independently_of_the_batch(kernel, shipped):
     """A hundred tokens of eight prompts, each alone and all together."""
@@ -465,6 +469,7 @@ def test_the_shipped_model_decodes_a_row_independently_of_the_batch(kernel, ship
 OTHERS = ["f_torch_dmoe", "f_gqa_kv2", "f_rope_dynamic", "f_reuse_kv", "f_qk_ln"]
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", some(OTHERS, ["f_reuse_kv"]))
 def test_a_row_of_another_kind_of_model_does_not_depend_on_the_batch(name, way):
     """Experts, shared keys, rotation, another block's keys, normed queries: equal bits with the kernel, else 1e-5."""

@@ -67,6 +67,7 @@ def test_the_kernel_is_the_product(kind, out, columns, rows, seed):
     assert (np.abs(rows_of(weight, jnp.asarray(x)) - exact) <= 1e-6 * size).all()
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_rows_result_does_not_depend_on_the_rest_of_the_batch(kind, dtype, way, monkeypatch):
@@ -412,6 +413,7 @@ def test_several_calls_at_once_end(way):
         np.testing.assert_allclose(jax.jit(all_of_them)(weights, x), expected, rtol=1e-3, atol=1)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_makes_no_copy_of_the_weights(kind, way):
     """In no type, neither widened nor turned: what a step needs for itself is small beside the weights."""

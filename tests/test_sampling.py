@@ -356,6 +356,7 @@ def same_alone_and_among_others(rows, logits):
 
 
 # Of 50,432 entries, more than 4,096, a reduction by XLA sums 3 or 8 rows in another order than one.
+@pytest.mark.optimized
 @pytest.mark.parametrize("v", [61, 4096, 50432])
 @pytest.mark.parametrize("name", ["log_softmax", "_entropy"])
 def test_a_sum_has_the_same_bits_alone_and_among_others(name, v):
@@ -363,6 +364,7 @@ def test_a_sum_has_the_same_bits_alone_and_among_others(name, v):
     same_alone_and_among_others(jax.jit(jax.vmap(function(name))), logits)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("v", [61, 4096])
 def test_a_row_keeps_the_same_entries_alone_and_among_others(v):
     """Each of the filters, which are one program."""
@@ -388,6 +390,7 @@ def test_top_k_and_top_p_tell_what_is_equal():
             assert np.flatnonzero(np.isfinite(function("top_p")(logits, p).astype(np.float32))).tolist() == kept
 
 
+@pytest.mark.optimized
 def test_no_repeat_ngram_needs_memory_for_a_row_alone():
     t, v = 8192, 50432
     shapes = [((v,), jnp.float32), ((t,), jnp.int32), ((t,), bool), ((), jnp.int32)]

@@ -45,6 +45,7 @@ def decoded(tiny_model):
     return decode
 
 
+@pytest.mark.optimized
 def test_rows_with_different_options_do_not_change_each_other(decoded):
     """Each row of a mixed batch is what it is where all others have no options, and no other row changes it."""
     mixed = decoded(*ROWS)
@@ -59,6 +60,7 @@ def test_rows_with_different_options_do_not_change_each_other(decoded):
     assert all(token % 2 for token in ended[:3]) and ended[-1] == 60
 
 
+@pytest.mark.optimized
 def test_a_row_that_asks_for_nothing_keeps_every_bit():
     from mpt_eqx.generation.sampling import process_logits, sample
 
