@@ -28,6 +28,7 @@ def recorded():
         return {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_are_those_of_torch(recorded, case, dtype):

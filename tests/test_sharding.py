@@ -237,6 +237,7 @@ def test_a_model_saved_from_a_mesh_is_the_one_that_was_loaded(ask, case, tmp_pat
     assert ask("saved", case=case, directory=str(tmp_path)) == {"weights": 0.0, "same": True}
 
 
+@pytest.mark.optimized
 def test_a_model_made_on_a_mesh_is_the_one_made_on_a_device(ask):
     """The same random numbers, and on each device its part only; so are one that comes from elsewhere and moments."""
     found = ask("initialised", preset="FSDP_TP", axes={"fsdp": 2, "tp": 4})
