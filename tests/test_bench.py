@@ -17,9 +17,10 @@ RESULT = {
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    from mpt_eqx import MPT, MPTConfig, save_pretrained
+    from mpt_eqx import MPT, AttnConfig, MPTConfig, save_pretrained
 
-    config = MPTConfig(d_model=32, n_heads=2, n_layers=1, vocab_size=64, max_seq_len=64)
+    alibi = AttnConfig(alibi=True)
+    config = MPTConfig(d_model=32, n_heads=2, n_layers=1, vocab_size=64, max_seq_len=64, attn_config=alibi)
     place = tmp_path_factory.mktemp("model")
     save_pretrained(MPT(config, key=jax.random.key(5)), place)
     return place
@@ -44,7 +45,7 @@ def test_what_is_measured(checkpoint, in_this_process, capsys):
     """Every dtype asked for, in the dtype that it says, and the bytes that the weights have in it."""
     from mpt_eqx.cli import main
 
-    args = ("--model", str(checkpoint), "--dtypes", "stored,int8", *SMALL)
+    args = ("--model", str(checkpoint), "--dtypes", "stored,int8", *SMALL, "--prompt", "60", "--max-seq-len", "80")
     assert main(["bench", *args, "--json"]) == 0
     out, err = capsys.readouterr()
     report = json.loads(out)
@@ -129,7 +130,9 @@ def test_what_is_quantised_already(tiny_model, tmp_path):
     from mpt_eqx.cli._measure import load_model
 
     save_pretrained(quantize(tiny_model, "int8"), tmp_path / "m")
-    with pytest.raises(MPTError, match="expected weights that are not quantised, found int8; measure it with --dtypes"):
+    with pytest.raises(
+        MPTError, match="expected weights that are not quantised, found int8; measure it with --dtypes stored"
+    ):
         load_model(tmp_path / "m", "float32")
     load_model(tmp_path / "m", "stored")
 
@@ -170,7 +173,8 @@ def test_numbers_of_an_option():
     ("args", "message"),
     [
         (("--prompt", "50"), "--prompt 50, --new-tokens 64 and 8 tokens of warm-up: expected at most max_seq_len=64 "
-                             "together, found 122; give smaller numbers"),
+                             "together, found 122; give smaller numbers, or --max-seq-len"),
+        (("--max-seq-len", "0"), "--max-seq-len: expected a whole number ≥ 1, found 0"),
         ((*SMALL, "--prefill-lengths", "8,65"), "--prefill-lengths: expected at most max_seq_len=64, found 65; give"),
         (("--model", "./none"), "./none: no such directory"),
     ],

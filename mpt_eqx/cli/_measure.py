@@ -27,7 +27,7 @@ EXTRA_TOKENS = 8  # generated besides those that count: a call for these alone c
 ARRAY_SIZE = 2**28  # float32 numbers that bandwidth is measured with: more than any processor's cache holds
 
 
-def load_model(place: str | Path, dtype: str) -> MPT:
+def load_model(place: str | Path, dtype: str, overrides: dict[str, Any] | None = None) -> MPT:
     """Returns a checkpoint's model: as stored, cast, or quantised (embedding included, computed in bfloat16).
 
     Raises:
@@ -35,11 +35,10 @@ def load_model(place: str | Path, dtype: str) -> MPT:
     """
     scheme = dtype if dtype in ("int8", "int4") else None
     target = None if dtype == "stored" else "bfloat16" if scheme else dtype
-    model = from_pretrained(place, dtype=target, progress=False)
+    model = from_pretrained(place, dtype=target, config_overrides=overrides, progress=False)
     if dtype != "stored" and (found := quantization_of(model)) is not None:
         raise MPTError(
-            f"{place}: expected weights that are not quantised, found {found.scheme}; measure it with --dtypes stored, "
-            f"or give the checkpoint that it was made from"
+            f"{place}: expected weights that are not quantised, found {found.scheme}; measure it with --dtypes stored"
         )
     return jax.block_until_ready(quantize(model, scheme, embeddings=True) if scheme else model)
 
@@ -119,7 +118,7 @@ def memory_bandwidth(size: int = ARRAY_SIZE) -> float:
 
 def measure(
     place: str, dtype: str, *, prompt: int, new_tokens: int, batch_sizes: Sequence[int], prefill_lengths: Sequence[int],
-    rounds: int, array_size: int = ARRAY_SIZE,
+    rounds: int, overrides: dict[str, Any] | None = None, array_size: int = ARRAY_SIZE,
 ) -> dict[str, Any]:  # fmt: skip
     """Returns what is measured of one model in one dtype; `mpt-eqx bench --help` explains the arguments."""
     firsts, compiling = [], 0.0
@@ -132,7 +131,7 @@ def measure(
         return tokens / median
 
     started = time.perf_counter()
-    model = load_model(place, dtype)
+    model = load_model(place, dtype, overrides)
     load_seconds = time.perf_counter() - started
     length = max([prompt, *prefill_lengths])
     tokens = np.random.default_rng(0).integers(model.config.vocab_size, size=length).tolist()

@@ -9,7 +9,7 @@ from typing import Any
 
 from mpt_eqx import MPTConfig, checkpoint_info
 from mpt_eqx.checkpoint.hub import find_checkpoint
-from mpt_eqx.cli.options import Note, add_model, count, counts, some_of
+from mpt_eqx.cli.options import Note, add_length, add_model, count, counts, read_overrides, some_of
 from mpt_eqx.errors import MPTError
 
 DTYPES = ("stored", "float32", "bfloat16", "int8", "int4")
@@ -45,6 +45,7 @@ def add_to(commands: Any, shared: argparse.ArgumentParser) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add_model(parser, "--model")
+    add_length(parser)
     for flag, kind, metavar, default, text in (
         ("--dtypes", some_of(DTYPES), "A,B", "stored", f"some of {', '.join(DTYPES)}"),
         ("--batch-sizes", counts, "A,B", "1,4,16", "rows that are decoded together"),
@@ -63,10 +64,10 @@ def add_to(commands: Any, shared: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measures and writes; returns 1 where a dtype failed."""
     place = find_checkpoint(args.model, revision=args.revision)
-    config = checkpoint_info(place).config
+    config = checkpoint_info(place, config_overrides=(overrides := read_overrides(args))).config
     question = {
-        "place": str(place), "prompt": args.prompt, "new_tokens": args.new_tokens, "batch_sizes": args.batch_sizes,
-        "prefill_lengths": check_lengths(args, config), "rounds": args.rounds,
+        "place": str(place), "overrides": overrides, "prompt": args.prompt, "new_tokens": args.new_tokens,
+        "batch_sizes": args.batch_sizes, "prefill_lengths": check_lengths(args, config), "rounds": args.rounds,
     }  # fmt: skip
     note, results = Note(), []
     for dtype in args.dtypes:
@@ -103,7 +104,7 @@ def check_lengths(args: argparse.Namespace, config: MPTConfig) -> tuple[int, ...
     if needed > most:
         raise MPTError(
             f"--prompt {args.prompt}, --new-tokens {args.new_tokens} and 8 tokens of warm-up: expected at most "
-            f"max_seq_len={most} together, found {needed}; give smaller numbers"
+            f"max_seq_len={most} together, found {needed}; give smaller numbers, or --max-seq-len"
         )
     lengths = args.prefill_lengths or tuple(n for n in (128, 512, 2048) if n <= most) or (args.prompt,)
     if max(lengths) > most:

@@ -74,6 +74,17 @@ def add_length(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def read_overrides(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Returns what --max-seq-len replaces in the configuration.
+
+    Raises:
+        GenerationError: it is not positive.
+    """
+    if args.max_seq_len is not None and args.max_seq_len < 1:
+        raise GenerationError(f"--max-seq-len: expected a whole number ≥ 1, found {args.max_seq_len}")
+    return None if args.max_seq_len is None else {"max_seq_len": args.max_seq_len}
+
+
 def read_options(args: argparse.Namespace) -> tuple[Path, "Tokenizer", dict[str, Any]]:
     """Returns the checkpoint's path, its tokenizer, and the arguments of `stream`.
 
@@ -93,8 +104,7 @@ def read_options(args: argparse.Namespace) -> tuple[Path, "Tokenizer", dict[str,
     if any(not stop for stop in args.stop):
         raise GenerationError("--stop: expected some text, found an empty string")
     args.stop = [as_text(stop, "--stop") for stop in args.stop]
-    if args.max_seq_len is not None and args.max_seq_len < 1:
-        raise GenerationError(f"--max-seq-len: expected a whole number ≥ 1, found {args.max_seq_len}")
+    read_overrides(args)
     if args.compile_cache is not None:
         keep_compiled(args.compile_cache)
     place = find_checkpoint(args.model, revision=args.revision)
@@ -119,9 +129,7 @@ def load(place: Path, args: argparse.Namespace, tokenizer: "Tokenizer", options:
     """Returns the model; where its vocabulary is larger than the tokenizer's, `options` masks the extra ids."""
     from mpt_eqx.checkpoint import from_pretrained
 
-    length = args.max_seq_len
-    overrides = None if length is None else {"max_seq_len": length}
-    model = from_pretrained(place, dtype=args.dtype, config_overrides=overrides)
+    model = from_pretrained(place, dtype=args.dtype, config_overrides=read_overrides(args))
     if tokenizer.vocab_size < model.config.vocab_size:
         options["vocab_size"] = tokenizer.vocab_size
     return model
