@@ -8,7 +8,7 @@ HERE = Path(__file__).parent
 ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "errors": ("MPTError and its kinds", ()),
     "config": ("config.json to MPTConfig and back", ("errors",)),
-    "ops": ("products, attention, kernels: all that knows platforms", ("config",)),
+    "ops": ("products, attention, kernels: all that knows platforms", ("errors", "config")),
     "model": ("MPT, Block, Attention, FFN, norms: the formulas", ("errors", "config", "ops")),
     "sharding": ("rules, shards, several processes", ("errors", "config", "ops", "model")),
     "surgery": ("models changed: quantize", ("errors", "config", "ops", "model", "sharding")),
@@ -18,7 +18,7 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "generation": (
         "generate, stream, beam search, sampling", ("errors", "config", "ops", "model", "sharding", "checkpoint"),
     ),
-    "train": ("the loss", ("model",)),
+    "train": ("the loss", ("ops", "model")),
     "text": ("tokenizer, chat templates", ("errors", "config", "checkpoint")),
     "cli": (
         "the commands of mpt-eqx",

@@ -133,7 +133,15 @@ def test_a_template_from_a_file(talker, tmp_path):
     assert done.returncode == 1 and "--template: expected a file with text" in done.stderr
 
 
-def test_ctrl_c_ends_an_answer_and_not_the_conversation():
+@pytest.fixture
+def interruptible():
+    """Processes that a test starts end at Ctrl-C, though who started the tests may have ignored it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_conversation(interruptible):
     """In a terminal: an endless answer is cut, the next one comes, Ctrl-D leaves."""
     keyboard, terminal = pty.openpty()
     process = subprocess.Popen(
@@ -161,7 +169,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_conversation():
     os.close(keyboard)
 
 
-def test_ctrl_c_keeps_what_generate_has_made():
+def test_ctrl_c_keeps_what_generate_has_made(interruptible):
     command = [
         sys.executable, "-u", "-m", "mpt_eqx", "generate", "The zip() function", "--temperature", "0",
         "--min-new-tokens", "1000", "--max-new-tokens", "1000",

@@ -540,7 +540,7 @@ MUTATIONS = [
     ("hf_default", "shifted norm", replaced("norms", "LayerNorm.__call__", lambda f: lambda n, x: f(n, x) + 0.01)),
     ("hf_default", "tanh gelu", replaced("activations", "jax.nn.gelu", lambda f: lambda x, approximate: f(x))),
     ("hf_clip_qkv", "no clip", replaced("attention", "Attention._clip", lambda f: lambda self, x: x)),
-    ("f_bias", "no bias", replaced("linear", "Linear.__call__", lambda f: lambda w, x: f(type(w)(w.weight), x))),
+    ("f_bias", "no bias", replaced("linear", "Linear.__call__", lambda f: lambda w, *a: f(type(w)(w.weight), *a))),
     ("f_rmsnorm", "mean removed", replaced("norms", "RMSNorm.__call__", without_mean)),
     ("f_lp_rmsnorm", "divided by rsqrt", replaced("norms", "jax.lax.rsqrt", lambda f: jnp.sqrt)),
     ("f_gqa_kv2", "heads interleaved", replaced("attention", "Attention.__call__", heads_interleaved)),

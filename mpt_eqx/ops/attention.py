@@ -46,7 +46,7 @@ def attention(
     # no operation on real numbers is added to the formula.
     bits = [int(np.float32(score).view(np.int32)) for score in (-np.inf, np.finfo(np.float32).min)]
     chosen = jnp.where(jnp.any(mask, axis=-1, keepdims=True), jnp.int32(bits[0]), jnp.int32(bits[1]))
-    of_rows = jax.lax.bitcast_convert_type(chosen, jnp.float32)
+    of_rows = jax.lax.bitcast_convert_type(chosen, jnp.float32).astype(accum_dtype(q.dtype))
     hidden = of_rows if masked_score is None else masked_score
     weights = jax.nn.softmax(attention_scores(q, k, bias, mask, scale, softcap, hidden), axis=-1)
     weights = numerics.apply_dropout(weights, dropout, key)
@@ -61,7 +61,7 @@ def attention_scores(
     mask: Bool[Array, "#T S"],
     scale: float,
     softcap: float | None,
-    masked_score: Float32[Array, "T 1"] | float,
+    masked_score: Float[Array, "T 1"] | float,
 ) -> Float[Array, "N T S"]:
     """Returns scale · q kᵀ, capped, plus bias; `masked_score` where masked.
 
