@@ -5,6 +5,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,10 +137,8 @@ def measure(
     length = max([prompt, *prefill_lengths])
     tokens = np.random.default_rng(0).integers(model.config.vocab_size, size=length).tolist()
     prefills = {n: rate(prefill_run(model, tokens[:n]), n) for n in prefill_lengths}
-    decodes = {}
-    for rows in batch_sizes:
-        decode = decode_run(model, tokens[:prompt], rows, new_tokens)
-        decodes[rows] = rate(lambda decode=decode: decode()[0], rows * new_tokens)
+    runs = {rows: decode_run(model, tokens[:prompt], rows, new_tokens) for rows in batch_sizes}
+    decodes = {rows: rate(partial(lambda run: run()[0], run), rows * new_tokens) for rows, run in runs.items()}
     peak, quantization, facts = peak_bytes(), quantization_of(model), model_facts(model)
     used = facts["step_bytes"] * decodes[batch_sizes[0]] / batch_sizes[0]
     return {
