@@ -169,6 +169,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_conversation(interruptible):
     os.close(keyboard)
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_generate_has_made(interruptible):
     command = [
         sys.executable, "-u", "-m", "mpt_eqx", "generate", "The zip() function", "--temperature", "0",

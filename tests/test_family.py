@@ -471,10 +471,7 @@ def shrunk(full):
 
 
 # One of those that differ in more than their sizes.
-SIBLINGS = (
-    *("mpt-7b", "mpt-7b-storywriter", "mpt-1b-redpajama-200b", "replit-code-v1_5-3b", "phogpt-4b", "sea-lion-7b"),
-    "mpt-125m",
-)
+SIBLINGS = (*("mpt-7b", "mpt-1b-redpajama-200b", "sea-lion-7b", "mpt-125m"),)
 
 
 @pytest.mark.parametrize("name", some(presets(), SIBLINGS))
@@ -866,7 +863,7 @@ def test_attention_at_131072_tokens(n_heads, bias_max):
 
 
 @pytest.mark.parametrize(
-    "change", [{}, attn(**ROPE), pytest.param(attn(alibi=False, rope=True), marks=pytest.mark.slow), attn(alibi=False)],
+    "change", [{}, attn(alibi=False), *(pytest.param(c, marks=pytest.mark.slow) for c in (attn(**ROPE), attn(alibi=False, rope=True)))],
     ids=str,
 )  # fmt: skip
 def test_longer_than_max_seq_len_on_request_but_for_learned_positions(tmp_path, change):

@@ -326,6 +326,7 @@ print(len(jax.devices()))
 """
 
 
+@pytest.mark.slow
 def test_weights_that_somebody_has_placed_write_the_same():
     """Without rules: columns on each of four devices."""
     done = subprocess.run(
@@ -469,6 +470,7 @@ def test_the_shipped_model_decodes_a_row_independently_of_the_batch(kernel, ship
 OTHERS = ["f_torch_dmoe", "f_gqa_kv2", "f_rope_dynamic", "f_reuse_kv", "f_qk_ln"]
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 @pytest.mark.parametrize("name", some(OTHERS, ["f_reuse_kv"]))
 def test_a_row_of_another_kind_of_model_does_not_depend_on_the_batch(name, way):

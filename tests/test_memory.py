@@ -269,7 +269,7 @@ def deep(checkpoints):
     return "deep"
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("scheme", some(["int8", "int4"], ["int4"]))
 def test_quantising_a_checkpoint_needs_a_tensor(measure, deep, scheme):
     """Not the weights: what one tensor becomes, a few rows in float32 nine times, and XLA's compiler."""
     most = NOISE + 100_000_000 + 2 * TENSOR

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutate import mutant
@@ -233,7 +233,7 @@ def test_filters_equal_their_plain_formulation(name, logits, option):
     check_filter(function(name, jit=True), name, logits, option)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(st.lists(st.integers(-40, 40), min_size=2, max_size=30), st.integers(1, 40))
 def test_top_k_keeps_the_largest_and_what_equals_the_last_of_them(eighths, k):
     logits = np.array(eighths, np.float32) / 8

@@ -121,7 +121,10 @@ def saved():
     return save
 
 
-TURNS = [(SHARDS, ONE), (ONE, SHARDS), (SHARDS, SHARDS), (ONE, ONE)]
+TURNS = [
+    (SHARDS, ONE),
+    *(pytest.param(*turn, marks=pytest.mark.slow) for turn in ((ONE, SHARDS), (SHARDS, SHARDS), (ONE, ONE))),
+]
 
 
 def moments(old, tmp_path):

@@ -46,7 +46,7 @@ def close(found):
     return all(value < 1e-4 for value in found.values()) and found["tokens"] == found["sampled"] == 0
 
 
-@pytest.mark.parametrize("preset", MESHES)
+@pytest.mark.parametrize("preset", some(MESHES, ("FSDP_TP", "SEQUENCE_PARALLEL")))
 def test_every_preset_computes_what_one_device_does(ask, preset):
     """Logits, loss, gradients, a step of AdamW and tokens, greedy and sampled; weights read to the mesh and moved."""
     for axes in MESHES[preset]:
@@ -54,7 +54,7 @@ def test_every_preset_computes_what_one_device_does(ask, preset):
         assert close(found), (axes, found)
 
 
-@pytest.mark.parametrize("case", some(CASES[1:], ("f_gqa_kv2", "f_torch_dmoe")))
+@pytest.mark.parametrize("case", some(CASES[1:], ("f_torch_dmoe",)))
 def test_every_kind_of_model_does(ask, case):
     found = ask("compare", case=case, preset="FSDP_TP", axes={"fsdp": 2, "tp": 4})
     assert close(found), found
@@ -246,7 +246,7 @@ def test_a_model_made_on_a_mesh_is_the_one_made_on_a_device(ask):
     assert len(made) == 8 and all(held == made for held in found["bytes"].values())
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("scheme", some(["int8", "int4"], ["int4"]))
 def test_quantised_weights_on_a_mesh_compute_the_same(ask, scheme):
     found = ask("quantised", scheme=scheme)
     assert found["logits"] < 1e-4 and found["later"] == 0 and found["tokens"] and found["bytes"], found
@@ -309,6 +309,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", REFUSED)
 def test_processes_that_differ_stop_at_once_and_say_why(two, what):
     for found in two.answers:
