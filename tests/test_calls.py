@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from command import python
+from conftest import some
 
 SETUP = (
     "import jax, jax.numpy as jnp, numpy as np; from mpt_eqx import *; from mpt_eqx.train import next_token_loss\n"
@@ -15,9 +16,10 @@ SETUP = (
 )
 
 
-@pytest.mark.parametrize(
-    "kind", some([list, tuple, np.asarray, lambda x: np.asarray(x, np.int64), jnp.asarray], [list])
-)
+FORMS = [list, tuple, np.asarray, lambda x: np.asarray(x, np.int64), jnp.asarray]
+
+
+@pytest.mark.parametrize("kind", some(FORMS, [list, jnp.asarray]))
 def test_ids_come_in_any_form(tiny_model, kind):
     from mpt_eqx import KVCache
 

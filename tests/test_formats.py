@@ -58,9 +58,10 @@ def test_a_torch_checkpoint_gives_the_recorded_logits(variant):
     np.testing.assert_allclose(logits, expected[f"logits.{variant[:4]}"], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "name", some(CASES, ("hf_default", "f_gqa_kv2", "f_torch_dmoe", "f_reuse_kv_x", "f_glu_silu", "f_qk_ln"))
-)
+WRITTEN = ("hf_default", "f_gqa_kv2", "f_torch_dmoe", "f_reuse_kv_x", "f_glu_silu", "f_qk_ln")
+
+
+@pytest.mark.parametrize("name", some(CASES, WRITTEN))
 def test_every_case_through_every_writer(tmp_path, name):
     """As torch zip, legacy, inside a Composer checkpoint, and through save_pretrained and convert."""
     from mpt_eqx import checkpoint_info, from_pretrained, save_pretrained

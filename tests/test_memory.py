@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch_bytes as tb
+from conftest import some
 
 LAYERS, WIDTH, VOCABULARY = 6, 1024, 4096
 TENSOR = VOCABULARY * WIDTH * 2  # bytes of the largest

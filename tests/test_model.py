@@ -229,9 +229,10 @@ def test_the_test_of_a_formula_notices_a_mutation(tiny_config, monkeypatch, test
             globals()[test](**(arguments or {}))
 
 
-@pytest.mark.parametrize(
-    "where", some(["resid_pdrop", "emb_pdrop", "attn_pdrop", "moe_jitter_eps"], ["resid_pdrop", "attn_pdrop"])
-)
+RATES = ["resid_pdrop", "emb_pdrop", "attn_pdrop", "moe_jitter_eps"]
+
+
+@pytest.mark.parametrize("where", some(RATES, ["resid_pdrop", "attn_pdrop"]))
 def test_randomness_in_training(tiny_config, tiny_model, where):
     """With a key, and only then; the same key gives the same; off under inference_mode and when generating."""
     from mpt_eqx import MPT, AttnConfig, FFNConfig, MPTError, generate
