@@ -136,13 +136,6 @@ def way(request, monkeypatch):
     jax.clear_caches()
 
 
-def traced_anew(patch):
-    """Lets a function that is replaced be seen: within jit a block is traced once, with the functions of that time."""
-    from mpt_eqx.model.block import Block
-
-    patch.setattr("mpt_eqx.model.mpt.run_block", Block.__call__)
-
-
 def golden_case(name: str, **kwargs) -> SimpleNamespace:
     from safetensors import safe_open
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN, some, traced_anew
+from conftest import GOLDEN, some
 
 FAMILY = tuple(sorted(path.parent.name for path in GOLDEN.glob("*/config.json")))
 LOW_PRECISION = ("f_bf16", "f_bf16_rope", "hf_bf16", "hf_fp16")
@@ -626,7 +626,6 @@ def logits(golden, name):
 )
 def test_the_reference_notices_a_mutation(golden, monkeypatch, name, what, mutation, off):
     with monkeypatch.context() as patch:
-        traced_anew(patch)
         mutation(patch)
         assert off(golden.fresh, name) > 2 * ATOL
     assert off(golden, name) < ATOL

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import examples, some, traced_anew
+from conftest import examples, some
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -223,7 +223,6 @@ def test_the_test_of_a_formula_notices_a_mutation(tiny_config, monkeypatch, test
         arguments = {"tiny_config": tiny_config, **arguments}
         arguments |= {"ffn_type": "torch_dmoe", "norm": 1} if test == MOE else {}
     with monkeypatch.context() as patch:
-        traced_anew(patch)
         mutation(patch)
         with pytest.raises(AssertionError):
             globals()[test](**(arguments or {}))

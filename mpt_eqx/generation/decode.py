@@ -16,6 +16,7 @@ from mpt_eqx.generation.interrupts import held_interrupts
 from mpt_eqx.generation.sampling import LogitsProcessor, log_softmax, process_logits, sample
 from mpt_eqx.generation.sampling_params import SamplingParams
 from mpt_eqx.generation.state import DecodeState, constrain, constrain_replicated, ensure_capacity, replicate
+from mpt_eqx.generation.traced_once import with_blocks_traced_once
 from mpt_eqx.model import MPT, KVCache
 
 
@@ -82,6 +83,7 @@ def decode_chunk(
 
 def decode_step(model: MPT, state: DecodeState, tokens: Int[Array, " B"]) -> DecodeState:
     """Returns the state with one more token in each row."""
+    model = with_blocks_traced_once(model)
 
     def row(
         cache: KVCache, so_far: Int[Array, " S"], token: Int[Array, ""]

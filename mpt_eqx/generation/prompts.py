@@ -13,6 +13,7 @@ from mpt_eqx.checkpoint.progress import is_shown
 from mpt_eqx.generation.buckets import prefill_buckets
 from mpt_eqx.generation.interrupts import held_interrupts
 from mpt_eqx.generation.state import DecodeState, constrain, replicate, row_of, with_row
+from mpt_eqx.generation.traced_once import with_blocks_traced_once
 from mpt_eqx.model import MPT, KVCache
 from mpt_eqx.ops.platform import prefills_by_row
 
@@ -90,6 +91,7 @@ def prefill_chunk(model: MPT, state: DecodeState, chunk: Int[Array, "B T"], ends
         chunk: the next tokens, with any valid id after the end of a prompt. Donated, like the next.
         ends: how many tokens each row has at the end of its prompt.
     """
+    model = with_blocks_traced_once(model)
 
     def row(
         cache: KVCache, tokens: Int[Array, " S"], hidden: Float[Array, " D"], chunk: Int[Array, " T"], end: Array

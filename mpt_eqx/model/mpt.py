@@ -218,9 +218,7 @@ class MPT(eqx.Module):
             inputs.append(x)
             kv = own if layer.kv_from is None else read[layer.kv_from]
             x_kv = None if layer.kv_x_from is None else inputs[layer.kv_x_from]
-            # Inside of jit, blocks that are alike are traced and lowered once.
-            run = run_block if isinstance(x, jax.core.Tracer) else Block.__call__
-            x, kv = run(block, x, positions, kv, x_kv, key=key)
+            x, kv = block(x, positions, kv, x_kv, key=key)
             x = self._constrain(x)
             read.append(kv)
         return inputs, x, read
@@ -253,9 +251,6 @@ class MPT(eqx.Module):
         """Tells whether any dropout or jitter is on."""
         modules = jax.tree.leaves(self, is_leaf=lambda node: hasattr(node, "inference"))
         return not all(getattr(module, "inference", True) for module in modules)
-
-
-run_block = eqx.filter_jit(Block.__call__)
 
 
 def max_len_hint(config: MPTConfig, n: Any) -> str:
