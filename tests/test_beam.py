@@ -161,6 +161,7 @@ def check_plain(model, prompt, search):
     assert len(wanted) == 3 and (np.diff(result.scores) <= 0).all()
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(PROMPTS, SEARCHES)
 def test_a_plain_search_finds_the_same(model, prompt, search):

@@ -60,6 +60,7 @@ def test_no_file_no_arguments(checkpoint):
     assert generation_defaults(directory) == {}
 
 
+@pytest.mark.slow
 def test_the_command_lines_word_is_the_last(tmp_path):
     """Over the file's: another length than its least one, and all of it with --no-defaults."""
     import shutil

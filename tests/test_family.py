@@ -471,7 +471,7 @@ def shrunk(full):
 
 
 # One of those that differ in more than their sizes.
-SIBLINGS = (*("mpt-7b", "mpt-1b-redpajama-200b", "sea-lion-7b", "mpt-125m"),)
+SIBLINGS = (*("mpt-7b", "mpt-1b-redpajama-200b"),)
 
 
 @pytest.mark.parametrize("name", some(presets(), SIBLINGS))

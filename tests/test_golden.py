@@ -41,7 +41,7 @@ def difference(case, prefix=""):
 
 
 @pytest.mark.parametrize("name", FLOAT32)
-@pytest.mark.parametrize("padding", ["", "left.", "right."])
+@pytest.mark.parametrize("padding", some(["", "left.", "right."], ["", "left."]))
 def test_logits(golden, name, padding):
     assert difference(golden(name), padding).max() < ATOL
 

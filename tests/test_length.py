@@ -34,6 +34,7 @@ def test_pieces_cover_a_prompt_with_little_to_spare(length):
     assert length <= sum(sizes) < length + PREFILL_CHUNKS[0] / 2
 
 
+@pytest.mark.slow
 def test_thirty_lengths_of_prompts_compile_at_most_twelve_times(tiny_config):
     """Everything that XLA compiles is counted, helpers included."""
     from mpt_eqx import MPT, generate

@@ -202,7 +202,7 @@ def test_an_aligned_file_is_not_read(measure, name):
 
 
 @pytest.mark.parametrize("name", ["safetensors", "shards", "zip", "legacy", "gguf"])
-@pytest.mark.parametrize("dtype", [None, "float32", "float16"])
+@pytest.mark.parametrize("dtype", some([None, "float32", "float16"], ["float16"]))
 def test_copies_need_the_weights_and_one_tensor(measure, name, dtype):
     times = 2 if dtype == "float32" else 1
     most = times * (SIZE + TENSOR) + NOISE
@@ -270,6 +270,7 @@ def deep(checkpoints):
     return "deep"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", some(["int8", "int4"], ["int4"]))
 def test_quantising_a_checkpoint_needs_a_tensor(measure, deep, scheme):
     """Not the weights: what one tensor becomes, a few rows in float32 nine times, and XLA's compiler."""

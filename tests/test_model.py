@@ -231,7 +231,7 @@ def test_the_test_of_a_formula_notices_a_mutation(tiny_config, monkeypatch, test
 RATES = ["resid_pdrop", "emb_pdrop", "attn_pdrop", "moe_jitter_eps"]
 
 
-@pytest.mark.parametrize("where", some(RATES, ["resid_pdrop", "attn_pdrop"]))
+@pytest.mark.parametrize("where", some(RATES, ["attn_pdrop"]))
 def test_randomness_in_training(tiny_config, tiny_model, where):
     """With a key, and only then; the same key gives the same; off under inference_mode and when generating."""
     from mpt_eqx import MPT, AttnConfig, FFNConfig, MPTError, generate
@@ -346,7 +346,7 @@ def test_padded_equals_alone(tiny_model, padding):
     np.testing.assert_allclose(padded[mask], tiny_model(tokens), atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", some(["float32", "bfloat16", "float16"], ["float32"]))
 def test_cached_decode_equals_the_full_forward_at_every_position(tiny_model, dtype):
     from mpt_eqx import KVCache
 
@@ -365,7 +365,7 @@ def test_cached_decode_equals_the_full_forward_at_every_position(tiny_model, dty
     np.testing.assert_allclose(np.concatenate(rows).astype(np.float32), full, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("at", [1, 7, 16, 23])
+@pytest.mark.parametrize("at", some([1, 7, 16, 23], [7]))
 def test_reading_in_two_parts_equals_reading_at_once(tiny_model, at):
     from mpt_eqx import KVCache
 

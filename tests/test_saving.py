@@ -136,6 +136,7 @@ def moments(old, tmp_path):
         shutil.rmtree(directory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("new", [pytest.param(2, marks=pytest.mark.slow), 12], ids=["same config", "other config"])
 @pytest.mark.parametrize(("old_size", "new_size"), TURNS)
 def test_killed_at_any_step(saved, tmp_path, old_size, new_size, new):

@@ -54,6 +54,7 @@ def test_every_preset_computes_what_one_device_does(ask, preset):
         assert close(found), (axes, found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", some(CASES[1:], ("f_torch_dmoe",)))
 def test_every_kind_of_model_does(ask, case):
     found = ask("compare", case=case, preset="FSDP_TP", axes={"fsdp": 2, "tp": 4})
@@ -246,6 +247,7 @@ def test_a_model_made_on_a_mesh_is_the_one_made_on_a_device(ask):
     assert len(made) == 8 and all(held == made for held in found["bytes"].values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", some(["int8", "int4"], ["int4"]))
 def test_quantised_weights_on_a_mesh_compute_the_same(ask, scheme):
     found = ask("quantised", scheme=scheme)
@@ -277,6 +279,7 @@ def two(tmp_path_factory):
 CASE = GOLDEN / "hf_generate"
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(ask, two):
     """Loading, logits, loss, a step of training, saving it, and tokens, on two devices in each."""
     from mpt_eqx import MPT, MPTConfig, sharding

@@ -306,6 +306,7 @@ def test_baselines_that_are_not_installed_are_skipped(monkeypatch):
     assert [baselines.missing(baseline) for baseline in baselines.BASELINES] == [None, None]
 
 
+@pytest.mark.slow
 def test_a_run_without_its_baselines_goes_on(checkpoint, monkeypatch):
     """What is missing is said at the start, in the report, and the rest is measured."""
     from benchmarks.speed import baselines, run
