@@ -1,4 +1,3 @@
 """From a model to a changed model."""
 
-from mpt_eqx.surgery.quantization import quantize as quantize
 from mpt_eqx.surgery.vocabulary import resize_vocab as resize_vocab
