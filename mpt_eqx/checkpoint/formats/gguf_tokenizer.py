@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file, as the files that would stand beside another checkpoint.
+"""The tokenizer in the header of a GGUF file, as the tokenizer files of other checkpoints.
 
 Sources: the names and meanings of the header's keys are those of llama.cpp's docs of GGUF; the fields of a
 SentencePiece model are those of its sentencepiece_model.proto.
