@@ -29,7 +29,7 @@ def test_submodules_are_there_after_the_import():
         "print('mpt_eqx.text' in sys.modules, 'mpt_eqx.train' in sys.modules)\n"
         "print(all(name in dir(mpt_eqx) for name in ('sharding', 'surgery', 'text', 'train', 'sampling', 'MPT')))\n"
         "print(mpt_eqx.train.next_token_loss.__name__, mpt_eqx.sharding.shard.__name__)\n"
-        "print(mpt_eqx.text.load_tokenizer.__name__, mpt_eqx.surgery.quantize.__name__)\n"
+        "print(mpt_eqx.text.load_tokenizer.__name__, mpt_eqx.surgery.resize_vocab.__name__)\n"
         "print(mpt_eqx.sampling.top_k.__name__)\n"
         "print([name for name in ('tokenizers', 'jinja2', 'torch', 'matplotlib') if name in sys.modules])\n"
         "print(mpt_eqx.__version__)"
@@ -37,7 +37,7 @@ def test_submodules_are_there_after_the_import():
     from mpt_eqx import __version__
 
     assert out.splitlines() == [
-        "False False", "True", "next_token_loss shard", "load_tokenizer quantize", "top_k", "[]", __version__
+        "False False", "True", "next_token_loss shard", "load_tokenizer resize_vocab", "top_k", "[]", __version__
     ]  # fmt: skip
 
 
