@@ -177,11 +177,11 @@ def changed(holder, name, change):
 
 
 def without_gate(original):
-    return lambda self, x, weights: original(eqx.tree_at(lambda m: m.v1, self, None), x, weights)
+    return lambda self, *args: original(eqx.tree_at(lambda m: m.v1, self, None), *args)
 
 
 def gate_and_value_swapped(original):
-    return lambda self, x, weights: original(eqx.tree_at(lambda m: (m.w1, m.v1), self, (self.v1, self.w1)), x, weights)
+    return lambda self, *args: original(eqx.tree_at(lambda m: (m.w1, m.v1), self, (self.v1, self.w1)), *args)
 
 
 def not_scaled_up(patch):

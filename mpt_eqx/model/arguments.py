@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from mpt_eqx.errors import MPTError
 
@@ -48,6 +48,19 @@ def as_row(name: str, values: Any, shape: tuple[Any, ...]) -> Array | None:
     if array.shape != shape:
         raise MPTError(f"{name}: expected the shape of tokens, {shape}, found {array.shape}")
     return jnp.asarray(array)
+
+
+def as_embeddings(embeddings: Any, tokens: Any, width: int, dtype: DTypeLike) -> Float[Array, "T D"]:
+    """Returns the embeddings of one sequence as an array of the model's type.
+
+    Raises:
+        MPTError: there is not one vector of the model's width for each token.
+    """
+    array = embeddings if isinstance(embeddings, jax.Array) else jnp.asarray(_as_numpy("embeddings", embeddings))
+    rows = "T" if tokens is None else np.shape(tokens)[0]
+    if array.ndim != 2 or array.shape[1] != width or (tokens is not None and array.shape[0] != rows):
+        raise MPTError(f"embeddings: expected shape ({rows}, {width}), found {array.shape}")
+    return array.astype(dtype)
 
 
 def _as_numpy(name: str, values: Any) -> np.ndarray:

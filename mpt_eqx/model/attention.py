@@ -6,12 +6,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mpt_eqx.config import LayerConfig, MPTConfig, TemperatureTuning
+from mpt_eqx.errors import MPTError
 from mpt_eqx.model.alibi import ALiBi
 from mpt_eqx.model.init import init_heads, init_linear
 from mpt_eqx.model.linear import Linear
 from mpt_eqx.model.norms import LayerNorm
 from mpt_eqx.model.positions import Positions
 from mpt_eqx.model.rotary import DynamicRotary, Rotary, make_rotary
+from mpt_eqx.model.taps import UNTAPPED, Tap
 from mpt_eqx.ops.attend import attend
 from mpt_eqx.ops.layer_cache import KeysValues, LayerCache
 from mpt_eqx.ops.numerics import accum_dtype
@@ -102,6 +104,7 @@ class Attention(eqx.Module):
         x_kv: Float[Array, "T D"] | None = None,
         *,
         key: PRNGKeyArray | None = None,
+        tap: Tap = UNTAPPED,
     ) -> tuple[Float[Array, "T D"], KeysValues | LayerCache]:
         """Returns what T positions gather, and the keys and values they gathered from.
 
@@ -112,24 +115,27 @@ class Attention(eqx.Module):
                 that reads another block's, those of that block, with the T rows added.
             x_kv: what keys and values are computed from, if not x.
             key: randomness of dropout; None for none.
+            tap: what is captured and edited.
         """
         q, k, v = self._project(x, x if x_kv is None else x_kv)
-        q = self._heads(q, self.n_heads, self.q_ln)
+        q = self._heads("attn.hook_q", q, self.n_heads, self.q_ln, tap)
         if self.temperature is not None:
             q = self.temperature(q, positions.query)
         if self.rotary is not None:
             q = self.rotary(q, positions)
         if k is not None and v is not None:
-            k, v = self._heads(k, self.kv_heads, self.k_ln), self._heads(v, self.kv_heads, None)
+            k = self._heads("attn.hook_k", k, self.kv_heads, self.k_ln, tap)
+            v = self._heads("attn.hook_v", v, self.kv_heads, None, tap)
             if self.rotary is not None:
                 k = self.rotary(k, positions)
             own = KeysValues(k, v)
             kv = kv.write(own, positions.query) if isinstance(kv, LayerCache) else own
         assert kv is not None  # the model gives it to a block that has no keys of its own
+        read = _tap_shared(kv, tap) if k is None and tap.asks("attn.hook_k", "attn.hook_v") else kv
 
         h = attend(
             q,
-            kv,
+            read,
             positions.query,
             scale=self.scale,
             slopes=None if self.alibi is None else self.alibi.slopes(),
@@ -138,8 +144,10 @@ class Attention(eqx.Module):
             softcap=self.softcap,
             dropout=self.dropout,
             key=key,
+            tap=tap if tap.asks("attn.hook_attn_scores", "attn.hook_pattern") else None,
         )
-        return self.out_proj(jnp.swapaxes(h, 0, 1).reshape(x.shape[0], -1)), kv
+        z = tap("attn.hook_z", jnp.swapaxes(h, 0, 1))
+        return self.out_proj(z.reshape(x.shape[0], -1)), kv
 
     def _project(
         self, x: Float[Array, "T D"], x_kv: Float[Array, "T D"]
@@ -158,9 +166,24 @@ class Attention(eqx.Module):
     def _clip(self, x: Float[Array, "T O"]) -> Float[Array, "T O"]:
         return x if self.clip_qkv is None else jnp.clip(x, -self.clip_qkv, self.clip_qkv)
 
-    def _heads(self, x: Float[Array, "T NH"], n: int, norm: LayerNorm | None) -> Float[Array, "N T H"]:
-        """Returns x normed and split into its n heads."""
+    def _heads(
+        self, place: str, x: Float[Array, "T NH"], n: int, norm: LayerNorm | None, tap: Tap
+    ) -> Float[Array, "N T H"]:
+        """Returns x normed and split into its n heads; `place` is its name before the norm."""
+        if tap.asks(place):
+            x = tap(place, x.reshape(x.shape[0], n, -1)).reshape(x.shape)
         if norm is not None and not self.norm_per_head:
             x = norm(x)
         x = jnp.swapaxes(x.reshape(x.shape[0], n, -1), 0, 1)
         return norm(x) if norm is not None and self.norm_per_head else x
+
+
+def _tap_shared(kv: KeysValues | LayerCache, tap: Tap) -> KeysValues:
+    """Returns another block's keys and values as this block alone reads them."""
+    if isinstance(kv, LayerCache):
+        raise MPTError(
+            "edits: expected no hook_k and hook_v of a block that reads another block's cache; edit those of that block"
+        )
+    k, v = (jnp.swapaxes(x, 0, 1) for x in (kv.k, kv.v))
+    k, v = tap("attn.hook_k", k), tap("attn.hook_v", v)
+    return KeysValues(jnp.swapaxes(k, 0, 1), jnp.swapaxes(v, 0, 1))

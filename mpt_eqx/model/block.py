@@ -10,6 +10,7 @@ from mpt_eqx.model.ffn import GLU, MLP
 from mpt_eqx.model.moe import MoE
 from mpt_eqx.model.norms import LayerNorm, RMSNorm, make_norm
 from mpt_eqx.model.positions import Positions
+from mpt_eqx.model.taps import UNTAPPED, Tap
 from mpt_eqx.ops.layer_cache import KeysValues, LayerCache
 from mpt_eqx.ops.numerics import apply_dropout
 
@@ -43,6 +44,7 @@ class Block(eqx.Module):
         x_kv: Float[Array, "T D"] | None = None,
         *,
         key: PRNGKeyArray | None = None,
+        tap: Tap = UNTAPPED,
     ) -> tuple[Float[Array, "T D"], KeysValues | LayerCache]:
         """Returns the residual stream after this layer, and the keys and values that it read.
 
@@ -52,9 +54,14 @@ class Block(eqx.Module):
             kv: as in `Attention`.
             x_kv: the input of the block that keys and values are computed from, if not this one.
             key: randomness of dropout and of the router's jitter; None for none.
+            tap: what is captured and edited.
         """
         keys = (None,) * 4 if key is None else jax.random.split(key, 4)
-        h, kv = self.attn(self.norm_1(x), positions, kv, None if x_kv is None else self.norm_1(x_kv), key=keys[0])
-        x = x + apply_dropout(h, self.resid_dropout, keys[1])
-        x = x + apply_dropout(self.ffn(self.norm_2(x), key=keys[2]), self.resid_dropout, keys[3])
-        return x, kv
+        x = tap("hook_resid_pre", x)
+        h = tap("ln1.hook_normalized", self.norm_1(x))
+        h, kv = self.attn(h, positions, kv, None if x_kv is None else self.norm_1(x_kv), key=keys[0], tap=tap)
+        x = x + apply_dropout(tap("hook_attn_out", h), self.resid_dropout, keys[1])
+        x = tap("hook_resid_mid", x)
+        h = self.ffn(tap("ln2.hook_normalized", self.norm_2(x)), key=keys[2], tap=tap)
+        x = x + apply_dropout(tap("hook_mlp_out", h), self.resid_dropout, keys[3])
+        return tap("hook_resid_post", x), kv

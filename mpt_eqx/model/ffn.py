@@ -8,6 +8,7 @@ from mpt_eqx.config import MPTConfig
 from mpt_eqx.model.activations import Activation, make_activation
 from mpt_eqx.model.init import init_linear
 from mpt_eqx.model.linear import Linear
+from mpt_eqx.model.taps import UNTAPPED, Tap
 
 
 class MLP(eqx.Module):
@@ -24,9 +25,12 @@ class MLP(eqx.Module):
         self.down_proj = init_linear(config, (d, f), bias, residual=True, key=down_key)
         self.act = make_activation(config)
 
-    def __call__(self, x: Float[Array, "T D"], *, key: PRNGKeyArray | None = None) -> Float[Array, "T D"]:
+    def __call__(
+        self, x: Float[Array, "T D"], *, key: PRNGKeyArray | None = None, tap: Tap = UNTAPPED
+    ) -> Float[Array, "T D"]:
         """Returns the network's output, position by position; the key is for networks that have a use for it."""
-        return self.down_proj(self.act(self.up_proj(x)))
+        h = self.act(tap("mlp.hook_pre", self.up_proj(x)))
+        return self.down_proj(tap("mlp.hook_post", h))
 
 
 class GLU(eqx.Module):
@@ -48,6 +52,9 @@ class GLU(eqx.Module):
         self.down_proj = init_linear(config, (d, f), bias, residual=True, key=down_key)
         self.act = make_activation(config)
 
-    def __call__(self, x: Float[Array, "T D"], *, key: PRNGKeyArray | None = None) -> Float[Array, "T D"]:
+    def __call__(
+        self, x: Float[Array, "T D"], *, key: PRNGKeyArray | None = None, tap: Tap = UNTAPPED
+    ) -> Float[Array, "T D"]:
         """Returns the network's output, position by position; the key is for networks that have a use for it."""
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        h = self.act(tap("mlp.hook_pre", self.gate_proj(x))) * self.up_proj(x)
+        return self.down_proj(tap("mlp.hook_post", h))

@@ -14,6 +14,7 @@ from mpt_eqx.config import MPTConfig
 from mpt_eqx.model.activations import Activation, make_activation
 from mpt_eqx.model.init import init_experts, init_linear
 from mpt_eqx.model.linear import Linear
+from mpt_eqx.model.taps import UNTAPPED, Tap
 from mpt_eqx.ops.layout import Layout
 from mpt_eqx.ops.matmul import expert_matmul
 from mpt_eqx.ops.numerics import accum_dtype
@@ -82,25 +83,37 @@ class ExpertMLP(eqx.Module):
         self.act = make_activation(config)
         self.n_experts = config.ffn_config.moe_num_experts
 
-    def __call__(self, x: Float[Array, "T D"], weights: Float[Array, "T E"]) -> Float[Array, "T D"]:
+    def __call__(
+        self, x: Float[Array, "T D"], weights: Float[Array, "T E"], tap: Tap = UNTAPPED
+    ) -> Float[Array, "T D"]:
         """Returns the sum over the experts of weight · output.
 
         Args:
             x: the normed residual stream.
             weights: how much each expert counts for each token; 0 where it does not.
+            tap: what is captured and edited.
         """
+
+        def before(w: Float[Array, "F D"]) -> Float[Array, "T F"]:
+            return expert_matmul(x, w.T)
+
+        def after(h: Float[Array, "T F"], w2: Float[Array, "F D"], weight: Float[Array, " T"]) -> Float[Array, "T D"]:
+            return expert_matmul(h, w2) * weight[:, None]
 
         def expert(this: tuple[Any, ...]) -> Float[Array, "T D"]:
             w1, v1, w2, weight = this
-            h = self.act(expert_matmul(x, w1.T))
-            if v1 is not None:
-                h = h * expert_matmul(x, v1.T)
-            return expert_matmul(h, w2) * weight[:, None]
+            h = self.act(before(w1))
+            return after(h if v1 is None else h * before(v1), w2, weight)
 
         def per_expert(w: Float[Array, "EF D"] | None) -> Float[Array, "E F D"] | None:
             return None if w is None else w.reshape(self.n_experts, -1, w.shape[-1])
 
-        stacked = (per_expert(self.w1), per_expert(self.v1), per_expert(self.w2), weights.T)
+        stacked: tuple[Any, ...] = (per_expert(self.w1), per_expert(self.v1), per_expert(self.w2), weights.T)
+        if tap.asks("mlp.hook_pre", "mlp.hook_post"):
+            w1, v1, w2, _ = stacked
+            h = self.act(tap("mlp.hook_pre", jax.vmap(before, out_axes=1)(w1)))
+            h = tap("mlp.hook_post", h if v1 is None else h * jax.vmap(before, out_axes=1)(v1))
+            return jnp.sum(jax.vmap(after, in_axes=(1, 0, 1))(h, w2, weights), axis=0)
         if self.layout is not None:
             # They work at the same time; in turns, each would be sent to all.
             return jnp.sum(jax.vmap(expert)(stacked), axis=0)
@@ -129,10 +142,12 @@ class MoE(eqx.Module):
         bias = jnp.zeros(config.d_model, jnp.float32) if biased else None
         self.experts = Experts(mlp=ExpertMLP(config, key=experts_key), bias=bias)
 
-    def __call__(self, x: Float[Array, "T D"], *, key: PRNGKeyArray | None = None) -> Float[Array, "T D"]:
+    def __call__(
+        self, x: Float[Array, "T D"], *, key: PRNGKeyArray | None = None, tap: Tap = UNTAPPED
+    ) -> Float[Array, "T D"]:
         """Returns the network's output, position by position; the key is for the router's jitter."""
         weights, experts = self.router(x, key=key)
         rows = jnp.arange(x.shape[0])[:, None]
         spread = jnp.zeros((x.shape[0], self.experts.mlp.n_experts), x.dtype).at[rows, experts].set(weights)
-        y = self.experts.mlp(x, spread)
+        y = self.experts.mlp(x, spread, tap)
         return y if self.experts.bias is None else y + self.experts.bias

@@ -12,13 +12,14 @@ from jaxtyping import Array, ArrayLike, Bool, DTypeLike, Float, Int, PRNGKeyArra
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.errors import MPTError
 from mpt_eqx.model.agreement import check_agreement
-from mpt_eqx.model.arguments import as_row, as_tokens
+from mpt_eqx.model.arguments import as_embeddings, as_row, as_tokens
 from mpt_eqx.model.block import Block
 from mpt_eqx.model.init import init_embedding, init_linear
 from mpt_eqx.model.kv_cache import KVCache
 from mpt_eqx.model.linear import Embedding, Linear
 from mpt_eqx.model.norms import LayerNorm, RMSNorm, make_norm
 from mpt_eqx.model.positions import Positions, token_positions
+from mpt_eqx.model.taps import UNTAPPED, Tap
 from mpt_eqx.ops.layer_cache import KeysValues, LayerCache
 from mpt_eqx.ops.layout import Layout
 from mpt_eqx.ops.numerics import apply_dropout, scale, softcap
@@ -70,23 +71,26 @@ class MPT(eqx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, " T"] | ArrayLike | Sequence[int],
+        tokens: Int[Array, " T"] | ArrayLike | Sequence[int] | None,
         *,
         mask: Bool[Array, " T"] | Int[Array, " T"] | np.ndarray | Sequence[int] | None = None,
         sequence_ids: Int[Array, " T"] | np.ndarray | Sequence[int] | None = None,
         key: PRNGKeyArray | None = None,
+        embeddings: Float[Array, "T D"] | np.ndarray | None = None,
         logits_dtype: DTypeLike | None = None,
     ) -> Float[Array, "T V"]:
         """Returns the logits of the token that follows each position.
 
         Args:
-            tokens: token ids of one sequence, 0 ≤ id < vocab_size; at most max_seq_len of them.
+            tokens: token ids of one sequence, 0 ≤ id < vocab_size; at most max_seq_len of them. With `embeddings` they
+                may be None.
             mask: True (or 1) at real tokens, False (or 0) at padding, which may stand anywhere; None when all are
                 real. Logits at padding mean nothing.
             sequence_ids: which of several packed sequences each token belongs to, −1 for padding; tokens see their own
                 sequence only. For models with attn_uses_sequence_id.
             key: randomness of dropout and jitter, needed when the configuration asks for them, except under
                 `eqx.nn.inference_mode`.
+            embeddings: used in place of the rows of wte, for soft prompts and for gradients with respect to them.
             logits_dtype: the type of the logits; None is that of the model. Log-probabilities of 16-bit models need
                 float32: logits in bfloat16 are rounded by up to 2⁻⁸ of their size, and so move by hundredths of a nat.
 
@@ -94,7 +98,7 @@ class MPT(eqx.Module):
             MPTError: too many tokens, an argument that does not fit the model, or (outside jit, where they can be
                 seen) an id outside the vocabulary.
         """
-        x = self.hidden_states(tokens, mask=mask, sequence_ids=sequence_ids, key=key)[-1]
+        x = self.hidden_states(tokens, mask=mask, sequence_ids=sequence_ids, key=key, embeddings=embeddings)[-1]
         return self.unembed(x, dtype=logits_dtype)
 
     @property
@@ -106,16 +110,21 @@ class MPT(eqx.Module):
     @library_switches()
     def hidden_states(
         self,
-        tokens: Int[Array, " T"] | ArrayLike | Sequence[int],
+        tokens: Int[Array, " T"] | ArrayLike | Sequence[int] | None,
         *,
         mask: Bool[Array, " T"] | Int[Array, " T"] | np.ndarray | Sequence[int] | None = None,
         sequence_ids: Int[Array, " T"] | np.ndarray | Sequence[int] | None = None,
         key: PRNGKeyArray | None = None,
+        embeddings: Float[Array, "T D"] | np.ndarray | None = None,
+        tap: Tap = UNTAPPED,
     ) -> tuple[Float[Array, "T D"], ...]:
         """Returns the residual stream: the input of each block, then the output of norm_f; n_layers + 1 arrays.
 
-        Arguments and errors as in `__call__`.
+        Arguments and errors as in `__call__`; `tap` is what `interp.run` captures and edits.
         """
+        if embeddings is not None:
+            embeddings = as_embeddings(embeddings, tokens, self.config.d_model, self.dtype)
+            tokens = jnp.zeros(embeddings.shape[0], jnp.int32) if tokens is None else tokens
         tokens = as_tokens(tokens, self.config.vocab_size)
         mask, sequence_ids = as_row("mask", mask, tokens.shape), as_row("sequence_ids", sequence_ids, tokens.shape)
         self._check(tokens, sequence_ids, key)
@@ -130,20 +139,22 @@ class MPT(eqx.Module):
         token = place if mask is None else token_positions(mask)
         n_keys = 1 + len(self.blocks)
         emb_key, *block_keys = (None,) * n_keys if key is None else jax.random.split(key, n_keys)
-        x = self._embed(tokens, token, emb_key)
+        tap = tap.at(place)
+        x = self._embed(tokens, token, emb_key, embeddings, tap)
         positions = Positions(query=place, token=token, allowed=allowed)
-        inputs, x, _ = self._run(x, positions, (None,) * len(self.blocks), block_keys)
-        return (*inputs, self.norm_f(x))
+        inputs, x, _ = self._run(x, positions, (None,) * len(self.blocks), block_keys, tap)
+        return (*inputs, tap("ln_final.hook_normalized", self.norm_f(x)))
 
     @library_switches()
     def extend(
-        self, tokens: Int[Array, " T"] | ArrayLike | Sequence[int], cache: KVCache
+        self, tokens: Int[Array, " T"] | ArrayLike | Sequence[int], cache: KVCache, *, tap: Tap = UNTAPPED
     ) -> tuple[Float[Array, "T D"], KVCache]:
         """Reads T more tokens after those in the cache, without dropout.
 
         Args:
             tokens: the tokens that follow, 0 ≤ id < vocab_size; they must fit into the rest of the cache.
             cache: the tokens so far.
+            tap: what is edited, for positions that count from the start of the cache.
 
         Returns:
             The output of norm_f at the T positions (`unembed` makes logits of it), and the cache with the T tokens
@@ -165,13 +176,15 @@ class MPT(eqx.Module):
                 )
         query = cache.length + jnp.arange(tokens.shape[0])
         positions = Positions(query=query, token=query, allowed=None)
-        x = self._embed(tokens, query, None)
-        _, x, written = self._run(x, positions, cache.layers, (None,) * len(self.blocks))
+        tap = tap.at(query)
+        x = self._embed(tokens, query, None, None, tap)
+        _, x, written = self._run(x, positions, cache.layers, (None,) * len(self.blocks), tap)
         layers = tuple(
             new if isinstance(old, LayerCache) and isinstance(new, LayerCache) else None
             for old, new in zip(cache.layers, written, strict=True)
         )
-        return self.norm_f(x), KVCache(layers=layers, length=cache.length + tokens.shape[0])
+        x = tap("ln_final.hook_normalized", self.norm_f(x))
+        return x, KVCache(layers=layers, length=cache.length + tokens.shape[0])
 
     @library_switches()
     def unembed(self, x: Float[Array, "T D"], *, dtype: DTypeLike | None = None) -> Float[Array, "T V"]:
@@ -185,13 +198,19 @@ class MPT(eqx.Module):
         return logits
 
     def _embed(
-        self, tokens: Int[Array, " T"], token: Int[Array, " T"], key: PRNGKeyArray | None
+        self,
+        tokens: Int[Array, " T"],
+        token: Int[Array, " T"],
+        key: PRNGKeyArray | None,
+        embeddings: Float[Array, "T D"] | None,
+        tap: Tap,
     ) -> Float[Array, "T D"]:
         """Returns the residual stream before the first block."""
-        x = self.wte(tokens)
+        x = self.wte(tokens) if embeddings is None else embeddings
         if isinstance(getattr(self.wte, "weight", None), QuantizedWeight):
             x = x.astype(self.dtype)
-        if self.config.pad_token_id is not None:
+        x = tap("hook_embed", x)
+        if self.config.pad_token_id is not None and embeddings is None:
             x = jnp.where((tokens == self.config.pad_token_id)[:, None], jax.lax.stop_gradient(x), x)
         if self.wpe is not None:
             x = x + self.wpe(token)
@@ -210,15 +229,19 @@ class MPT(eqx.Module):
         positions: Positions,
         cache: Sequence[LayerCache | None],
         keys: Sequence[PRNGKeyArray | None],
+        tap: Tap,
     ) -> tuple[list[Float[Array, "T D"]], Float[Array, "T D"], list[KeysValues | LayerCache]]:
         """Returns the input of each block, the output of the last, and the keys and values that each block read."""
         inputs: list[Float[Array, "T D"]] = []
         read: list[KeysValues | LayerCache] = []
-        for block, layer, own, key in zip(self.blocks, self.config.layers, cache, keys, strict=True):
+        layers = zip(self.blocks, self.config.layers, cache, keys, strict=True)
+        for number, (block, layer, own, key) in enumerate(layers):
             inputs.append(x)
             kv = own if layer.kv_from is None else read[layer.kv_from]
             x_kv = None if layer.kv_x_from is None else inputs[layer.kv_x_from]
-            x, kv = block(x, positions, kv, x_kv, key=key)
+            of_block = tap.of_block(number)
+            x, kv = block(x, positions, kv, x_kv, key=key, tap=of_block)
+            tap.keep(number, of_block.found)
             x = self._constrain(x)
             read.append(kv)
         return inputs, x, read

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
-from mpt_eqx.ops.attention import alibi_bias, attention, visible
+from mpt_eqx.ops.attention import Tap, alibi_bias, attention, visible
 from mpt_eqx.ops.blockwise_attention import blockwise_attention
 from mpt_eqx.ops.cudnn_attention import cudnn_attention, supports_cudnn
 from mpt_eqx.ops.decode_attention import decode_attention, supports_cpu_kernel
@@ -28,6 +28,7 @@ def attend(
     softcap: float | None = None,
     dropout: eqx.nn.Dropout | None = None,
     key: PRNGKeyArray | None = None,
+    tap: Tap | None = None,
 ) -> Float[Array, "N T H"]:
     """Returns what the queries of N heads gather from K heads of keys and values; head n reads key head ⌊n·K/N⌋.
 
@@ -42,6 +43,7 @@ def attend(
         softcap: as in `attention`.
         dropout: as in `attention`. Only without a cache.
         key: as in `attention`.
+        tap: as in `attention`, for the scores and weights of all N heads; the formula is then used for a cache, too.
     """
     # The queries that share a key head stand as more positions of that head.
     shape, key_heads = q.shape, kv.k.shape[0]
@@ -59,9 +61,14 @@ def attend(
             mask = jnp.tile(mask, (groups, 1))
         return bias, mask
 
+    def of_groups(place: str, x: Float[Array, "K GT S"]) -> Float[Array, "K GT S"]:
+        assert tap is not None
+        return tap(place, x.reshape(*shape[:2], -1)).reshape(x.shape)
+
+    tapped = None if tap is None else of_groups
     if isinstance(kv, KeysValues):
         bias, mask = bias_and_mask(slopes, query_pos, query_pos)
-        h = attention(grouped, kv.k, kv.v, bias, mask, scale, softcap=softcap, dropout=dropout, key=key)
+        h = attention(grouped, kv.k, kv.v, bias, mask, scale, softcap=softcap, dropout=dropout, key=key, tap=tapped)
         return h.reshape(shape)
     capacity = kv.k.shape[-2]
     # A query that stands outside of the cache sees nothing, and gets NaN.
@@ -96,7 +103,10 @@ def attend(
         # What no query sees may be anything, and 0 · NaN is NaN: in sums, and in the derivatives of products.
         seen, rows = jnp.any(mask, axis=0)[:, None], kv.rows(0, capacity)
         k, v = jnp.where(seen, rows.k, 0), jnp.where(seen, rows.v, 0)
-        return attention(q, k, v, bias, mask, scale, softcap=softcap, masked_score=-jnp.inf)
+        return attention(q, k, v, bias, mask, scale, softcap=softcap, masked_score=-jnp.inf, tap=tapped)
+
+    if tapped is not None:
+        return by_formula(grouped, kv, slopes, query_pos).reshape(shape)
 
     # Derivatives are those of the formula: neither the kernel nor a loop of unknown length has any in reverse mode.
     from_cache.defjvp(lambda primals, tangents: jax.jvp(by_formula, primals, tangents))

@@ -1,5 +1,7 @@
 """The formula of attention, with ALiBi's bias and the mask."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,9 @@ from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
 from mpt_eqx.ops import numerics
 from mpt_eqx.ops.numerics import accum_dtype
+
+Tap = Callable[[str, Float[Array, "N T S"]], Float[Array, "N T S"]]
+"""What looks at scores and weights by name, and may change them."""
 
 
 def attention(
@@ -22,6 +27,7 @@ def attention(
     dropout: eqx.nn.Dropout | None = None,
     key: PRNGKeyArray | None = None,
     masked_score: float | None = None,
+    tap: Tap | None = None,
 ) -> Float[Array, "N T H"]:
     """Returns softmax(scale · q kᵀ + bias, where masked) v for each of N heads.
 
@@ -39,6 +45,7 @@ def attention(
         dropout: on the weights, where a key is given.
         key: randomness of the dropout.
         masked_score: of keys that a query may not see; None for what this function promises.
+        tap: of the places "attn.hook_attn_scores" and "attn.hook_pattern"; None for none.
 
     Source: llm-foundry 8c8dd48, llmfoundry/models/layers/attention.py, scaled_multihead_dot_product_attention.
     """
@@ -48,7 +55,10 @@ def attention(
     chosen = jnp.where(jnp.any(mask, axis=-1, keepdims=True), jnp.int32(bits[0]), jnp.int32(bits[1]))
     of_rows = jax.lax.bitcast_convert_type(chosen, jnp.float32).astype(accum_dtype(q.dtype))
     hidden = of_rows if masked_score is None else masked_score
-    weights = jax.nn.softmax(attention_scores(q, k, bias, mask, scale, softcap, hidden), axis=-1)
+    scores = attention_scores(q, k, bias, mask, scale, softcap, hidden)
+    weights = jax.nn.softmax(scores if tap is None else tap("attn.hook_attn_scores", scores), axis=-1)
+    if tap is not None:
+        weights = tap("attn.hook_pattern", weights)
     weights = numerics.apply_dropout(weights, dropout, key)
     mixed = jnp.einsum("NTS,NSH->NTH", weights.astype(v.dtype), v, preferred_element_type=accum_dtype(v.dtype))
     return mixed.astype(v.dtype)
