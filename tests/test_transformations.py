@@ -355,3 +355,41 @@ def test_filters_of_logits_run_without_jit():
         with jax.disable_jit():
             found = function(logits, option)
         np.testing.assert_array_equal(found, function(logits, option))
+
+
+def test_only_the_function_that_a_program_needs_is_traced():
+    """For the platform it is lowered for, with the precision of products around the call; all of them for several."""
+    from mpt_eqx.ops.platform import by_platform
+
+    traced = []
+
+    def product(name):
+        return lambda x, y: (traced.append(name), x @ y)[1]
+
+    @jax.jit
+    def rows(x, y):
+        def row(x):
+            with jax.default_matmul_precision("float32"):
+                return by_platform(
+                    jax.ShapeDtypeStruct((2,), jnp.float32), x, y,
+                    default=product("default"), cpu=product("cpu"), kernel=product("kernel"),
+                )  # fmt: skip
+
+        return jax.vmap(row)(x)
+
+    def programs(x, y, **lowered_for):
+        traced.clear()
+        return rows.trace(x, y).lower(**lowered_for).as_text(), sorted(set(traced))
+
+    x, y = jnp.ones((3, 4)), jnp.ones((4, 2))
+    with jax.default_matmul_precision("bfloat16"):
+        assert programs(x, y)[1] == ["kernel"]
+        text, names = programs(x, y, lowering_platforms=("cuda",))
+        assert names == ["default"] and "precision = [HIGHEST, HIGHEST]" in text
+        for platforms, expected in (("cpu",), ["cpu"]), (("cpu", "cuda"), ["cpu", "default"]):
+            traced.clear()
+            exported = export.export(rows, platforms=platforms)(x, y)
+            assert sorted(set(traced)) == expected
+            np.testing.assert_array_equal(exported.call(x, y), x @ y)
+    with jax.disable_jit():
+        np.testing.assert_array_equal(rows(x, y), x @ y)

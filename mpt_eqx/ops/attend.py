@@ -12,7 +12,6 @@ from mpt_eqx.ops.blockwise_attention import blockwise_attention
 from mpt_eqx.ops.cudnn_attention import cudnn_attention, supports_cudnn
 from mpt_eqx.ops.decode_attention import decode_attention, supports_cpu_kernel
 from mpt_eqx.ops.layer_cache import KeysValues, LayerCache
-from mpt_eqx.ops.platform import by_platform
 from mpt_eqx.ops.switches import library_switches
 
 
@@ -93,7 +92,7 @@ def attend(
             return jnp.where(jnp.any(mask, axis=-1)[:, None], h, jnp.nan)
 
         fused = supports_cudnn(q, capacity, softcap)
-        return by_platform(cuda=by_cudnn, default=in_blocks) if fused else in_blocks()
+        return jax.lax.platform_dependent(cuda=by_cudnn, default=in_blocks) if fused else in_blocks()
 
     @library_switches()
     def by_formula(

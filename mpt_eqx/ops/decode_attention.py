@@ -1,7 +1,5 @@
 """Attention of a decode step: one query to a cache, by the CPU kernel where there is one."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
@@ -10,7 +8,7 @@ from mpt_eqx.ops import cpu
 from mpt_eqx.ops.attention import alibi_bias, visible
 from mpt_eqx.ops.blockwise_attention import blockwise_attention
 from mpt_eqx.ops.layer_cache import LayerCache
-from mpt_eqx.ops.platform import by_kernel, by_platform, on_mesh
+from mpt_eqx.ops.platform import by_platform, on_mesh
 from mpt_eqx.ops.switches import library_switches
 
 
@@ -69,9 +67,8 @@ def decode_attention(
             return found.astype(q.dtype)
 
         by_rows = jax.vmap(by_xla, in_axes=(0, 0, 0, None, 0))
-        return by_platform(
-            q, k, v, slopes, position, cpu=functools.partial(by_kernel, on_cpu, by_rows), default=by_rows
-        )
+        result = jax.ShapeDtypeStruct(q.shape, q.dtype)
+        return by_platform(result, q, k, v, slopes, position, default=by_rows, cpu=by_rows, kernel=on_cpu)
 
     @rows.def_vmap
     @library_switches()

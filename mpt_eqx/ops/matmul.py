@@ -1,6 +1,5 @@
 """Products of a weight, floating or quantised, with the positions of a sequence: y = W x."""
 
-import functools
 from typing import Any
 
 import jax
@@ -9,7 +8,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from mpt_eqx.ops import cpu
 from mpt_eqx.ops.numerics import accum_dtype
-from mpt_eqx.ops.platform import MAX_DECODE_ROWS, by_kernel, by_platform, on_mesh
+from mpt_eqx.ops.platform import MAX_DECODE_ROWS, by_platform, on_mesh
 from mpt_eqx.ops.quantized import QuantizedWeight, dequantize
 from mpt_eqx.ops.sizes import at_most
 from mpt_eqx.ops.switches import library_switches
@@ -74,7 +73,7 @@ def _take_rows(weight: Weight, tokens: Int[Array, " T"]) -> Float[Array, "T in"]
 
 @jax.custom_jvp
 def _prefill_matmul(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
-    return by_platform(weight, x, cpu=_weight_first, default=_matmul)
+    return by_platform(_product(weight, x), weight, x, default=_matmul, cpu=_weight_first)
 
 
 @jax.custom_jvp
@@ -91,8 +90,8 @@ def _(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Float[Array,
 
 @jax.custom_batching.custom_vmap
 def _decode_rows(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
-    on_cpu = functools.partial(by_kernel, _by_kernel, _by_xla) if _suits_kernel(weight, x) else _by_xla
-    return by_platform(weight, x, cpu=on_cpu, default=_matmul)
+    kernel = _by_kernel if _suits_kernel(weight, x) else None
+    return by_platform(_product(weight, x), weight, x, default=_matmul, cpu=_by_xla, kernel=kernel)
 
 
 @_decode_rows.def_vmap
@@ -104,6 +103,12 @@ def _(size: int, batched: list[Any], weight: Any, x: Array) -> tuple[Float[Array
         axes = (jax.tree.map(lambda there: 0 if there else None, weight_batched), 0 if x_batched else None)
         return jax.vmap(_matmul, in_axes=axes)(weight, x), True
     return _decode_rows(weight, x.reshape(-1, x.shape[-1])).reshape(size, x.shape[1], -1), True
+
+
+def _product(weight: Weight, x: Float[Array, "T in"]) -> jax.ShapeDtypeStruct:
+    """Returns shape and type of W x."""
+    rows = (weight.values if isinstance(weight, QuantizedWeight) else weight).shape[0]
+    return jax.ShapeDtypeStruct((x.shape[0], rows), accum_dtype(x.dtype))
 
 
 def _suits_kernel(weight: Weight, x: Float[Array, "T in"]) -> bool:
@@ -166,7 +171,10 @@ def _decode_take_rows(weight: Weight, tokens: Int[Array, " T"]) -> Float[Array, 
         # XLA would keep a copy of a 16-bit table in float32 beside the loop over tokens.
         return _take_rows(*jax.lax.optimization_barrier((weight, tokens)))
 
-    return by_platform(weight, tokens, cpu=on_cpu, default=_take_rows)
+    quantized = isinstance(weight, QuantizedWeight)
+    columns, dtype = (weight.columns, weight.rows_dtype) if quantized else (weight.shape[1], weight.dtype)
+    result = jax.ShapeDtypeStruct((tokens.shape[0], columns), dtype)
+    return by_platform(result, weight, tokens, default=_take_rows, cpu=on_cpu)
 
 
 @_decode_take_rows.defjvp

@@ -75,7 +75,8 @@ def _mean(x: Float[Array, "*T D"]) -> Float[Array, "*T 1"]:
 
 @jax.custom_jvp
 def _fixed_order_mean(x: Float[Array, "*T D"]) -> Float[Array, "*T 1"]:
-    return by_platform(x, cpu=lambda x: tree_sum(x) / x.shape[-1], default=_mean)
+    result = jax.ShapeDtypeStruct((*x.shape[:-1], 1), x.dtype)
+    return by_platform(result, x, default=_mean, cpu=lambda x: tree_sum(x) / x.shape[-1])
 
 
 @_fixed_order_mean.defjvp

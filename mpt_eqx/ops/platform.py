@@ -1,53 +1,99 @@
 """Where a computation runs: the one place that asks."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.extend.core import Primitive
-from jax.interpreters import mlir
+from jax.interpreters import batching, mlir
 from jaxtyping import Array
 
 from mpt_eqx.ops import cpu
+from mpt_eqx.ops.switches import library_switches
 
 MAX_DECODE_ROWS = 8
 """Positions of one sequence up to which a call counts as a step of decoding; prompts and training have more."""
 
-
-def by_platform(*operands: Any, default: Callable[..., Any], **platforms: Callable[..., Any]) -> Any:
-    """Returns platforms[name](*operands) where the program is compiled for that platform, else default(*operands)."""
-    return jax.lax.platform_dependent(*operands, default=default, **platforms)
+Functions = tuple[Callable[..., Array], Callable[..., Array], Callable[..., Array]]
 
 
-def by_kernel(kernel: Callable[..., Array], default: Callable[..., Array], *operands: Any) -> Array:
-    """Returns kernel(*operands), or default(*operands) in a program that `jax.export` makes.
+def by_platform(
+    result: jax.ShapeDtypeStruct,
+    *operands: Any,
+    default: Callable[..., Array],
+    cpu: Callable[..., Array],
+    kernel: Callable[..., Array] | None = None,
+) -> Array:
+    """Returns what one of the functions gives for the operands: `cpu` in a program for CPUs, `default` in others.
 
-    Such a program is to run in processes, and on machines, that have no kernel.
+    With `kernel`, that takes the place of `cpu`, but in programs that `jax.export` makes: they are to run in processes,
+    and on machines, that have no kernel. Only the function that a program needs is traced, when it is lowered, so that
+    none may use traced values apart from its operands; what is returned has a vmap, and no derivative.
+
+    Args:
+        result: shape and type of what each function returns.
+        operands: what they take.
+        default: the formula.
+        cpu: the same for CPUs, in XLA.
+        kernel: the same by the CPU kernel.
     """
     leaves, structure = jax.tree_util.tree_flatten(operands)
-
-    def of_leaves(function: Callable[..., Array]) -> Callable[..., Array]:
-        return lambda *leaves: function(*jax.tree.unflatten(structure, leaves))
-
-    return _by_kernel.bind(*leaves, kernel=of_leaves(kernel), default=of_leaves(default))
-
-
-_by_kernel = Primitive("mpt_eqx_by_kernel")
-_by_kernel.def_impl(lambda *leaves, kernel, default: kernel(*leaves))
+    # The precision is that of the code around the call, which lowering is not inside of.
+    return _by_platform.bind(
+        *leaves, functions=(default, cpu, kernel or cpu), structure=structure, axes=(), result=result,
+        precision=jax.config.jax_default_matmul_precision,
+    )  # fmt: skip
 
 
-def _result(*leaves: Any, kernel: Callable[..., Array], default: Callable[..., Array]) -> jax.core.ShapedArray:
-    found = jax.eval_shape(default, *leaves)
-    return jax.core.ShapedArray(found.shape, found.dtype)
+_by_platform = Primitive("by_platform")
 
 
-def _lower(context: Any, *leaves: Any, kernel: Callable[..., Array], default: Callable[..., Array]) -> Any:
-    exported = context.module_context.lowering_parameters.for_export
-    return mlir.lower_fun(default if exported else kernel, multiple_results=False)(context, *leaves)
+@_by_platform.def_impl
+def _(*leaves: Any, functions: Functions, **how: Any) -> Array:
+    default, _, kernel = (_of_leaves(function, **how) for function in functions)
+    return jax.lax.platform_dependent(*leaves, cpu=kernel, default=default)
 
 
-_by_kernel.def_abstract_eval(_result)
-mlir.register_lowering(_by_kernel, _lower)
+@_by_platform.def_abstract_eval
+def _(*_: Any, result: jax.ShapeDtypeStruct, **__: Any) -> jax.core.ShapedArray:
+    return jax.core.ShapedArray(result.shape, result.dtype)
+
+
+def _batch(leaves: Any, batched: Any, *, axes: tuple[Any, ...], result: jax.ShapeDtypeStruct, **rest: Any) -> Any:
+    size = next(leaf.shape[axis] for leaf, axis in zip(leaves, batched, strict=True) if axis is not None)
+    result = jax.ShapeDtypeStruct((size, *result.shape), result.dtype)
+    return _by_platform.bind(*leaves, axes=(*axes, tuple(batched)), result=result, **rest), 0
+
+
+def _lower(context: Any, *leaves: Any, functions: Functions, **how: Any) -> Any:
+    default, cpu, kernel = (_of_leaves(function, **how) for function in functions)
+    on_cpu = cpu if context.module_context.lowering_parameters.for_export else kernel
+    platforms = set(context.platforms or context.module_context.platforms)
+    if len(platforms) == 1:
+        function = on_cpu if platforms == {"cpu"} else default
+    else:
+        function = functools.partial(jax.lax.platform_dependent, cpu=on_cpu, default=default)
+    return mlir.lower_fun(function, multiple_results=False)(context, *leaves)
+
+
+def _of_leaves(
+    function: Callable[..., Array], structure: Any, axes: tuple[Any, ...], precision: str | None, **_: Any
+) -> Callable[..., Array]:
+    """Returns the function of the operands' leaves, under each vmap, with the switches of where it was called."""
+
+    @library_switches()
+    def of_leaves(*leaves: Array) -> Array:
+        with jax.default_matmul_precision(precision):
+            return function(*jax.tree.unflatten(structure, leaves))
+
+    for batched in axes:
+        of_leaves = jax.vmap(of_leaves, in_axes=batched)
+    return of_leaves
+
+
+batching.primitive_batchers[_by_platform] = _batch
+mlir.register_lowering(_by_platform, _lower)
 
 
 def on_mesh(*arrays: Array) -> bool:

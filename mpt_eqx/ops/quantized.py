@@ -33,8 +33,17 @@ class QuantizedWeight(eqx.Module):
 
     def rows(self, numbers: Int[Array, " T"]) -> Float[Array, "T in"]:
         """Returns some rows of W."""
-        dtype = self.dtype if self.has_own_scale() else self.scale.dtype
-        return dequantize(self.values[numbers], self.scale[numbers]).astype(dtype)
+        return dequantize(self.values[numbers], self.scale[numbers]).astype(self.rows_dtype)
+
+    @property
+    def rows_dtype(self) -> np.dtype:
+        """The type of W."""
+        return self.dtype if self.has_own_scale() else self.scale.dtype
+
+    @property
+    def columns(self) -> int:
+        """How many columns W has."""
+        return self.values.shape[-1] * (2 if self.values.dtype == jnp.uint8 else 1)
 
     def has_own_scale(self) -> bool:
         """Whether the scales are of the type that they were made in."""
