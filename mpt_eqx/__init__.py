@@ -34,7 +34,9 @@ from mpt_eqx.generation import stream as stream
 from mpt_eqx.generation import warmup as warmup
 from mpt_eqx.model import MPT as MPT
 from mpt_eqx.model import KVCache as KVCache
+from mpt_eqx.model.stacked import unstack as unstack
 from mpt_eqx.surgery.quantization import quantize as quantize
+from mpt_eqx.surgery.stacking import stack as stack
 
 if TYPE_CHECKING:
     from mpt_eqx import sharding as sharding

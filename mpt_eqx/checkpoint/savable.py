@@ -20,8 +20,9 @@ from mpt_eqx.sharding.qkv import split_qkv
 from mpt_eqx.surgery.quantization import quantization_of, with_zeros
 
 KEEP = "keep the model as it is with equinox.tree_serialise_leaves"
-# What a module may have otherwise: a layout is made anew at loading, and the type of a quantised weight is written.
-FREE = ("layout", "config", "dtype")
+# What a module may have otherwise: a layout is made anew at loading, remat is for training, and the type of a quantised
+# weight is written.
+FREE = ("layout", "config", "dtype", "remat")
 
 
 def check_savable(model: Any) -> tuple[Quantization | None, np.dtype | None]:

@@ -23,6 +23,7 @@ from mpt_eqx.config.keys import STORED_TYPES
 from mpt_eqx.config.quantization import KEY, Quantization
 from mpt_eqx.errors import CheckpointError
 from mpt_eqx.model import MPT
+from mpt_eqx.model.stacked import unstack
 from mpt_eqx.sharding.multihost import run_or_raise_everywhere
 from mpt_eqx.sharding.qkv import is_qkv_slice, qkv_slice_of
 
@@ -68,6 +69,7 @@ def save_pretrained(
         ShardingError: the first process, which writes a model on several, failed.
     """
     limit = parse_size(max_shard_size)
+    model = unstack(model) if isinstance(model, MPT) else model
     quantization, weight_dtype = check_savable(model)
     tensors = [_to_write(stored_name(name, model.config), parts) for name, parts in _whole_tensors(model).items()]
 

@@ -29,9 +29,8 @@ from mpt_eqx.generation.prompts import prefill_prompts, progress_bar
 from mpt_eqx.generation.sampling import LogitsProcessor
 from mpt_eqx.generation.sampling_params import ProcessorOptions, SamplingParams, check_options
 from mpt_eqx.generation.state import ensure_capacity, repeat_and_resize, replicate
-from mpt_eqx.generation.validate import check_count, check_number, check_processors, check_prompts
+from mpt_eqx.generation.validate import check_count, check_model, check_number, check_processors, check_prompts
 from mpt_eqx.model import MPT
-from mpt_eqx.model.agreement import check_agreement
 from mpt_eqx.sharding.multihost import check_same_arguments
 
 
@@ -86,7 +85,7 @@ def beam_search(
             or infinite, or the arguments leave fewer sequences than are to be returned.
         Interrupted: Ctrl-C; its `result` holds the best sequences until then, ended or not.
     """
-    check_agreement(model, GenerationError)
+    model = check_model(model)
     params = check_options(model.config, max_new_tokens, options, known=ProcessorOptions, caller="beam_search")
     processors = check_processors(logits_processors, model.config.vocab_size)
     search = search_options(params, max_new_tokens, length_penalty, early_stopping)

@@ -16,9 +16,15 @@ from mpt_eqx.generation.prompts import prefill_prompts, progress_bar
 from mpt_eqx.generation.sampling import LogitsProcessor
 from mpt_eqx.generation.sampling_params import SamplingOptions, check_options
 from mpt_eqx.generation.state import repeat_and_resize
-from mpt_eqx.generation.validate import check_count, check_key, check_one_prompt, check_processors, check_prompts
+from mpt_eqx.generation.validate import (
+    check_count,
+    check_key,
+    check_model,
+    check_one_prompt,
+    check_processors,
+    check_prompts,
+)
 from mpt_eqx.model import MPT
-from mpt_eqx.model.agreement import check_agreement
 from mpt_eqx.ops.switches import each_with_library_switches
 from mpt_eqx.sharding.multihost import check_same_arguments
 
@@ -97,7 +103,7 @@ def generate(
             or infinite, or the arguments leave no token to choose.
         Interrupted: Ctrl-C; its `result` holds what was decoded until then.
     """
-    check_agreement(model, GenerationError)
+    model = check_model(model)
     params = check_options(model.config, max_new_tokens, options, least=0)
     processors = check_processors(logits_processors, model.config.vocab_size)
     temperature, pad_token_id = float(params.temperature), int(params.pad_token_id)
@@ -184,7 +190,7 @@ def stream(
     """
     check_one_prompt(prompt)
     check_count("chunk_size", chunk_size)
-    check_agreement(model, GenerationError)
+    model = check_model(model)
     params = check_options(model.config, max_new_tokens, options, caller="stream", least=0)
     processors = check_processors(logits_processors, model.config.vocab_size)
     key = check_key(key, float(params.temperature))

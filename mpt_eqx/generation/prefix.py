@@ -12,9 +12,8 @@ from mpt_eqx.generation.buckets import cache_bucket
 from mpt_eqx.generation.interrupts import held_interrupts
 from mpt_eqx.generation.prompts import prefill_prompts, progress_bar
 from mpt_eqx.generation.state import DecodeState, empty_state, repeat_and_resize
-from mpt_eqx.generation.validate import check_one_prompt, check_prompts
+from mpt_eqx.generation.validate import check_model, check_one_prompt, check_prompts
 from mpt_eqx.model import MPT
-from mpt_eqx.model.agreement import check_agreement
 from mpt_eqx.sharding.multihost import check_same_arguments
 
 
@@ -53,7 +52,7 @@ def prefill(model: MPT, tokens: Sequence[int], *, prefix: Prefix | None = None, 
             model with another configuration.
     """
     check_one_prompt(tokens)
-    check_agreement(model, GenerationError)
+    model = check_model(model)
     before = prefix_length(prefix)
     (row,) = check_prompts(model.config, [tokens], max_new_tokens=0, before=before)
     state = initial_state(model, prefix, 1, before + len(row))

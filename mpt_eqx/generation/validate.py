@@ -11,9 +11,23 @@ from jaxtyping import Array, Key, PRNGKeyArray
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.errors import GenerationError
 from mpt_eqx.generation.buckets import MIN_CACHE
+from mpt_eqx.model import MPT
+from mpt_eqx.model.agreement import check_agreement
 from mpt_eqx.model.mpt import max_len_hint
+from mpt_eqx.model.stacked import unstack
+from mpt_eqx.surgery.rematerialization import remat
 
 MAX_INT = 2**31 - 1
+
+
+def check_model(model: MPT) -> MPT:
+    """Returns the model as it generates: with single blocks, and as it was before `remat`.
+
+    Raises:
+        GenerationError: its sizes are not those of its configuration.
+    """
+    check_agreement(model, GenerationError)
+    return remat(unstack(model), "none")
 
 
 def check_key(key: PRNGKeyArray | None, temperature: float) -> Key[Array, ""]:

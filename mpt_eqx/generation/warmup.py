@@ -12,7 +12,7 @@ from mpt_eqx.generation.interrupts import held_interrupts
 from mpt_eqx.generation.prompts import prefill_prompts, progress_bar
 from mpt_eqx.generation.sampling_params import check_options
 from mpt_eqx.generation.state import empty_state, ensure_capacity, replicate
-from mpt_eqx.generation.validate import check_count, check_key, check_prompts
+from mpt_eqx.generation.validate import check_count, check_key, check_model, check_prompts
 from mpt_eqx.model import MPT
 from mpt_eqx.sharding.multihost import check_same_arguments
 
@@ -37,6 +37,7 @@ def warmup(
     Raises:
         GenerationError: an argument is not valid, or a length exceeds max_seq_len.
     """
+    model = check_model(model)
     config = model.config
     params = check_options(config, max_new_tokens, {}, caller="warmup", least=0)
     for name, counts in (("batch_sizes", batch_sizes), ("prompt_lengths", prompt_lengths)):

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, DTypeLike, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Bool, DTypeLike, Float, Int, PRNGKeyArray, Shaped
 
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.errors import MPTError
@@ -19,6 +19,8 @@ from mpt_eqx.model.kv_cache import KVCache
 from mpt_eqx.model.linear import Embedding, Linear
 from mpt_eqx.model.norms import LayerNorm, RMSNorm, make_norm
 from mpt_eqx.model.positions import Positions, token_positions
+from mpt_eqx.model.remat import run_block
+from mpt_eqx.model.stacked import StackedBlocks
 from mpt_eqx.model.taps import UNTAPPED, Tap
 from mpt_eqx.ops.layer_cache import KeysValues, LayerCache
 from mpt_eqx.ops.layout import Layout
@@ -39,11 +41,12 @@ class MPT(eqx.Module):
     wte: Embedding
     wpe: Embedding | None
     emb_dropout: eqx.nn.Dropout | None
-    blocks: tuple[Block, ...]
+    blocks: tuple[Block, ...] | StackedBlocks
     norm_f: LayerNorm | RMSNorm
     lm_head: Linear | None
     layout: Layout | None
     logit_scale: float | None = eqx.field(static=True)
+    remat: str = eqx.field(static=True)
     config: MPTConfig = eqx.field(static=True)
 
     def __init__(self, config: MPTConfig, *, key: PRNGKeyArray):
@@ -67,6 +70,7 @@ class MPT(eqx.Module):
         self.lm_head = None if config.tie_word_embeddings else init_linear(config, (v, d), False, key=head_key)
         self.layout = None
         self.logit_scale = d**-0.5 if isinstance(config.logit_scale, str) else config.logit_scale
+        self.remat = "none"
         self.config = config
 
     def __call__(
@@ -98,7 +102,7 @@ class MPT(eqx.Module):
             MPTError: too many tokens, an argument that does not fit the model, or (outside jit, where they can be
                 seen) an id outside the vocabulary.
         """
-        x = self.hidden_states(tokens, mask=mask, sequence_ids=sequence_ids, key=key, embeddings=embeddings)[-1]
+        _, x = self._states(tokens, mask, sequence_ids, key, embeddings, UNTAPPED)
         return self.unembed(x, dtype=logits_dtype)
 
     @property
@@ -122,6 +126,14 @@ class MPT(eqx.Module):
 
         Arguments and errors as in `__call__`; `tap` is what `interp.run` captures and edits.
         """
+        inputs, x = self._states(tokens, mask, sequence_ids, key, embeddings, tap)
+        return (*inputs, x)
+
+    @library_switches()
+    def _states(
+        self, tokens: Any, mask: Any, sequence_ids: Any, key: PRNGKeyArray | None, embeddings: Any, tap: Tap
+    ) -> tuple[Sequence[Float[Array, "T D"]] | Float[Array, "L T D"], Float[Array, "T D"]]:
+        """Returns the input of each block, and the output of norm_f."""
         if embeddings is not None:
             embeddings = as_embeddings(embeddings, tokens, self.config.d_model, self.dtype)
             tokens = jnp.zeros(embeddings.shape[0], jnp.int32) if tokens is None else tokens
@@ -138,12 +150,12 @@ class MPT(eqx.Module):
             allowed &= sequence_ids[None, :] == sequence_ids[:, None]
         token = place if mask is None else token_positions(mask)
         n_keys = 1 + len(self.blocks)
-        emb_key, *block_keys = (None,) * n_keys if key is None else jax.random.split(key, n_keys)
+        keys = (None,) * n_keys if key is None else jax.random.split(key, n_keys)
         tap = tap.at(place)
-        x = self._embed(tokens, token, emb_key, embeddings, tap)
+        x = self._embed(tokens, token, keys[0], embeddings, tap)
         positions = Positions(query=place, token=token, allowed=allowed)
-        inputs, x, _ = self._run(x, positions, (None,) * len(self.blocks), block_keys, tap)
-        return (*inputs, tap("ln_final.hook_normalized", self.norm_f(x)))
+        inputs, x, _ = self._run(x, positions, (None,) * len(self.blocks), keys[1:], tap)
+        return inputs, tap("ln_final.hook_normalized", self.norm_f(x))
 
     @library_switches()
     def extend(
@@ -228,10 +240,12 @@ class MPT(eqx.Module):
         x: Float[Array, "T D"],
         positions: Positions,
         cache: Sequence[LayerCache | None],
-        keys: Sequence[PRNGKeyArray | None],
+        keys: Shaped[Array, "L ..."] | Sequence[None],
         tap: Tap,
-    ) -> tuple[list[Float[Array, "T D"]], Float[Array, "T D"], list[KeysValues | LayerCache]]:
+    ) -> tuple[Sequence[Float[Array, "T D"]] | Float[Array, "L T D"], Float[Array, "T D"], list[Any]]:
         """Returns the input of each block, the output of the last, and the keys and values that each block read."""
+        if isinstance(self.blocks, StackedBlocks):
+            return self.blocks(x, positions, cache, keys, tap=tap, constrain=self._constrain, remat=self.remat)
         inputs: list[Float[Array, "T D"]] = []
         read: list[KeysValues | LayerCache] = []
         layers = zip(self.blocks, self.config.layers, cache, keys, strict=True)
@@ -240,8 +254,8 @@ class MPT(eqx.Module):
             kv = own if layer.kv_from is None else read[layer.kv_from]
             x_kv = None if layer.kv_x_from is None else inputs[layer.kv_x_from]
             of_block = tap.of_block(number)
-            x, kv = block(x, positions, kv, x_kv, key=key, tap=of_block)
-            tap.keep(number, of_block.found)
+            x, kv, found = run_block(block, x, positions, kv, x_kv, key=key, tap=of_block, remat=self.remat)
+            tap.keep(number, found)
             x = self._constrain(x)
             read.append(kv)
         return inputs, x, read

@@ -66,7 +66,7 @@ def quantize(model: MPT, scheme: str, *, embeddings: bool = False) -> MPT:
     hidden = True if sys.stderr is None or sys.stderr.closed else None  # None: unless stderr is a terminal
     with tqdm(total=total, desc="quantising", unit="", unit_scale=True, delay=2, disable=hidden, leave=False) as bar:
 
-        def make(name: str, weight: Float[Array | np.ndarray, "out in"]) -> QuantizedWeight:
+        def make(name: str, weight: Float[Array | np.ndarray, "*L out in"]) -> QuantizedWeight:
             made = quantize_weight(name, weight, scheme)
             bar.update(weight.size)
             return made
@@ -110,10 +110,10 @@ def with_quantized(model: Any, quantization: Quantization, make: Callable[[str, 
         if not isinstance(node, Linear) and not (quantization.embeddings and name == "wte"):
             return node
         name, weight = f"{name}.weight", node.weight
-        if quantization.scheme == "int4" and not isinstance(weight, QuantizedWeight) and weight.shape[1] % GROUP:
+        if quantization.scheme == "int4" and not isinstance(weight, QuantizedWeight) and weight.shape[-1] % GROUP:
             raise MPTError(
-                f"{name}: expected a multiple of {GROUP} columns for int4, found {weight.shape[0]} by "
-                f"{weight.shape[1]}; int8 takes any"
+                f"{name}: expected a multiple of {GROUP} columns for int4, found {weight.shape[-2]} by "
+                f"{weight.shape[-1]}; int8 takes any"
             )
         return eqx.tree_at(lambda node: node.weight, node, make(name, weight))
 
@@ -161,17 +161,20 @@ def _quantizable(model: MPT, quantization: Quantization) -> list[Any]:
     return found
 
 
-def quantize_weight(name: str, weight: Float[Array | np.ndarray, "out in"], scheme: str) -> QuantizedWeight:
+def quantize_weight(name: str, weight: Float[Array | np.ndarray, "*L out in"], scheme: str) -> QuantizedWeight:
     """Returns a weight in 8 or 4 bits, quantised a few rows at a time.
 
     Args:
         name: the weight's name, for the error.
-        weight: W, in any floating-point type.
+        weight: W, in any floating-point type; of stacked blocks all layers.
         scheme: "int8" or "int4".
 
     Raises:
         MPTError: (outside jit, where values are known) it has NaN or infinity.
     """
+    if weight.ndim == 3:
+        layers = [quantize_weight(f"{name}[{i}]", layer, scheme) for i, layer in enumerate(weight)]
+        return jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
     quantize_rows = to_int8 if scheme == "int8" else to_int4
     rows = max(NUMBERS // weight.shape[1], 1)
     parts = []

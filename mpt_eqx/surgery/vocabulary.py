@@ -1,6 +1,5 @@
 """resize_vocab: a model with more tokens, or fewer."""
 
-import copy
 import dataclasses
 import math
 from typing import Any
@@ -15,6 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.errors import MPTError
 from mpt_eqx.model import MPT
+from mpt_eqx.model.leaves import with_fields
 from mpt_eqx.ops.quantized import QuantizedWeight, dequantize
 from mpt_eqx.sharding import shard
 from mpt_eqx.surgery.quantization import quantize_weight
@@ -49,9 +49,7 @@ def resize_vocab(model: MPT, n: int, *, key: PRNGKeyArray | None = None) -> MPT:
     keys = [None] * len(weights) if key is None else list(jax.random.split(key, len(weights)))
     names = ("wte.weight", "lm_head.weight")
     resized = [_resized(*args, int(n)) for args in zip(names, weights, keys, strict=False)]
-    # Its configuration is no leaf, so the new one cannot be put there with tree_at.
-    changed = copy.copy(model)
-    object.__setattr__(changed, "config", config)
+    changed = with_fields(model, config=config)
 
     def where(m: MPT) -> list[Any]:
         return [m.wte.weight] if m.lm_head is None else [m.wte.weight, m.lm_head.weight]

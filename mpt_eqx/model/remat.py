@@ -1,0 +1,55 @@
+"""What of a block is kept for its gradient, and what is computed again."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from mpt_eqx.model.positions import Positions
+from mpt_eqx.model.taps import Tap
+from mpt_eqx.ops.layer_cache import KeysValues, LayerCache
+
+POLICIES: dict[str, Callable[..., Any] | None] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""Which results within a block are kept; None for what XLA chooses."""
+
+IN_SCAN = jax.checkpoint_policies.dots_saveable
+"""In place of None within a scan, all of whose results would be kept otherwise. Products are not computed again."""
+
+
+def run_block(
+    block: Callable[..., Any],
+    x: Float[Array, "T D"],
+    positions: Positions,
+    kv: KeysValues | LayerCache | None,
+    x_kv: Float[Array, "T D"] | None,
+    *,
+    key: PRNGKeyArray | None,
+    tap: Tap,
+    remat: str,
+    in_scan: bool = False,
+) -> tuple[Float[Array, "T D"], KeysValues | LayerCache, dict[str, Array]]:
+    """Returns what a block returns, and what its tap captures.
+
+    Args:
+        block: a Block, or what stands in its place.
+        x: as in `Block`, like the arguments up to `tap`.
+        positions: as above.
+        kv: as above.
+        x_kv: as above.
+        key: as above.
+        tap: as above.
+        remat: which of POLICIES says what is kept for the gradient.
+        in_scan: whether it runs in a scan, out of which XLA moves nothing.
+    """
+
+    def run(x: Float[Array, "T D"]) -> tuple[Float[Array, "T D"], KeysValues | LayerCache, dict[str, Array]]:
+        after, read = block(x, positions, kv, x_kv, key=key, tap=tap)
+        return after, read, tap.found
+
+    policy = POLICIES[remat] or (IN_SCAN if in_scan else None)
+    return run(x) if policy is None else jax.checkpoint(run, policy=policy, prevent_cse=not in_scan)(x)
