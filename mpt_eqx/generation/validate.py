@@ -13,9 +13,9 @@ from mpt_eqx.errors import GenerationError
 from mpt_eqx.generation.buckets import MIN_CACHE
 from mpt_eqx.model import MPT
 from mpt_eqx.model.agreement import check_agreement
+from mpt_eqx.model.leaves import with_fields
 from mpt_eqx.model.mpt import max_len_hint
 from mpt_eqx.model.stacked import unstack
-from mpt_eqx.surgery.rematerialization import remat
 
 MAX_INT = 2**31 - 1
 
@@ -27,7 +27,7 @@ def check_model(model: MPT) -> MPT:
         GenerationError: its sizes are not those of its configuration.
     """
     check_agreement(model, GenerationError)
-    return remat(unstack(model), "none")
+    return with_fields(unstack(model), remat="none")
 
 
 def check_key(key: PRNGKeyArray | None, temperature: float) -> Key[Array, ""]:

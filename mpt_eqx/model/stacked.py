@@ -1,6 +1,6 @@
 """Blocks that are alike as one block, whose arrays have a leading axis of layers, run by a scan."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -36,6 +36,10 @@ class StackedBlocks(eqx.Module):
             raise IndexError(layer)
         block: Block = jax.tree.map(lambda leaf: leaf[layer] if is_array(leaf) else leaf, self.block)
         return block
+
+    def __iter__(self) -> Iterator[Block]:
+        """Returns an iterator over the blocks."""
+        return (self[layer] for layer in range(len(self)))
 
     def __call__(
         self,
