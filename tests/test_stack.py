@@ -53,6 +53,23 @@ def test_forward_hidden_states_and_cache(model):
     close(found, expected)
 
 
+@pytest.mark.parametrize("remat", some(["none", "full"], ["full"]))
+def test_captures(model, remat):
+    """Of some blocks; also where parts of a block are computed again for its gradient."""
+    from mpt_eqx import stack, surgery
+    from mpt_eqx.model.taps import Tap
+
+    found = []
+    for form in (model, surgery.remat(model, remat), surgery.remat(stack(model), remat)):
+        wanted = frozenset({"blocks.1.hook_resid_pre", "blocks.0.hook_attn_out", "blocks.1.mlp.hook_post"})
+        tap = Tap({}, wanted, None, {})
+        form.hidden_states(TOKENS[0], tap=tap)
+        assert set(tap.found) == wanted
+        found.append(tap.found)
+    close(found[1], found[0])
+    close(found[2], found[0])
+
+
 @pytest.mark.parametrize("dropout", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_gradients(tiny_config, model, dropout):
     """With dropout each block has its key, the same in both forms."""
