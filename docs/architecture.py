@@ -10,6 +10,7 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "config": ("config.json to MPTConfig and back", ("errors",)),
     "ops": ("products, attention, kernels: all that knows platforms", ("errors", "config")),
     "model": ("MPT, Block, Attention, FFN, norms: the formulas", ("errors", "config", "ops")),
+    "interp": ("activations captured and edited by name", ("errors", "config", "model")),
     "sharding": ("rules, shards, several processes", ("errors", "config", "ops", "model")),
     "surgery": ("models changed: quantize", ("errors", "config", "ops", "model", "sharding")),
     "checkpoint": (
@@ -26,7 +27,10 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
 }  # fmt: skip
 
-COLOURS = ("#0b6e4f", "#c2571a", "#2f6fd0", "#8a3ffc", "#b28600", "#007d79", "#d12771", "#56718f", "#6f4e37", "#198038")
+COLOURS = (
+    "#0b6e4f", "#c2571a", "#2f6fd0", "#8a3ffc", "#b28600", "#007d79", "#d12771", "#56718f", "#6f4e37", "#198038",
+    "#9f1853", "#3d5a80",
+)  # fmt: skip
 BOX, HEIGHT, GAP, LANE = 490, 48, 12, 24
 
 

@@ -23,6 +23,7 @@ CHECKED = (
     "ops",
     "sharding",
     "model",
+    "interp.edits",
     "checkpoint",
     "surgery",
     "generation.decode",

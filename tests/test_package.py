@@ -32,7 +32,7 @@ def test_generating_brings_no_torch():
     assert out.endswith("\n[]\n")
 
 
-BORDER = ("generate.py", "prefix.py", "beam.py")  # they check their arguments themselves
+BORDER = ("generate.py", "run.py", "prefix.py", "beam.py")  # they check their arguments themselves
 
 
 def test_shapes_are_checked_in_the_tests():
@@ -71,7 +71,20 @@ def test_arguments_of_another_length_are_refused():
 
 
 ORDER = (
-    *("errors", "config", "ops", "model", "sharding", "surgery", "checkpoint", "generation", "train", "text", "cli"),
+    *(
+        "errors",
+        "config",
+        "ops",
+        "model",
+        "interp",
+        "sharding",
+        "surgery",
+        "checkpoint",
+        "generation",
+        "train",
+        "text",
+        "cli",
+    ),
 )
 APART = {("train", "checkpoint"), ("train", "generation"), ("text", "generation"), ("text", "train")}
 

@@ -80,7 +80,7 @@ class MPT(eqx.Module):
         mask: Bool[Array, " T"] | Int[Array, " T"] | np.ndarray | Sequence[int] | None = None,
         sequence_ids: Int[Array, " T"] | np.ndarray | Sequence[int] | None = None,
         key: PRNGKeyArray | None = None,
-        embeddings: Float[Array, "T D"] | np.ndarray | None = None,
+        embeddings: Float[Array, "T D"] | ArrayLike | None = None,
         logits_dtype: DTypeLike | None = None,
     ) -> Float[Array, "T V"]:
         """Returns the logits of the token that follows each position.
@@ -119,7 +119,7 @@ class MPT(eqx.Module):
         mask: Bool[Array, " T"] | Int[Array, " T"] | np.ndarray | Sequence[int] | None = None,
         sequence_ids: Int[Array, " T"] | np.ndarray | Sequence[int] | None = None,
         key: PRNGKeyArray | None = None,
-        embeddings: Float[Array, "T D"] | np.ndarray | None = None,
+        embeddings: Float[Array, "T D"] | ArrayLike | None = None,
         tap: Tap = UNTAPPED,
     ) -> tuple[Float[Array, "T D"], ...]:
         """Returns the residual stream: the input of each block, then the output of norm_f; n_layers + 1 arrays.

@@ -14,31 +14,29 @@ from jaxtyping import Array, Bool, Int, Shaped
 
 from mpt_eqx.errors import MPTError
 
-QUERY_AXIS = {"attn.hook_attn_scores": 1, "attn.hook_pattern": 1}
-"""The axis of positions, where it is not the first."""
-
-EVERYWHERE = np.iinfo(np.int32).max
-
 
 class Edit(eqx.Module):
     """A change of an activation at some positions of its input.
 
     Attributes:
-        change: a function (x, value) -> x of the activation, the same for all positions.
-        value: what it takes, as an array that broadcasts to the activation, or has one entry for each of `positions`
-            along the axis of positions; None for none.
-        positions: where it applies, 0-based, padding and cached tokens counted; None: from `start` on.
-        start: as above.
-        stop: where it ends; not itself.
+        change: a function (x, value) -> x of the activation.
+        value: what it takes, such as an array that broadcasts to the activation.
+        positions: where it applies, 0-based, padding and cached tokens counted; None: from `start` to `stop`.
+        start: the first position.
+        stop: the one after the last.
         on: False changes nothing.
+        axis: that of positions in the activation.
+        per_position: whether `value` has an entry for each of `positions` along that axis.
     """
 
-    change: Callable[[Array, Any], Array]
-    value: Shaped[Array | np.ndarray, "..."] | None
-    positions: Int[Array | np.ndarray, " *P"] | None
+    change: Callable[[Array, Any], Array] = eqx.field(static=True)
+    value: Any
+    positions: Int[Array | np.ndarray, "*B P"] | None
     start: Int[Array | np.ndarray, "*B"]
     stop: Int[Array | np.ndarray, "*B"]
     on: Bool[Array | np.ndarray, "*B"]
+    axis: int = eqx.field(static=True)
+    per_position: bool = eqx.field(static=True)
 
     def applies(self, query: Int[Array, " T"]) -> Bool[Array, " T"]:
         """Tells at which of the positions `query` it applies."""
@@ -47,25 +45,21 @@ class Edit(eqx.Module):
             inside &= jnp.any(query[:, None] == self.positions, axis=-1)
         return inside & self.on
 
-    def __call__(self, x: Shaped[Array, "..."], query: Int[Array, " T"], axis: int) -> Shaped[Array, "..."]:
+    def __call__(self, place: str, x: Shaped[Array, "..."], query: Int[Array, " T"]) -> Shaped[Array, "..."]:
         """Returns x changed where it applies.
 
         Args:
+            place: the name of the activation.
             x: the activation.
             query: the positions that it stands for.
-            axis: their axis in x.
         """
         value = self.value
-        if value is not None and value.ndim == x.ndim and value.shape[axis] != 1:
-            if self.positions is None:
-                index = jnp.clip(query, 0, value.shape[axis] - 1)
-            else:
-                index = jnp.argmax(query[:, None] == self.positions, axis=-1)
-            value = jnp.take(jnp.asarray(value), index, axis=axis)
-        changed = self.change(x, value)
+        if self.per_position:
+            value = jnp.take(value, jnp.argmax(query[:, None] == self.positions, axis=-1), axis=self.axis)
+        changed = self.change(x, jnp.asarray(value) if isinstance(value, np.ndarray) else value)
         if changed.shape != x.shape:
-            raise MPTError(f"edits: expected an activation of shape {x.shape}, found {changed.shape} after the edit")
-        where = self.applies(query).reshape([-1 if i == axis else 1 for i in range(x.ndim)])
+            raise MPTError(f"edits: {place}: expected an activation of shape {x.shape}, found {changed.shape}")
+        where = self.applies(query).reshape([-1 if axis == self.axis else 1 for axis in range(x.ndim)])
         return jnp.where(where, changed.astype(x.dtype), x)
 
 
@@ -73,7 +67,7 @@ class Tap(eqx.Module):
     """What is asked of the places of one forward pass, or of one block, by their names.
 
     Attributes:
-        edits: the edits of each place, in the order in which they are made.
+        edits: of each place, in the order in which they are made.
         wanted: the places to capture.
         query: the positions that the call computes.
         found: what was captured.
@@ -88,7 +82,7 @@ class Tap(eqx.Module):
         """Returns the activation x of a place, edited; captures it."""
         for edit in self.edits.get(place, ()):
             assert self.query is not None
-            x = edit(x, self.query, QUERY_AXIS.get(place, 0))
+            x = edit(place, x, self.query)
         if place in self.wanted:
             self.found[place] = x
         return x
@@ -125,24 +119,25 @@ UNTAPPED = Tap({}, frozenset(), None, {})
 """Nothing is asked."""
 
 
-def stack_edits(edits: Sequence[Mapping[str, tuple[Edit, ...]] | None]) -> dict[str, tuple[Edit, ...]]:
-    """Returns the edits of several rows, or of several blocks, as one pytree with a leading axis.
+def stack_edits(edits: Sequence[Mapping[str, tuple[Edit, ...]]]) -> dict[str, tuple[Edit, ...]]:
+    """Returns the edits of several rows, or of several blocks, as one pytree with a leading axis on each array.
 
     Edits that are alike but for their numbers become one; where a row has none of a kind, it is off.
     """
-    kinds: dict[tuple[Any, ...], list[tuple[int, Edit]]] = {}
+    kinds: dict[tuple[Any, ...], dict[int, Edit]] = {}
     for row, places in enumerate(edits):
-        seen: dict[tuple[Any, ...], int] = {}
-        for place, several in sorted((places or {}).items()):
-            for edit in several:
-                leaves, structure = jax.tree.flatten(edit)
-                kind = (place, structure, *((np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves))
-                seen[kind] = seen.get(kind, 0) + 1  # the second edit of a kind in a row is a kind of its own
-                kinds.setdefault((*kind, seen[kind]), []).append((row, edit))
+        for place, several in places.items():
+            for number, edit in enumerate(several):
+                arrays, rest = eqx.partition(edit, eqx.is_array_like)
+                leaves = tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in jax.tree.leaves(arrays))
+                kind = (place, number, leaves, jax.tree.structure(edit), *jax.tree.leaves(rest))
+                kinds.setdefault(kind, {})[row] = edit
     stacked: dict[str, tuple[Edit, ...]] = {}
-    for (place, *_), found in kinds.items():
-        of_row = dict(found)
-        off = eqx.tree_at(lambda edit: edit.on, found[0][1], np.zeros_like(found[0][1].on))
-        rows = [of_row.get(row, off) for row in range(len(edits))]
-        stacked[place] = (*stacked.get(place, ()), jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows))
+    # In the order in which each row makes them.
+    for (place, *_), found in sorted(kinds.items(), key=lambda kind: kind[0][:2]):
+        first = next(iter(found.values()))
+        off = eqx.tree_at(lambda edit: edit.on, first, np.asarray(False))
+        rows = [found.get(row, off) for row in range(len(edits))]
+        one = jax.tree.map(lambda *leaves: jnp.stack(leaves) if eqx.is_array_like(leaves[0]) else leaves[0], *rows)
+        stacked[place] = (*stacked.get(place, ()), one)
     return stacked
