@@ -100,8 +100,8 @@ def _differences(found: Any, wanted: Any, name: str) -> Any:
         if not isinstance(found, tuple) or len(found) != len(wanted):
             count = f"{len(found)} of them" if isinstance(found, tuple) else _kind(found)
             yield (
-                f"{name}: expected {len(wanted)}, as model.config.n_layers says, found {count}; make an MPT of a "
-                f"config with as many and put them there with equinox.tree_at, or {KEEP}"
+                f"{name}: expected {len(wanted)}, as model.config.n_layers says, found {count}; take blocks with "
+                f"mpt_eqx.surgery.keep_blocks, which changes model.config, too, or {KEEP}"
             )
             return
         for i, (one, other) in enumerate(zip(found, wanted, strict=True)):

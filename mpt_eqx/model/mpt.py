@@ -16,6 +16,7 @@ from mpt_eqx.model.arguments import as_embeddings, as_row, as_tokens
 from mpt_eqx.model.block import Block
 from mpt_eqx.model.init import init_embedding, init_linear
 from mpt_eqx.model.kv_cache import KVCache
+from mpt_eqx.model.leaves import is_array
 from mpt_eqx.model.linear import Embedding, Linear
 from mpt_eqx.model.norms import LayerNorm, RMSNorm, make_norm
 from mpt_eqx.model.positions import Positions, token_positions
@@ -107,9 +108,9 @@ class MPT(eqx.Module):
 
     @property
     def dtype(self) -> np.dtype:
-        """The type that it computes in: the embedding's, or norm_f's where that is quantised."""
-        weight = self.wte.weight
-        return np.dtype(self.norm_f.weight.dtype if isinstance(weight, QuantizedWeight) else weight.dtype)
+        """The type that it computes in: the embedding's, or norm_f's where that is quantised or something else."""
+        weight = getattr(self.wte, "weight", None)
+        return np.dtype(weight.dtype if is_array(weight) else self.norm_f.weight.dtype)
 
     @library_switches()
     def hidden_states(

@@ -46,7 +46,10 @@ def stack(model: MPT) -> MPT:
     first, *others = model.blocks
     for i, block in enumerate(others, start=1):
         if found := _difference(block, first, f"blocks.{i}", "blocks.0"):
-            raise MPTError(f"{found}; only blocks that are alike can be stacked, so change all of them or none")
+            raise MPTError(
+                f"{found}; only blocks that are alike can be stacked: change all of them alike, or leave the model as "
+                f"single blocks, with mpt_eqx.unstack"
+            )
     return eqx.tree_at(lambda m: m.blocks, model, StackedBlocks(jax.tree.map(_stacked, *model.blocks)))
 
 
@@ -66,7 +69,7 @@ def _difference(one: Any, other: Any, name: str, other_name: str) -> str | None:
         shapes = [f"{leaf.dtype}{list(leaf.shape)}" for leaf in (one, other)]
         return None if shapes[0] == shapes[1] else f"{name}: expected {shapes[1]} as {other_name}, found {shapes[0]}"
     if type(one) is not type(other):
-        kinds = [type(part).__name__ if part is not None else "None" for part in (one, other)]
+        kinds = [type(x).__name__ if isinstance(x, eqx.Module) or is_array(x) else f"{x!r:.80}" for x in (one, other)]
         return f"{name}: expected {kinds[1]} as {other_name}, found {kinds[0]}"
     if isinstance(one, eqx.Module) and dataclasses.is_dataclass(one):
         for field in dataclasses.fields(one):

@@ -45,7 +45,8 @@ def resize_vocab(model: MPT, n: int, *, key: PRNGKeyArray | None = None) -> MPT:
     """
     check_count(n)
     config = _config(model.config, int(n))
-    weights = [model.wte.weight] if model.lm_head is None else [model.wte.weight, model.lm_head.weight]
+    modules = [model.wte] if model.lm_head is None else [model.wte, model.lm_head]
+    weights = [getattr(module, "weight", module) for module in modules]
     keys = [None] * len(weights) if key is None else list(jax.random.split(key, len(weights)))
     names = ("wte.weight", "lm_head.weight")
     resized = [_resized(*args, int(n)) for args in zip(names, weights, keys, strict=False)]
