@@ -23,7 +23,10 @@ from mpt_eqx import (
     quantize,
     save_pretrained,
     sharding,
+    stack,
     stream,
+    surgery,
+    unstack,
 )
 from mpt_eqx.sharding.qkv import split_qkv
 from mpt_eqx.train import next_token_loss
@@ -171,6 +174,24 @@ def quantised(scheme: str) -> dict:
         "later": largest(later, shared),
         "tokens": tokens[0] == tokens[1],
         "bytes": local_bytes(later) == local_bytes(shared),
+    }
+
+
+def stacked(preset: str, axes: dict[str, int]) -> dict:
+    """How far a stacked model on a mesh is from single blocks on one device, and whether it lies there as those do."""
+    model, wanted = alone("hf_generate")
+    mesh, rules = sharding.make_mesh(**axes), rules_of(preset, None)
+    one, other = sharding.shard(stack(model), mesh, rules), stack(sharding.shard(model, mesh, rules))
+    swapped, found = surgery.keep_blocks(one, [1, 0]), trained(one, TOKENS)
+    alike = ((one, other), (one, swapped), (unstack(one), sharding.shard(model, mesh, rules)))
+    pairs = [pair for trees in alike for pair in zip(*map(jax.tree.leaves, trees), strict=True)]
+    return {
+        "placed alike": all(a.sharding.is_equivalent_to(b.sharding, a.ndim) for a, b in pairs),
+        "weights": largest(one, other),
+        "logits": largest(found["logits"], wanted["logits"]),
+        "gradients": largest(unstack(found["gradients"]), split_qkv(wanted["gradients"])),
+        "bytes": local_bytes(one) == local_bytes(sharding.shard(model, mesh, rules)),
+        "lines": sharding.explain(one, mesh, rules).count("blocks.block.attn.Wq.weight"),
     }
 
 

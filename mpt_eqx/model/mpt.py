@@ -109,7 +109,7 @@ class MPT(eqx.Module):
     @property
     def dtype(self) -> np.dtype:
         """The type that it computes in: the embedding's, or norm_f's where that is quantised or something else."""
-        weight = getattr(self.wte, "weight", None)
+        weight: Any = getattr(self.wte, "weight", None)
         return np.dtype(weight.dtype if is_array(weight) else self.norm_f.weight.dtype)
 
     @library_switches()

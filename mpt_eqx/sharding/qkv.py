@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 
 from mpt_eqx.config import MPTConfig
+from mpt_eqx.model.stacked import StackedBlocks
 
 
 def qkv_slices(config: MPTConfig) -> dict[str, slice]:
@@ -29,12 +30,13 @@ def qkv_slice_of(name: str, config: MPTConfig) -> tuple[str, slice]:
 
 def split_qkv(model: Any) -> Any:
     """Returns the model, arrays or shapes, with Wq, Wk and Wv in place of each Wqkv."""
+    stacked = isinstance(model.blocks, StackedBlocks)
 
     def split(block: Any) -> Any:
         if block.attn.Wqkv is None:
             return block
         parts = [
-            jax.tree.map(lambda array, rows=rows: _rows(array, rows), block.attn.Wqkv)
+            jax.tree.map(lambda array, rows=rows: _rows(array, rows, axis=int(stacked)), block.attn.Wqkv)
             for rows in qkv_slices(model.config).values()
         ]
         return eqx.tree_at(
@@ -42,10 +44,13 @@ def split_qkv(model: Any) -> Any:
             is_leaf=lambda node: node is None,
         )  # fmt: skip
 
+    if stacked:
+        return eqx.tree_at(lambda m: m.blocks.block, model, split(model.blocks.block))
     return eqx.tree_at(lambda m: m.blocks, model, tuple(split(block) for block in model.blocks))
 
 
-def _rows(array: Any, rows: slice) -> Any:
+def _rows(array: Any, rows: slice, axis: int) -> Any:
     if isinstance(array, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct((rows.stop - rows.start, *array.shape[1:]), array.dtype)
-    return array[rows]
+        shape = (*array.shape[:axis], rows.stop - rows.start, *array.shape[axis + 1 :])
+        return jax.ShapeDtypeStruct(shape, array.dtype)
+    return array[:, rows] if axis else array[rows]

@@ -4,6 +4,7 @@ import dataclasses
 import re
 from typing import Any
 
+import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from mpt_eqx.config import MPTConfig
@@ -49,6 +50,9 @@ WEIGHT_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"blocks\.\d+\.ffn\.experts\.bias", (None,)),
 )
 
+STACKED = "blocks.block."
+"""How names of weights of stacked blocks begin; they have an axis of layers in front, which is replicated."""
+
 
 def weight_axes(name: str, leaf: Any, config: MPTConfig) -> tuple[str | None, ...]:
     """Returns the logical axes of a weight, for example ("heads", "embed").
@@ -61,6 +65,9 @@ def weight_axes(name: str, leaf: Any, config: MPTConfig) -> tuple[str | None, ..
     Raises:
         ShardingError: WEIGHT_AXES has no such weight, or one of another rank.
     """
+    if name.startswith(STACKED):
+        one = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+        return (None, *weight_axes(name.replace(STACKED, "blocks.0.", 1), one, config))
     base, _, part = name.partition(".weight.")
     found = [axes for pattern, axes in WEIGHT_AXES if re.fullmatch(pattern, f"{base}.weight" if part else name)]
     if len(found) != 1 or len(found[0]) != len(leaf.shape):

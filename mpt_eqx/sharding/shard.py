@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from mpt_eqx.config import ShardingRules
 from mpt_eqx.model import MPT
 from mpt_eqx.model.moe import MoE
+from mpt_eqx.model.stacked import StackedBlocks
 from mpt_eqx.ops.layout import Layout
 from mpt_eqx.sharding.mesh import assert_same_mesh, with_auto_axes
 from mpt_eqx.sharding.multihost import assert_same_across_processes
@@ -59,7 +60,8 @@ def with_layout(model: Any, mesh: Mesh | AbstractMesh, rules: ShardingRules) -> 
     layout = Layout(with_auto_axes(mesh) if isinstance(mesh, Mesh) else mesh, rules)
 
     def layouts(model: Any) -> list[Any]:
-        experts = [block.ffn.experts.mlp for block in model.blocks if isinstance(block.ffn, MoE)]
+        blocks = [model.blocks.block] if isinstance(model.blocks, StackedBlocks) else model.blocks
+        experts = [block.ffn.experts.mlp for block in blocks if isinstance(block.ffn, MoE)]
         return [module.layout for module in (model, *experts)]
 
     n_experts = len(layouts(tree)) - 1

@@ -91,6 +91,7 @@ def _overrides(config: MPTConfig, kept: Sequence[int]) -> tuple[BlockOverride, .
                     f"indices[{position}]: block {index} reads the {what} of block {other}, which is not kept before "
                     f"it; keep {other}, too, or leave out {index}"
                 )
-            override = dataclasses.replace(override, **{name: before[-1] - position})
+            changes: dict[str, Any] = {name: before[-1] - position}
+            override = dataclasses.replace(override, **changes)
         changed.append(override)
     return tuple(changed)
