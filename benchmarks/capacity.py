@@ -16,9 +16,9 @@ import numpy as np
 
 from mpt_eqx import MPT, AttnConfig, MPTConfig
 from mpt_eqx.generation import SamplingParams
-from mpt_eqx.generation.decode import decode_chunk
 from mpt_eqx.generation.prompts import prefill_chunk
 from mpt_eqx.generation.state import empty_state
+from mpt_eqx.generation.steps import decode_chunk
 
 RESULTS = Path(__file__).parent / "results"
 CAPACITIES = (512, 4096, 16_384)

@@ -22,10 +22,12 @@ from mpt_eqx.errors import GenerationError as GenerationError
 from mpt_eqx.errors import Interrupted as Interrupted
 from mpt_eqx.errors import MPTError as MPTError
 from mpt_eqx.errors import ShardingError as ShardingError
+from mpt_eqx.generation import Decoded as Decoded
 from mpt_eqx.generation import GenerateResult as GenerateResult
 from mpt_eqx.generation import Prefix as Prefix
 from mpt_eqx.generation import SamplingParams as SamplingParams
 from mpt_eqx.generation import beam_search as beam_search
+from mpt_eqx.generation import decode as decode
 from mpt_eqx.generation import generate as generate
 from mpt_eqx.generation import generation_defaults as generation_defaults
 from mpt_eqx.generation import prefill as prefill

@@ -26,7 +26,7 @@ CHECKED = (
     "interp.edits",
     "checkpoint",
     "surgery",
-    "generation.decode",
+    "generation.steps",
     "generation.prompts",
     "generation.state",
     "generation.sampling",

@@ -329,9 +329,9 @@ def test_whoever_handles_interrupts_keeps_doing_so(ctrl_c):
 
 def test_an_interrupt_that_a_callback_swallows_ends_the_run_with_its_chunk(tiny_model, monkeypatch, ctrl_c):
     from mpt_eqx import generate, stream
-    from mpt_eqx.generation import decode
+    from mpt_eqx.generation import steps
 
-    real, calls = decode.decode_chunk, []
+    real, calls = steps.decode_chunk, []
 
     def pressed(*args):
         calls.append(1)
@@ -342,7 +342,7 @@ def test_an_interrupt_that_a_callback_swallows_ends_the_run_with_its_chunk(tiny_
             pass
         return real(*args)
 
-    monkeypatch.setattr(decode, "decode_chunk", pressed)
+    monkeypatch.setattr(steps, "decode_chunk", pressed)
     with pytest.raises(KeyboardInterrupt) as error:
         generate(tiny_model, [5, 6, 7], max_new_tokens=40)
     result = error.value.result

@@ -138,8 +138,8 @@ def test_nothing_compiles_again(tiny_model, prompts):
 def test_a_step_needs_the_cache_and_little_else(tiny_model, rows, dtype):
     """The cache is donated and written in place, in every type; a step needs little memory besides, at any capacity."""
     from mpt_eqx import SamplingParams
-    from mpt_eqx.generation.decode import decode_chunk
     from mpt_eqx.generation.state import empty_state
+    from mpt_eqx.generation.steps import decode_chunk
 
     model = jax.tree.map(lambda x: x.astype(dtype), tiny_model)
     fixed = (model, SamplingParams(max_new_tokens=8).of_rows(rows), jax.random.key(0), ())
@@ -382,11 +382,11 @@ def test_several_rows_of_one_prompt(tiny_model, prompts):
 
 def test_an_interrupted_call_keeps_what_was_made(tiny_model, prompts, monkeypatch):
     from mpt_eqx import Interrupted, generate
-    from mpt_eqx.generation import decode
+    from mpt_eqx.generation import steps
 
     (prompt,) = prompts(9)
     whole = generate(tiny_model, [prompt], max_new_tokens=40).tokens
-    calls, decode_chunk = [], decode.decode_chunk
+    calls, decode_chunk = [], steps.decode_chunk
 
     def interrupted(*args):
         calls.append(1)
@@ -394,7 +394,7 @@ def test_an_interrupted_call_keeps_what_was_made(tiny_model, prompts, monkeypatc
             raise KeyboardInterrupt
         return decode_chunk(*args)
 
-    monkeypatch.setattr(decode, "decode_chunk", interrupted)
+    monkeypatch.setattr(steps, "decode_chunk", interrupted)
     with pytest.raises(Interrupted) as error:
         generate(tiny_model, [prompt], max_new_tokens=40, pad_token_id=60)
     result = error.value.result
@@ -405,16 +405,16 @@ def test_an_interrupted_call_keeps_what_was_made(tiny_model, prompts, monkeypatc
 
 def test_generation_ends_within_one_chunk_of_the_last_end(tiny_model, prompts, monkeypatch):
     from mpt_eqx import generate
-    from mpt_eqx.generation import decode
+    from mpt_eqx.generation import steps
 
     rows = prompts(5, 7)
     free = generate(tiny_model, rows, max_new_tokens=60)
     ends = [int(row[10]) for row in free.tokens]
     lengths = generate(tiny_model, rows, max_new_tokens=60, eos_token_ids=ends).lengths
-    calls, decode_chunk = [], decode.decode_chunk
-    monkeypatch.setattr(decode, "decode_chunk", lambda *args: (calls.append(1), decode_chunk(*args))[1])
+    calls, decode_chunk = [], steps.decode_chunk
+    monkeypatch.setattr(steps, "decode_chunk", lambda *args: (calls.append(1), decode_chunk(*args))[1])
     generate(tiny_model, rows, max_new_tokens=60, eos_token_ids=ends)
-    assert len(calls) == -(-lengths.max() // decode.DECODE_CHUNK)
+    assert len(calls) == -(-lengths.max() // steps.DECODE_CHUNK)
 
 
 def in_bfloat16(model):

@@ -419,8 +419,8 @@ def test_a_step_makes_no_copy_of_the_weights(kind, way):
     """In no type, neither widened nor turned: what a step needs for itself is small beside the weights."""
     from mpt_eqx import MPT, AttnConfig, MPTConfig, quantize
     from mpt_eqx.generation import SamplingParams
-    from mpt_eqx.generation.decode import decode_chunk
     from mpt_eqx.generation.state import empty_state
+    from mpt_eqx.generation.steps import decode_chunk
 
     config = MPTConfig(
         d_model=1024, n_heads=16, n_layers=6, vocab_size=4096, max_seq_len=512, no_bias=True,

@@ -89,8 +89,8 @@ def test_a_growing_cache_changes_nothing(tiny_config, prompts):
 @pytest.mark.parametrize("rows", some([1, 3], [3]))
 def test_the_size_of_the_cache_does_not_count_what_a_step_costs(tiny_model, rows, dtype):
     """The loop over keys ends at the longest row, whatever the capacity."""
-    from mpt_eqx.generation.decode import decode_step
     from mpt_eqx.generation.state import empty_state
+    from mpt_eqx.generation.steps import decode_step
 
     model = jax.tree.map(lambda x: x.astype(dtype), tiny_model)
 

@@ -30,9 +30,9 @@ def in_one_batch(*options):
 @pytest.fixture(scope="module")
 def decoded(tiny_model):
     """Decodes eight tokens of a prompt for each row."""
-    from mpt_eqx.generation.decode import decode_chunk
     from mpt_eqx.generation.prompts import prefill_chunk
     from mpt_eqx.generation.state import empty_state
+    from mpt_eqx.generation.steps import decode_chunk
 
     prompt = np.random.default_rng(0).integers(V, size=32)
 

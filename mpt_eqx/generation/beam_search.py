@@ -21,7 +21,6 @@ from mpt_eqx.generation.beam_step import (
     no_sequences,
 )
 from mpt_eqx.generation.buckets import DECODE_CHUNK, decode_bucket
-from mpt_eqx.generation.decode import check_finite, loosen
 from mpt_eqx.generation.generate import GenerateResult
 from mpt_eqx.generation.interrupts import held_interrupts
 from mpt_eqx.generation.prefix import Prefix, initial_state, prefix_length
@@ -29,6 +28,7 @@ from mpt_eqx.generation.prompts import prefill_prompts, progress_bar
 from mpt_eqx.generation.sampling import LogitsProcessor
 from mpt_eqx.generation.sampling_params import ProcessorOptions, SamplingParams, check_options
 from mpt_eqx.generation.state import ensure_capacity, repeat_and_resize, replicate
+from mpt_eqx.generation.steps import check_finite, loosen
 from mpt_eqx.generation.validate import check_count, check_model, check_number, check_processors, check_prompts
 from mpt_eqx.model import MPT
 from mpt_eqx.sharding.multihost import check_same_arguments

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int
 
-from mpt_eqx.generation.decode import decode_step, first_step, next_logits, not_finite
 from mpt_eqx.generation.sampling import LogitsProcessor, log_softmax, process_logits
 from mpt_eqx.generation.sampling_params import SamplingParams
 from mpt_eqx.generation.state import DecodeState, constrain, constrain_replicated
+from mpt_eqx.generation.steps import decode_step, first_step, next_logits, not_finite
 from mpt_eqx.model import MPT, KVCache
 from mpt_eqx.ops.layer_cache import BLOCK
 

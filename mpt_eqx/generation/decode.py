@@ -1,175 +1,135 @@
-"""Decode: the program of several steps in a scan, and the loop on the host that calls it.
+"""decode: one sequence continued by a pure function, for use inside any transformation."""
 
-Arguments are checked before, in `validate` and `sampling_params`.
-"""
-
-from collections.abc import Iterator
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int, Key
+from jaxtyping import Array, ArrayLike, Float32, Int, Key, PRNGKeyArray
 
 from mpt_eqx.errors import GenerationError
-from mpt_eqx.generation.buckets import DECODE_CHUNK
-from mpt_eqx.generation.interrupts import held_interrupts
-from mpt_eqx.generation.sampling import LogitsProcessor, log_softmax, process_logits, sample
-from mpt_eqx.generation.sampling_params import SamplingParams
-from mpt_eqx.generation.state import DecodeState, constrain, constrain_replicated, ensure_capacity, replicate
-from mpt_eqx.generation.traced_once import with_blocks_traced_once
-from mpt_eqx.model import MPT, KVCache
+from mpt_eqx.generation.buckets import PREFILL_CHUNKS
+from mpt_eqx.generation.prompts import read_chunk
+from mpt_eqx.generation.sampling_params import SamplingParams, check_params
+from mpt_eqx.generation.state import DecodeState, constrain, zero_state
+from mpt_eqx.generation.steps import decode_steps
+from mpt_eqx.generation.validate import check_count, check_key, check_sequence
+from mpt_eqx.model import MPT
+from mpt_eqx.model.agreement import check_agreement
+from mpt_eqx.ops.platform import varying_as
+from mpt_eqx.ops.switches import library_switches
 
 
-class StepOutput(eqx.Module):
-    """The tokens of one decode step, or of N of them with a leading axis.
+class Decoded(eqx.Module):
+    """The output of `decode`, for N = max_new_tokens.
 
     Attributes:
-        tokens: one for each row.
-        logprobs: the model's log-probability of each, before any processing; 0 after the end of a row.
-        logits: the model's logits that each was chosen from, if they were asked for.
+        tokens: the new tokens; pad_token_id after the end.
+        logprobs: the model's log-probability of each token, in nats, before any processing; 0 after the end, and NaN
+            where `decode` says so. Of a 16-bit model they are rounded as those of `generate`.
+        length: how many new tokens there are; the end-of-sequence token counts.
     """
 
-    tokens: Int[Array, "*N B"]
-    logprobs: Float32[Array, "*N B"]
-    logits: Float32[Array, "*N B V"] | None
+    tokens: Int[Array, " N"]
+    logprobs: Float32[Array, " N"]
+    length: Int[Array, ""]
 
 
-@eqx.filter_jit(donate="all-except-first")
-def decode_chunk(
-    fixed: tuple[MPT, SamplingParams, Key[Array, ""], tuple[LogitsProcessor, ...]],
-    state: DecodeState,
-    steps: int,
-    with_logits: bool,
-) -> tuple[DecodeState, StepOutput]:
-    """Decodes `steps` more tokens of each row, in one scan; rows that have ended get padding.
-
-    Args:
-        fixed: the model, the options of each row, the key, and the functions of `logits_processors`. They stand
-            together because all other arguments are donated.
-        state: from `prefill_chunk` or an earlier call, with room for the tokens. Donated: do not use it again.
-        steps: length of the scan.
-        with_logits: whether to return the logits that each token was chosen from.
-    """
-    model, params, key, processors = fixed
-
-    def one(state: DecodeState, _: None) -> tuple[DecodeState, StepOutput]:
-        logits = next_logits(model, state.hidden)
-        processed = process_logits(logits, params, state.tokens, state.cache.length, state.step, processors)
-        chosen = sample(processed, params, key, state.step)
-        tokens = jnp.where(state.done, params.pad_token_id, chosen)
-        logprobs = jnp.take_along_axis(jax.vmap(log_softmax)(logits), chosen[:, None], axis=-1)[:, 0]
-        output = StepOutput(
-            tokens=tokens,
-            logprobs=jnp.where(state.done, 0.0, logprobs),
-            logits=jnp.where(state.done[:, None], 0.0, logits) if with_logits else None,
-        )
-        ended = jnp.any(chosen[:, None] == params.eos_token_ids, axis=-1)
-        # Not under a cond on `done`: XLA would copy the whole cache in and out of it at every step.
-        after = decode_step(model, state, tokens)
-        return eqx.tree_at(
-            lambda s: (s.done, s.step, s.not_finite, s.nothing_left),
-            after,
-            (
-                state.done | ended | (state.step + 1 >= params.max_new_tokens),
-                state.step + 1,
-                first_step(state, state.not_finite, not_finite(logits, processed if processors else None)),
-                first_step(state, state.nothing_left, jnp.all(jnp.isneginf(processed), axis=-1)),
-            ),
-        ), output
-
-    state, output = jax.lax.scan(one, constrain(model, state), length=steps)
-    return constrain(model, state), constrain_replicated(model, output)
-
-
-def decode_step(model: MPT, state: DecodeState, tokens: Int[Array, " B"]) -> DecodeState:
-    """Returns the state with one more token in each row."""
-    model = with_blocks_traced_once(model)
-
-    def row(
-        cache: KVCache, so_far: Int[Array, " S"], token: Int[Array, ""]
-    ) -> tuple[KVCache, Int[Array, " S"], Float[Array, " D"]]:
-        # A row that has ended may stand at the end of its cache while others go on.
-        at = jnp.minimum(cache.length, cache.capacity - 1)
-        x, new = model.extend(token[None], eqx.tree_at(lambda c: c.length, cache, at))
-        new = eqx.tree_at(lambda c: c.length, new, cache.length + 1)
-        return new, so_far.at[cache.length].set(token, mode="drop"), x[0]
-
-    cache, so_far, hidden = jax.vmap(row)(state.cache, state.tokens, tokens)
-    return constrain(model, eqx.tree_at(lambda s: (s.cache, s.tokens, s.hidden), state, (cache, so_far, hidden)))
-
-
-def next_logits(model: MPT, hidden: Float[Array, "B D"]) -> Float32[Array, "B V"]:
-    """Returns the logits of each row's next token."""
-    return jax.vmap(lambda x: model.unembed(x[None])[0])(hidden).astype(jnp.float32)
-
-
-def not_finite(logits: Float32[Array, "B V"], processed: Float32[Array, "B V"] | None) -> Bool[Array, " B"]:
-    """Tells of each row whether its logits are not all finite, or NaN is among what processors made of them."""
-    bad = ~jnp.all(jnp.isfinite(logits), axis=-1)
-    return bad if processed is None else bad | jnp.any(jnp.isnan(processed), axis=-1)
-
-
-def first_step(state: DecodeState, so_far: Int[Array, ""], bad: Bool[Array, " B"]) -> Int[Array, ""]:
-    """Returns the first step at which a row that had not ended was bad, or −1."""
-    return jnp.where((so_far < 0) & jnp.any(bad & ~state.done), state.step, so_far)
-
-
-def decode_tokens(
+@library_switches()
+def decode(
     model: MPT,
-    state: DecodeState,
-    params: SamplingParams,
-    key: Key[Array, ""],
+    tokens: Int[Array, " T"] | ArrayLike,
+    length: Int[Array, ""] | int,
     *,
-    length: int,
     max_new_tokens: int,
-    chunk: int = DECODE_CHUNK,
-    with_logits: bool = False,
-    processors: tuple[LogitsProcessor, ...] = (),
-) -> Iterator[StepOutput]:
-    """Yields the tokens of `chunk` steps at a time, at most max_new_tokens in all, until every row has ended.
+    sampling: SamplingParams = SamplingParams(),  # noqa: B008
+    key: PRNGKeyArray | None = None,
+    row: Int[Array, ""] | int = 0,
+) -> Decoded:
+    """Continues one sequence as `generate` does, as a pure function for use inside jit, vmap, scan, shard_map and grad.
+
+    A batch is `jax.vmap` over tokens, length and row; independent draws are `jax.vmap` over keys. All max_new_tokens
+    steps run, also after the end of the sequence. Memory is that of a cache of T + max_new_tokens tokens, and of 256
+    tokens of the prompt. It is compiled for each T and max_new_tokens; other options never recompile.
+
+    Derivatives go through the log-probabilities, for the tokens as they were chosen, forward and reverse. In reverse
+    they keep the cache of every step: for a policy gradient, `model` of the prompt with the new tokens needs less.
 
     Args:
         model: the model.
-        state: after the prompts. Donated.
-        params: the options of each row.
-        key: randomness.
-        length: tokens of the longest row so far.
-        max_new_tokens: as above.
-        chunk: decode steps between two host syncs.
-        with_logits: whether to keep the logits of each step.
-        processors: the functions of `logits_processors`.
+        tokens: token ids of the prompt, padded on the right with anything.
+        length: how many of them are real, 1 ≤ length ≤ T.
+        max_new_tokens: how many steps to run, ≥ 0; static.
+        sampling: how tokens are chosen, greedily by default. The sequence also ends after `sampling.max_new_tokens`.
+        key: randomness, needed when sampling.temperature is above 0 or traced.
+        row: the n-th token is drawn with fold_in(fold_in(key, row), n), as in row `row` of `generate` with this key.
 
     Raises:
-        GenerationError: logits were not finite, or no token was left to choose from.
+        GenerationError: an argument is not valid, or length and max_new_tokens exceed max_seq_len. What is traced is
+            not checked: log-probabilities are then NaN where length is not valid, as they are from the first token on
+            whose logits are not finite, or for which the options leave no token to choose.
     """
-    params, key = replicate(model, (params, key))
-    decoded = 0
-    while decoded < max_new_tokens:
-        with held_interrupts():
-            state = ensure_capacity(model, state, length + min(decoded + chunk, max_new_tokens))
-            state, output = decode_chunk((model, params, key, processors), state, chunk, with_logits)
-            bad_step, empty_step, done = jax.device_get((state.not_finite, state.nothing_left, state.done))
-            output = jax.device_get(output)
-        check_finite(int(bad_step), processors)
-        if empty_step >= 0:
-            raise GenerationError(f"no token is left to choose from for new token {empty_step}; {loosen(processors)}")
-        last = min(chunk, max_new_tokens - decoded)
-        yield jax.tree.map(lambda x, last=last: x[:last], output)
-        decoded += chunk
-        if done.all():
-            return
+    check_agreement(model, GenerationError)
+    check_count("max_new_tokens", max_new_tokens, least=0)
+    max_new_tokens = int(max_new_tokens)
+    tokens, length = check_sequence(model.config, tokens, length, max_new_tokens=max_new_tokens)
+    check_params(model.config, sampling, max_new_tokens)
+    temperature = sampling.temperature
+    if key is None and isinstance(temperature, jax.core.Tracer):
+        raise GenerationError("key: expected a key, such as jax.random.key(0), with a traced temperature, found None")
+    key = check_key(key, 1.0 if isinstance(temperature, jax.core.Tracer) else float(temperature))
+    operands = (model, tokens, length, sampling, key, jnp.asarray(row, jnp.int32))
+    if model.dtype.itemsize == 2:
+        return _decode_with_bits(*operands, max_new_tokens=max_new_tokens)
+    return _decode(*operands, max_new_tokens=max_new_tokens)
 
 
-def check_finite(bad_step: int, processors: tuple[LogitsProcessor, ...] = ()) -> None:
-    """Raises unless `bad_step`, the first new token whose logits were not finite, is −1 for none."""
-    if bad_step >= 0:
-        where = "what logits_processors return and in the weights" if processors else "the weights"
-        raise GenerationError(
-            f"the logits of new token {bad_step} are not finite; look for NaN or infinity in {where} with "
-            f"from_pretrained(…, check_finite=True), or use a wider dtype"
-        )
+def _decode(
+    model: MPT,
+    tokens: Int[Array, " T"],
+    length: Int[Array, ""],
+    sampling: SamplingParams,
+    key: Key[Array, ""],
+    row: Int[Array, ""],
+    *,
+    max_new_tokens: int,
+    as_bits: bool = False,
+) -> Decoded:
+    n = max_new_tokens
+    valid = (length >= 1) & (length <= tokens.shape[0]) & (length + n <= model.config.max_seq_len)
+    # The prompt is read in chunks of one size. It is padded with its own last token: another could make NaN of it.
+    chunks = -(-tokens.shape[0] // PREFILL_CHUNKS[0])
+    size = -(-tokens.shape[0] // chunks)
+    padded = jnp.pad(tokens, (0, chunks * size - tokens.shape[0]))
+    padded = jnp.where(jnp.arange(len(padded)) < length, padded, tokens[jnp.maximum(length - 1, 0)])
+    state = zero_state(model, 1, max(tokens.shape[0] + n, len(padded)), as_bits=as_bits)
+    state = varying_as(constrain(model, state), model, tokens, length, sampling, key, row)
+
+    def read(state: DecodeState, chunk: Int[Array, "1 S"]) -> tuple[DecodeState, None]:
+        return read_chunk(model, state, chunk, length[None]), None
+
+    state, _ = jax.lax.scan(read, state, padded.reshape(chunks, 1, size))
+    params = jax.tree.map(lambda x: x[None], sampling)
+    state, output = decode_steps((model, params, key, ()), state, n, False, row[None])
+    chosen = output.tokens[:, 0]
+    ends = jnp.any(chosen[:, None] == jnp.asarray(sampling.eos_token_ids), axis=-1)
+    places = jnp.arange(n)
+    bad = [jnp.where(step < 0, n, step) for step in (state.not_finite, state.nothing_left)]
+    right = valid & (places < jnp.minimum(*bad))
+    first_end = jnp.min(jnp.where(ends, places + 1, n), initial=n)
+    return Decoded(
+        tokens=chosen,
+        logprobs=jnp.where(right, output.logprobs[:, 0], jnp.nan),
+        length=jnp.minimum(first_end, sampling.max_new_tokens).astype(jnp.int32),
+    )
 
 
-def loosen(processors: tuple[LogitsProcessor, ...]) -> str:
-    """Returns what to do where no token is left."""
-    return f"loosen no_repeat_ngram_size, min_new_tokens{', logits_processors' if processors else ''} or vocab_size"
+@eqx.filter_custom_jvp
+def _decode_with_bits(*operands: Any, max_new_tokens: int) -> Decoded:
+    return _decode(*operands, max_new_tokens=max_new_tokens, as_bits=True)
+
+
+@_decode_with_bits.def_jvp
+def _(primals: tuple[Any, ...], tangents: tuple[Any, ...], *, max_new_tokens: int) -> tuple[Decoded, Decoded]:
+    """Bits have no derivatives, and where there are none they are written faster."""
+    return eqx.filter_jvp(lambda *operands: _decode(*operands, max_new_tokens=max_new_tokens), primals, tangents)

@@ -9,13 +9,13 @@ from jaxtyping import Float, Int, PRNGKeyArray
 
 from mpt_eqx.errors import GenerationError, Interrupted
 from mpt_eqx.generation.buckets import DECODE_CHUNK, decode_bucket
-from mpt_eqx.generation.decode import decode_tokens
 from mpt_eqx.generation.interrupts import held_interrupts
 from mpt_eqx.generation.prefix import Prefix, initial_state, prefix_length
 from mpt_eqx.generation.prompts import prefill_prompts, progress_bar
 from mpt_eqx.generation.sampling import LogitsProcessor
 from mpt_eqx.generation.sampling_params import SamplingOptions, check_options
 from mpt_eqx.generation.state import repeat_and_resize
+from mpt_eqx.generation.steps import decode_tokens
 from mpt_eqx.generation.validate import (
     check_count,
     check_key,

@@ -91,6 +91,11 @@ def prefill_chunk(model: MPT, state: DecodeState, chunk: Int[Array, "B T"], ends
         chunk: the next tokens, with any valid id after the end of a prompt. Donated, like the next.
         ends: how many tokens each row has at the end of its prompt.
     """
+    return read_chunk(model, state, chunk, ends)
+
+
+def read_chunk(model: MPT, state: DecodeState, chunk: Int[Array, "B T"], ends: Int[Array, " B"]) -> DecodeState:
+    """Returns what `prefill_chunk` does, within another program."""
     model = with_blocks_traced_once(model)
 
     def row(

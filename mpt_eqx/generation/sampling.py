@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from mpt_eqx.generation.sampling_params import SamplingParams
 from mpt_eqx.ops.numerics import accum_dtype
+from mpt_eqx.ops.platform import varying_as
 
 
 def temperature(logits: Float[Array, " V"], t: float | Float32[Array, ""]) -> Float[Array, " V"]:
@@ -203,7 +204,11 @@ def process_logits(
 
 
 def sample(
-    logits: Float32[Array, "B V"], params: SamplingParams, key: Key[Array, ""], step: Int[Array, ""]
+    logits: Float32[Array, "B V"],
+    params: SamplingParams,
+    key: Key[Array, ""],
+    step: Int[Array, ""],
+    numbers: Int[Array, " B"] | None = None,
 ) -> Int[Array, " B"]:
     """Returns one token for each row. It depends on the row's logits, options and number, the key and the step only.
 
@@ -215,6 +220,7 @@ def sample(
         params: the options of each row.
         key: row i draws with fold_in(fold_in(key, i), step).
         step: how many new tokens the rows have so far.
+        numbers: i of each row; None for 0, 1, …
     """
     draws = params.temperature > 0
 
@@ -237,7 +243,7 @@ def sample(
         def row(number: Int[Array, ""], logits: Float32[Array, " V"]) -> Int[Array, ""]:
             return jax.random.categorical(jax.random.fold_in(jax.random.fold_in(key, number), step), logits)
 
-        drawn = jax.vmap(row)(jnp.arange(logits.shape[0]), warped).astype(jnp.int32)
+        drawn = jax.vmap(row)(jnp.arange(logits.shape[0]) if numbers is None else numbers, warped).astype(jnp.int32)
         return jnp.where(draws, drawn, greedy)
 
     return jax.lax.cond(jnp.any(draws), draw, lambda: greedy)
@@ -314,7 +320,8 @@ def _highest(
         fits = _tree_sum(jnp.where(at_least(higher), weights, 0)) >= enough
         return jnp.where(fits, higher[0], border[0]), jnp.where(fits, higher[1], border[1])
 
-    return at_least(jax.lax.fori_loop(0, jnp.where(tell_apart, 64, 32), with_next_bit, (least, least)))
+    lowest = varying_as((least, least), keys, weights, enough)
+    return at_least(jax.lax.fori_loop(0, jnp.where(tell_apart, 64, 32), with_next_bit, lowest))
 
 
 def _among(tokens: Int[Array, " T"], mask: Bool[Array, " T"], vocab_size: int) -> Bool[Array, " V"]:

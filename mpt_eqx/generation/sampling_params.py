@@ -158,16 +158,36 @@ def check_options(
     check_ids("pad_token_id", [options.get("pad_token_id", 0)], config.vocab_size)
     # Without new tokens no row is ever decoded, and the number in the arrays does not matter.
     params = SamplingParams(max_new_tokens=max(max_new_tokens, 1), **{**options, "eos_token_ids": eos})
-    if params.min_new_tokens > max_new_tokens:
+    check_params(config, params, max_new_tokens)
+    return params
+
+
+def check_params(config: MPTConfig, params: SamplingParams, max_new_tokens: int) -> None:
+    """Checks the options of one row against each other and against the model; traced ones are not checked.
+
+    Raises:
+        GenerationError: they are no SamplingParams, or those of several rows, or a value is not valid.
+    """
+    if not isinstance(params, SamplingParams):
+        raise GenerationError(f"sampling: expected SamplingParams(…), found {type(params).__name__}")
+    if np.ndim(params.temperature):
+        raise GenerationError(
+            f"sampling: expected the options of one row, found those of {params.temperature.shape[0]}; use jax.vmap"
+        )
+    if not isinstance(params.eos_token_ids, jax.core.Tracer):
+        check_ids("eos_token_ids", [t for t in params.eos_token_ids.tolist() if t != -1], config.vocab_size)
+    if not isinstance(params.pad_token_id, jax.core.Tracer):
+        check_ids("pad_token_id", [int(params.pad_token_id)], config.vocab_size)
+    if not isinstance(params.min_new_tokens, jax.core.Tracer) and params.min_new_tokens > max_new_tokens:
         raise GenerationError(
             f"min_new_tokens: expected at most max_new_tokens={max_new_tokens}, found {params.min_new_tokens}"
         )
-    if options.get("vocab_size") is not None and params.vocab_size > config.vocab_size:
+    vocab_size = params.vocab_size
+    if not isinstance(vocab_size, jax.core.Tracer) and config.vocab_size < vocab_size < MAX_INT:
         raise GenerationError(
-            f"vocab_size: expected at most the model's {config.vocab_size}, found {params.vocab_size}; the tokenizer "
+            f"vocab_size: expected at most the model's {config.vocab_size}, found {vocab_size}; the tokenizer "
             f"is not this model's"
         )
-    return params
 
 
 def check_names(options: Mapping[str, Any], known: type, caller: str) -> None:

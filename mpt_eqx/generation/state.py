@@ -38,23 +38,26 @@ class DecodeState(eqx.Module):
 
 def empty_state(model: MPT, rows: int, capacity: int) -> DecodeState:
     """Returns a state of rows without tokens, with room for `capacity` tokens in each."""
-    dtype, layout = model.dtype, model.layout
-
-    def zeros() -> DecodeState:
-        one = KVCache.empty(model.config, capacity, dtype, as_bits=True)
-        return DecodeState(
-            cache=jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), one),
-            tokens=jnp.zeros((rows, one.capacity), jnp.int32),
-            hidden=jnp.zeros((rows, model.config.d_model), dtype),
-            done=jnp.zeros((rows,), bool),
-            step=jnp.zeros((), jnp.int32),
-            not_finite=jnp.zeros((), jnp.int32),
-            nothing_left=jnp.zeros((), jnp.int32),
-        )
-
-    state = map_with_axes(jax.eval_shape(zeros), lambda x, *names: new_array(layout, x.shape, x.dtype, 0, *names))
+    layout = model.layout
+    state = jax.eval_shape(lambda: zero_state(model, rows, capacity, as_bits=True))
+    state = map_with_axes(state, lambda x, *names: new_array(layout, x.shape, x.dtype, 0, *names))
     nothing = tuple(new_array(layout, (), np.int32, -1) for _ in range(2))
     return eqx.tree_at(lambda s: (s.not_finite, s.nothing_left), state, nothing)
+
+
+def zero_state(model: MPT, rows: int, capacity: int, *, as_bits: bool) -> DecodeState:
+    """Returns what `empty_state` does, within a program; the cache holds bits or, for derivatives, numbers."""
+    dtype = model.dtype
+    one = jax.eval_shape(lambda: KVCache.empty(model.config, capacity, dtype, as_bits=as_bits))
+    return DecodeState(
+        cache=jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), one),
+        tokens=jnp.zeros((rows, one.capacity), jnp.int32),
+        hidden=jnp.zeros((rows, model.config.d_model), dtype),
+        done=jnp.zeros((rows,), bool),
+        step=jnp.zeros((), jnp.int32),
+        not_finite=jnp.full((), -1, jnp.int32),
+        nothing_left=jnp.full((), -1, jnp.int32),
+    )
 
 
 def new_array(

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key, PRNGKeyArray
+from jaxtyping import Array, Int, Key, PRNGKeyArray
 
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.errors import GenerationError
@@ -118,6 +119,48 @@ def check_prompts(
                 f"max_seq_len={config.max_seq_len}; {max_len_hint(config, total)}"
             )
     return rows
+
+
+def check_sequence(
+    config: MPTConfig, tokens: Any, length: Any, *, max_new_tokens: int
+) -> tuple[Int[Array, " T"], Int[Array, ""]]:
+    """Returns the token ids of one sequence, padded on the right, and how many are real; neither is checked if traced.
+
+    Raises:
+        GenerationError: they are no such arrays, an id is not valid, or it would be longer than max_seq_len at the end.
+    """
+    given = []
+    for name, value, rank, expected in (
+        ("tokens", tokens, 1, "the ids of one sequence"),
+        ("length", length, 0, "one number"),
+    ):
+        try:
+            array = value if isinstance(value, jax.Array) else np.asarray(value)
+        except ValueError:  # lists of several lengths in it
+            array = np.asarray(None)
+        if array.ndim != rank or not jax.dtypes.issubdtype(array.dtype, np.integer):
+            many = "; use jax.vmap for a batch" if array.ndim > rank else ""
+            found = f"an array of shape {array.shape} and type {array.dtype}" if array.ndim else _kind(value)
+            raise GenerationError(f"{name}: expected {expected}, whole numbers, found {found}{many}")
+        given.append(array)
+    ids, real = given
+    if not len(ids):
+        raise GenerationError("tokens: expected at least one token, found none")
+    shortest = 1
+    if not isinstance(real, jax.core.Tracer):
+        shortest = int(real)
+        if not 1 <= shortest <= len(ids):
+            raise GenerationError(
+                f"length: expected how many of the {len(ids)} tokens are real, from 1 on, found {shortest}"
+            )
+        if not isinstance(ids, jax.core.Tracer):
+            check_ids("tokens", np.asarray(ids)[:shortest].tolist(), config.vocab_size)
+    if (total := shortest + max_new_tokens) > config.max_seq_len:
+        raise GenerationError(
+            f"length: {shortest} tokens and max_new_tokens={max_new_tokens} exceed max_seq_len={config.max_seq_len}; "
+            f"{max_len_hint(config, total)}"
+        )
+    return jnp.asarray(ids, jnp.int32), jnp.asarray(real, jnp.int32)
 
 
 def check_one_prompt(prompt: Sequence[int]) -> None:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from mpt_eqx.ops.attention import attention_scores
 from mpt_eqx.ops.layer_cache import BLOCK, LayerCache
 from mpt_eqx.ops.numerics import accum_dtype
-from mpt_eqx.ops.platform import MAX_DECODE_ROWS
+from mpt_eqx.ops.platform import MAX_DECODE_ROWS, varying_as
 from mpt_eqx.ops.sizes import at_most
 
 BiasAndMask = Callable[[Int[Array, " S"]], tuple[Float32[Array, "N T S"] | None, Bool[Array, "T S"]]]
@@ -64,7 +64,8 @@ def blockwise_attention(
     none = jnp.full(q.shape[:2], float(jnp.finfo(jnp.float32).min), sums)
     small_batch = at_most(q.shape[1], MAX_DECODE_ROWS)
     kept = jnp.zeros((cache.k.shape[-2] // BLOCK, *q.shape[:2], BLOCK), sums) if small_batch else None
-    largest, total, kept = jax.lax.fori_loop(0, blocks, measure, (none, jnp.zeros_like(none), kept))
+    empty = varying_as((none, jnp.zeros_like(none), kept), q, cache, length)
+    largest, total, kept = jax.lax.fori_loop(0, blocks, measure, empty)
 
     def gather(number: Int[Array, ""] | int, mixed: Float[Array, "N T H"]) -> Float[Array, "N T H"]:
         rows = cache.rows(number * BLOCK, BLOCK)
@@ -77,7 +78,7 @@ def blockwise_attention(
         v = jnp.where(jnp.any(mask, axis=0)[:, None], rows.v, 0)
         return mixed + jnp.einsum("NTS,NSH->NTH", weights.astype(q.dtype), v, preferred_element_type=sums)
 
-    mixed = jax.lax.fori_loop(0, blocks, gather, jnp.zeros(q.shape, sums))
+    mixed = jax.lax.fori_loop(0, blocks, gather, varying_as(jnp.zeros(q.shape, sums), total))
     return mixed.astype(q.dtype)
 
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.extend.core import Primitive
@@ -11,6 +11,8 @@ from jaxtyping import Array
 
 from mpt_eqx.ops import cpu
 from mpt_eqx.ops.switches import library_switches
+
+T = TypeVar("T")
 
 MAX_DECODE_ROWS = 8
 """Positions of one sequence up to which a call counts as a step of decoding; prompts and training have more."""
@@ -100,6 +102,20 @@ def on_mesh(*arrays: Array) -> bool:
     """Whether a mesh is set, or any of the arrays lies on one."""
     meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(array).sharding.mesh for array in arrays)]
     return not all(mesh.empty for mesh in meshes)
+
+
+def varying_as(tree: T, *operands: Any) -> T:
+    """Returns arrays that vary, within `jax.shard_map`, over the axes that the operands do.
+
+    What a loop begins with must vary as what it makes of it does; elsewhere nothing changes.
+    """
+    axes = frozenset[str]().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(operands)))
+
+    def one(x: Array) -> Array:
+        missing = axes - jax.typeof(x).manual_axis_type.varying
+        return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+
+    return jax.tree.map(one, tree)
 
 
 def prefills_by_row(x: Array) -> bool:

@@ -1,0 +1,188 @@
+"""Steps of decoding: the program of several steps in a scan, and the loop on the host that calls it.
+
+Arguments are checked before, in `validate` and `sampling_params`.
+"""
+
+from collections.abc import Iterator
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int, Key
+
+from mpt_eqx.errors import GenerationError
+from mpt_eqx.generation.buckets import DECODE_CHUNK
+from mpt_eqx.generation.interrupts import held_interrupts
+from mpt_eqx.generation.sampling import LogitsProcessor, log_softmax, process_logits, sample
+from mpt_eqx.generation.sampling_params import SamplingParams
+from mpt_eqx.generation.state import DecodeState, constrain, constrain_replicated, ensure_capacity, replicate
+from mpt_eqx.generation.traced_once import with_blocks_traced_once
+from mpt_eqx.model import MPT, KVCache
+
+
+class StepOutput(eqx.Module):
+    """The tokens of one decode step, or of N of them with a leading axis.
+
+    Attributes:
+        tokens: one for each row.
+        logprobs: the model's log-probability of each, before any processing; 0 after the end of a row.
+        logits: the model's logits that each was chosen from, if they were asked for.
+    """
+
+    tokens: Int[Array, "*N B"]
+    logprobs: Float32[Array, "*N B"]
+    logits: Float32[Array, "*N B V"] | None
+
+
+@eqx.filter_jit(donate="all-except-first")
+def decode_chunk(
+    fixed: tuple[MPT, SamplingParams, Key[Array, ""], tuple[LogitsProcessor, ...]],
+    state: DecodeState,
+    steps: int,
+    with_logits: bool,
+) -> tuple[DecodeState, StepOutput]:
+    """Decodes `steps` more tokens of each row, in one scan; rows that have ended get padding.
+
+    Args:
+        fixed: the model, the options of each row, the key, and the functions of `logits_processors`. They stand
+            together because all other arguments are donated.
+        state: from `prefill_chunk` or an earlier call, with room for the tokens. Donated: do not use it again.
+        steps: length of the scan.
+        with_logits: whether to return the logits that each token was chosen from.
+    """
+    return decode_steps(fixed, state, steps, with_logits)
+
+
+def decode_steps(
+    fixed: tuple[MPT, SamplingParams, Key[Array, ""], tuple[LogitsProcessor, ...]],
+    state: DecodeState,
+    steps: int,
+    with_logits: bool,
+    numbers: Int[Array, " B"] | None = None,
+) -> tuple[DecodeState, StepOutput]:
+    """Returns what `decode_chunk` does, within another program; `numbers` as in `sample`."""
+    model, params, key, processors = fixed
+
+    def one(state: DecodeState, _: None) -> tuple[DecodeState, StepOutput]:
+        logits = next_logits(model, state.hidden)
+        # Which token is chosen has no derivative, and loops of unknown length choose it.
+        fixed_logits = jax.lax.stop_gradient(logits)
+        processed = process_logits(fixed_logits, params, state.tokens, state.cache.length, state.step, processors)
+        chosen = sample(processed, params, key, state.step, numbers)
+        tokens = jnp.where(state.done, params.pad_token_id, chosen)
+        logprobs = jnp.take_along_axis(jax.vmap(log_softmax)(logits), chosen[:, None], axis=-1)[:, 0]
+        output = StepOutput(
+            tokens=tokens,
+            logprobs=jnp.where(state.done, 0.0, logprobs),
+            logits=jnp.where(state.done[:, None], 0.0, logits) if with_logits else None,
+        )
+        ended = jnp.any(chosen[:, None] == params.eos_token_ids, axis=-1)
+        # Not under a cond on `done`: XLA would copy the whole cache in and out of it at every step.
+        after = decode_step(model, state, tokens)
+        return eqx.tree_at(
+            lambda s: (s.done, s.step, s.not_finite, s.nothing_left),
+            after,
+            (
+                state.done | ended | (state.step + 1 >= params.max_new_tokens),
+                state.step + 1,
+                first_step(state, state.not_finite, not_finite(logits, processed if processors else None)),
+                first_step(state, state.nothing_left, jnp.all(jnp.isneginf(processed), axis=-1)),
+            ),
+        ), output
+
+    state, output = jax.lax.scan(one, constrain(model, state), length=steps)
+    return constrain(model, state), constrain_replicated(model, output)
+
+
+def decode_step(model: MPT, state: DecodeState, tokens: Int[Array, " B"]) -> DecodeState:
+    """Returns the state with one more token in each row."""
+    model = with_blocks_traced_once(model)
+
+    def row(
+        cache: KVCache, so_far: Int[Array, " S"], token: Int[Array, ""]
+    ) -> tuple[KVCache, Int[Array, " S"], Float[Array, " D"]]:
+        # A row that has ended may stand at the end of its cache while others go on.
+        at = jnp.minimum(cache.length, cache.capacity - 1)
+        x, new = model.extend(token[None], eqx.tree_at(lambda c: c.length, cache, at))
+        new = eqx.tree_at(lambda c: c.length, new, cache.length + 1)
+        return new, so_far.at[cache.length].set(token, mode="drop"), x[0]
+
+    cache, so_far, hidden = jax.vmap(row)(state.cache, state.tokens, tokens)
+    return constrain(model, eqx.tree_at(lambda s: (s.cache, s.tokens, s.hidden), state, (cache, so_far, hidden)))
+
+
+def next_logits(model: MPT, hidden: Float[Array, "B D"]) -> Float32[Array, "B V"]:
+    """Returns the logits of each row's next token."""
+    return jax.vmap(lambda x: model.unembed(x[None])[0])(hidden).astype(jnp.float32)
+
+
+def not_finite(logits: Float32[Array, "B V"], processed: Float32[Array, "B V"] | None) -> Bool[Array, " B"]:
+    """Tells of each row whether its logits are not all finite, or NaN is among what processors made of them."""
+    bad = ~jnp.all(jnp.isfinite(logits), axis=-1)
+    return bad if processed is None else bad | jnp.any(jnp.isnan(processed), axis=-1)
+
+
+def first_step(state: DecodeState, so_far: Int[Array, ""], bad: Bool[Array, " B"]) -> Int[Array, ""]:
+    """Returns the first step at which a row that had not ended was bad, or −1."""
+    return jnp.where((so_far < 0) & jnp.any(bad & ~state.done), state.step, so_far)
+
+
+def decode_tokens(
+    model: MPT,
+    state: DecodeState,
+    params: SamplingParams,
+    key: Key[Array, ""],
+    *,
+    length: int,
+    max_new_tokens: int,
+    chunk: int = DECODE_CHUNK,
+    with_logits: bool = False,
+    processors: tuple[LogitsProcessor, ...] = (),
+) -> Iterator[StepOutput]:
+    """Yields the tokens of `chunk` steps at a time, at most max_new_tokens in all, until every row has ended.
+
+    Args:
+        model: the model.
+        state: after the prompts. Donated.
+        params: the options of each row.
+        key: randomness.
+        length: tokens of the longest row so far.
+        max_new_tokens: as above.
+        chunk: decode steps between two host syncs.
+        with_logits: whether to keep the logits of each step.
+        processors: the functions of `logits_processors`.
+
+    Raises:
+        GenerationError: logits were not finite, or no token was left to choose from.
+    """
+    params, key = replicate(model, (params, key))
+    decoded = 0
+    while decoded < max_new_tokens:
+        with held_interrupts():
+            state = ensure_capacity(model, state, length + min(decoded + chunk, max_new_tokens))
+            state, output = decode_chunk((model, params, key, processors), state, chunk, with_logits)
+            bad_step, empty_step, done = jax.device_get((state.not_finite, state.nothing_left, state.done))
+            output = jax.device_get(output)
+        check_finite(int(bad_step), processors)
+        if empty_step >= 0:
+            raise GenerationError(f"no token is left to choose from for new token {empty_step}; {loosen(processors)}")
+        last = min(chunk, max_new_tokens - decoded)
+        yield jax.tree.map(lambda x, last=last: x[:last], output)
+        decoded += chunk
+        if done.all():
+            return
+
+
+def check_finite(bad_step: int, processors: tuple[LogitsProcessor, ...] = ()) -> None:
+    """Raises unless `bad_step`, the first new token whose logits were not finite, is −1 for none."""
+    if bad_step >= 0:
+        where = "what logits_processors return and in the weights" if processors else "the weights"
+        raise GenerationError(
+            f"the logits of new token {bad_step} are not finite; look for NaN or infinity in {where} with "
+            f"from_pretrained(…, check_finite=True), or use a wider dtype"
+        )
+
+
+def loosen(processors: tuple[LogitsProcessor, ...]) -> str:
+    """Returns what to do where no token is left."""
+    return f"loosen no_repeat_ngram_size, min_new_tokens{', logits_processors' if processors else ''} or vocab_size"
