@@ -16,7 +16,9 @@ import optax
 from mpt_eqx import (
     MPT,
     MPTConfig,
+    SamplingParams,
     beam_search,
+    decode,
     from_pretrained,
     generate,
     prefill,
@@ -131,6 +133,29 @@ def streamed(preset: str, axes: dict[str, int]) -> dict:
         "stream": list(stream(shared, PROMPTS[0], max_new_tokens=6)) == wanted["tokens"][0].tolist(),
         "prefix": after.tolist() == wanted["tokens"][:1].tolist(),
     }
+
+
+def decoded(preset: str, axes: dict[str, int]) -> dict:
+    """Whether `decode` of prompts, on a mesh and inside shard_map, makes the tokens that `generate` does."""
+    model, wanted = alone("hf_generate")
+    mesh, rules = sharding.make_mesh(**axes), rules_of(preset, None)
+    shared, names = sharding.shard(model, mesh, rules), jax.sharding.PartitionSpec(tuple(axes))
+    prompts, numbers = jax.numpy.asarray(PROMPTS), jax.numpy.arange(len(PROMPTS))
+    sampling = SamplingParams(temperature=1.0)
+
+    def rows(model, prompts, numbers):
+        return jax.vmap(
+            lambda prompt, row: (
+                decode(model, prompt, 7, max_new_tokens=6, sampling=sampling, key=jax.random.key(1), row=row).tokens
+            )
+        )(prompts, numbers)
+
+    mapped = jax.shard_map(rows, mesh=mesh, in_specs=(jax.sharding.PartitionSpec(), names, names), out_specs=names)
+    found = {
+        "vmap": eqx.filter_jit(rows)(shared, prompts, numbers),
+        "shard_map": jax.jit(mapped)(model, prompts, numbers),
+    }
+    return {name: np.array_equal(tokens, wanted["sampled"]) for name, tokens in found.items()}
 
 
 def collectives(preset: str, axes: dict[str, int]) -> dict:

@@ -74,6 +74,10 @@ def test_stacked_blocks_lie_on_a_mesh_as_single_ones_do(ask):
     assert found == {"placed alike": True, "bytes": True, "lines": 1}
 
 
+def test_decode_on_a_mesh_and_inside_shard_map(ask):
+    assert ask("decoded", preset="FSDP_TP", axes={"fsdp": 2, "tp": 2}) == {"vmap": True, "shard_map": True}
+
+
 def test_a_mesh_with_explicit_axes_and_one_of_three(ask):
     found = ask("compare", case="hf_generate", preset="FSDP_TP", axes={"fsdp": 2, "tp": 4}, kind="explicit")
     assert close(found), found

@@ -11,9 +11,9 @@ from mpt_eqx.errors import GenerationError
 from mpt_eqx.generation.buckets import PREFILL_CHUNKS
 from mpt_eqx.generation.prompts import read_chunk
 from mpt_eqx.generation.sampling_params import SamplingParams, check_params
-from mpt_eqx.generation.state import DecodeState, constrain, zero_state
-from mpt_eqx.generation.steps import decode_steps
-from mpt_eqx.generation.validate import check_count, check_key, check_sequence
+from mpt_eqx.generation.state import DecodeState, constrain, one_row, scan_row, zero_state
+from mpt_eqx.generation.steps import StepOutput, chosen_step
+from mpt_eqx.generation.validate import check_count, check_key, check_sequence, check_whole
 from mpt_eqx.model import MPT
 from mpt_eqx.model.agreement import check_agreement
 from mpt_eqx.ops.platform import varying_as
@@ -78,7 +78,7 @@ def decode(
     if key is None and isinstance(temperature, jax.core.Tracer):
         raise GenerationError("key: expected a key, such as jax.random.key(0), with a traced temperature, found None")
     key = check_key(key, 1.0 if isinstance(temperature, jax.core.Tracer) else float(temperature))
-    operands = (model, tokens, length, sampling, key, jnp.asarray(row, jnp.int32))
+    operands = (model, tokens, length, sampling, key, jnp.asarray(check_whole("row", row, 0), jnp.int32))
     if model.dtype.itemsize == 2:
         return _decode_with_bits(*operands, max_new_tokens=max_new_tokens)
     return _decode(*operands, max_new_tokens=max_new_tokens)
@@ -106,11 +106,15 @@ def _decode(
     state = varying_as(constrain(model, state), model, tokens, length, sampling, key, row)
 
     def read(state: DecodeState, chunk: Int[Array, "1 S"]) -> tuple[DecodeState, None]:
-        return read_chunk(model, state, chunk, length[None]), None
+        return read_chunk(model, state, chunk, length[None], one_row), None
 
-    state, _ = jax.lax.scan(read, state, padded.reshape(chunks, 1, size))
+    state, _ = scan_row(read, state, padded.reshape(chunks, 1, size), chunks)
     params = jax.tree.map(lambda x: x[None], sampling)
-    state, output = decode_steps((model, params, key, ()), state, n, False, row[None])
+
+    def step(state: DecodeState, _: None) -> tuple[DecodeState, StepOutput]:
+        return chosen_step((model, params, key, ()), state, False, row[None], one_row)
+
+    state, output = scan_row(step, state, None, n)
     chosen = output.tokens[:, 0]
     ends = jnp.any(chosen[:, None] == jnp.asarray(sampling.eos_token_ids), axis=-1)
     places = jnp.arange(n)

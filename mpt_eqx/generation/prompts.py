@@ -12,7 +12,7 @@ from tqdm import tqdm
 from mpt_eqx.checkpoint.progress import is_shown
 from mpt_eqx.generation.buckets import prefill_buckets
 from mpt_eqx.generation.interrupts import held_interrupts
-from mpt_eqx.generation.state import DecodeState, constrain, replicate, row_of, with_row
+from mpt_eqx.generation.state import DecodeState, OverRows, constrain, replicate, row_of, with_row
 from mpt_eqx.generation.traced_once import with_blocks_traced_once
 from mpt_eqx.model import MPT, KVCache
 from mpt_eqx.ops.platform import prefills_by_row
@@ -94,8 +94,14 @@ def prefill_chunk(model: MPT, state: DecodeState, chunk: Int[Array, "B T"], ends
     return read_chunk(model, state, chunk, ends)
 
 
-def read_chunk(model: MPT, state: DecodeState, chunk: Int[Array, "B T"], ends: Int[Array, " B"]) -> DecodeState:
-    """Returns what `prefill_chunk` does, within another program."""
+def read_chunk(
+    model: MPT,
+    state: DecodeState,
+    chunk: Int[Array, "B T"],
+    ends: Int[Array, " B"],
+    over_rows: OverRows = jax.vmap,
+) -> DecodeState:
+    """Returns what `prefill_chunk` does, within another program; `over_rows` is `jax.vmap` or `one_row`."""
     model = with_blocks_traced_once(model)
 
     def row(
@@ -109,7 +115,7 @@ def read_chunk(model: MPT, state: DecodeState, chunk: Int[Array, "B T"], ends: I
         hidden = jnp.where(here, x[jnp.clip(last, 0, chunk.shape[0] - 1)], hidden)
         return new, tokens.at[places].set(chunk, mode="drop"), hidden
 
-    cache, tokens, hidden = jax.vmap(row)(state.cache, state.tokens, state.hidden, chunk, ends)
+    cache, tokens, hidden = over_rows(row)(state.cache, state.tokens, state.hidden, chunk, ends)
     return constrain(model, eqx.tree_at(lambda s: (s.cache, s.tokens, s.hidden), state, (cache, tokens, hidden)))
 
 

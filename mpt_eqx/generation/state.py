@@ -13,6 +13,9 @@ from mpt_eqx.generation.buckets import cache_bucket
 from mpt_eqx.model import MPT, KVCache
 from mpt_eqx.ops.layout import Layout
 
+OverRows = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""What makes a function of rows of a function of one."""
+
 
 class DecodeState(eqx.Module):
     """B rows between two steps.
@@ -103,6 +106,40 @@ def constrain_replicated(model: MPT, tree: Any) -> Any:
 def replicate(model: MPT, tree: Any) -> Any:
     """Returns arrays of the host, or of one device, on all devices of the model."""
     return jax.device_put(tree) if model.layout is None else model.layout.replicate(tree)
+
+
+def one_row(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns what `jax.vmap` does, for arrays of one row, but without an axis of rows in what the function computes.
+
+    Under a `jax.vmap` of the user's there is then one axis, as in a batch of `generate`, and not another of size 1.
+    """
+
+    def mapped(*rows: Any) -> Any:
+        result = function(*jax.tree.map(lambda x: jnp.squeeze(x, 0), rows))
+        return jax.tree.map(lambda x: jnp.expand_dims(x, 0), result)
+
+    return mapped
+
+
+def scan_row(
+    step: Callable[[DecodeState, Any], tuple[DecodeState, Any]], state: DecodeState, xs: Any, length: int
+) -> tuple[DecodeState, Any]:
+    """Returns what `jax.lax.scan` does with a state of one row; the axis of rows is not carried, as in `one_row`."""
+
+    def carried(state: DecodeState) -> Any:
+        rows = (state.cache, state.tokens, state.hidden, state.done)
+        others = (state.step, state.not_finite, state.nothing_left)
+        return jax.tree.map(lambda x: jnp.squeeze(x, 0), rows), others
+
+    def restored(carry: Any) -> DecodeState:
+        return DecodeState(*jax.tree.map(lambda x: jnp.expand_dims(x, 0), carry[0]), *carry[1])
+
+    def alone(carry: Any, x: Any) -> tuple[Any, Any]:
+        state, y = step(restored(carry), x)
+        return carried(state), y
+
+    carry, ys = jax.lax.scan(alone, carried(state), xs, length)
+    return restored(carry), ys
 
 
 def map_rows(function: Callable[[Array], Array], other: Callable[[Array], Array], state: DecodeState) -> DecodeState:

@@ -15,7 +15,7 @@ from mpt_eqx.generation.buckets import DECODE_CHUNK
 from mpt_eqx.generation.interrupts import held_interrupts
 from mpt_eqx.generation.sampling import LogitsProcessor, log_softmax, process_logits, sample
 from mpt_eqx.generation.sampling_params import SamplingParams
-from mpt_eqx.generation.state import DecodeState, constrain, constrain_replicated, ensure_capacity, replicate
+from mpt_eqx.generation.state import DecodeState, OverRows, constrain, constrain_replicated, ensure_capacity, replicate
 from mpt_eqx.generation.traced_once import with_blocks_traced_once
 from mpt_eqx.model import MPT, KVCache
 
@@ -50,51 +50,62 @@ def decode_chunk(
         steps: length of the scan.
         with_logits: whether to return the logits that each token was chosen from.
     """
-    return decode_steps(fixed, state, steps, with_logits)
-
-
-def decode_steps(
-    fixed: tuple[MPT, SamplingParams, Key[Array, ""], tuple[LogitsProcessor, ...]],
-    state: DecodeState,
-    steps: int,
-    with_logits: bool,
-    numbers: Int[Array, " B"] | None = None,
-) -> tuple[DecodeState, StepOutput]:
-    """Returns what `decode_chunk` does, within another program; `numbers` as in `sample`."""
-    model, params, key, processors = fixed
+    model = fixed[0]
 
     def one(state: DecodeState, _: None) -> tuple[DecodeState, StepOutput]:
-        logits = next_logits(model, state.hidden)
-        # Which token is chosen has no derivative, and loops of unknown length choose it.
-        fixed_logits = jax.lax.stop_gradient(logits)
-        processed = process_logits(fixed_logits, params, state.tokens, state.cache.length, state.step, processors)
-        chosen = sample(processed, params, key, state.step, numbers)
-        tokens = jnp.where(state.done, params.pad_token_id, chosen)
-        logprobs = jnp.take_along_axis(jax.vmap(log_softmax)(logits), chosen[:, None], axis=-1)[:, 0]
-        output = StepOutput(
-            tokens=tokens,
-            logprobs=jnp.where(state.done, 0.0, logprobs),
-            logits=jnp.where(state.done[:, None], 0.0, logits) if with_logits else None,
-        )
-        ended = jnp.any(chosen[:, None] == params.eos_token_ids, axis=-1)
-        # Not under a cond on `done`: XLA would copy the whole cache in and out of it at every step.
-        after = decode_step(model, state, tokens)
-        return eqx.tree_at(
-            lambda s: (s.done, s.step, s.not_finite, s.nothing_left),
-            after,
-            (
-                state.done | ended | (state.step + 1 >= params.max_new_tokens),
-                state.step + 1,
-                first_step(state, state.not_finite, not_finite(logits, processed if processors else None)),
-                first_step(state, state.nothing_left, jnp.all(jnp.isneginf(processed), axis=-1)),
-            ),
-        ), output
+        return chosen_step(fixed, state, with_logits)
 
     state, output = jax.lax.scan(one, constrain(model, state), length=steps)
     return constrain(model, state), constrain_replicated(model, output)
 
 
-def decode_step(model: MPT, state: DecodeState, tokens: Int[Array, " B"]) -> DecodeState:
+def chosen_step(
+    fixed: tuple[MPT, SamplingParams, Key[Array, ""], tuple[LogitsProcessor, ...]],
+    state: DecodeState,
+    with_logits: bool,
+    numbers: Int[Array, " B"] | None = None,
+    over_rows: OverRows = jax.vmap,
+) -> tuple[DecodeState, StepOutput]:
+    """Returns the state with one more token in each row, chosen as the options say, and what `decode_chunk` returns.
+
+    Args:
+        fixed: as there.
+        state: of the rows.
+        with_logits: as there.
+        numbers: as in `sample`.
+        over_rows: `jax.vmap` or `one_row`.
+    """
+    model, params, key, processors = fixed
+    logits = next_logits(model, state.hidden, over_rows)
+    # Which token is chosen has no derivative, and loops of unknown length choose it.
+    fixed_logits = jax.lax.stop_gradient(logits)
+    processed = process_logits(fixed_logits, params, state.tokens, state.cache.length, state.step, processors)
+    chosen = sample(processed, params, key, state.step, numbers)
+    tokens = jnp.where(state.done, params.pad_token_id, chosen)
+    logprobs = jnp.take_along_axis(jax.vmap(log_softmax)(logits), chosen[:, None], axis=-1)[:, 0]
+    output = StepOutput(
+        tokens=tokens,
+        logprobs=jnp.where(state.done, 0.0, logprobs),
+        logits=jnp.where(state.done[:, None], 0.0, logits) if with_logits else None,
+    )
+    ended = jnp.any(chosen[:, None] == params.eos_token_ids, axis=-1)
+    # Not under a cond on `done`: XLA would copy the whole cache in and out of it at every step.
+    after = decode_step(model, state, tokens, over_rows)
+    return eqx.tree_at(
+        lambda s: (s.done, s.step, s.not_finite, s.nothing_left),
+        after,
+        (
+            state.done | ended | (state.step + 1 >= params.max_new_tokens),
+            state.step + 1,
+            first_step(state, state.not_finite, not_finite(logits, processed if processors else None)),
+            first_step(state, state.nothing_left, jnp.all(jnp.isneginf(processed), axis=-1)),
+        ),
+    ), output
+
+
+def decode_step(
+    model: MPT, state: DecodeState, tokens: Int[Array, " B"], over_rows: OverRows = jax.vmap
+) -> DecodeState:
     """Returns the state with one more token in each row."""
     model = with_blocks_traced_once(model)
 
@@ -107,13 +118,13 @@ def decode_step(model: MPT, state: DecodeState, tokens: Int[Array, " B"]) -> Dec
         new = eqx.tree_at(lambda c: c.length, new, cache.length + 1)
         return new, so_far.at[cache.length].set(token, mode="drop"), x[0]
 
-    cache, so_far, hidden = jax.vmap(row)(state.cache, state.tokens, tokens)
+    cache, so_far, hidden = over_rows(row)(state.cache, state.tokens, tokens)
     return constrain(model, eqx.tree_at(lambda s: (s.cache, s.tokens, s.hidden), state, (cache, so_far, hidden)))
 
 
-def next_logits(model: MPT, hidden: Float[Array, "B D"]) -> Float32[Array, "B V"]:
+def next_logits(model: MPT, hidden: Float[Array, "B D"], over_rows: OverRows = jax.vmap) -> Float32[Array, "B V"]:
     """Returns the logits of each row's next token."""
-    return jax.vmap(lambda x: model.unembed(x[None])[0])(hidden).astype(jnp.float32)
+    return over_rows(lambda x: model.unembed(x[None])[0])(hidden).astype(jnp.float32)
 
 
 def not_finite(logits: Float32[Array, "B V"], processed: Float32[Array, "B V"] | None) -> Bool[Array, " B"]:

@@ -129,21 +129,7 @@ def check_sequence(
     Raises:
         GenerationError: they are no such arrays, an id is not valid, or it would be longer than max_seq_len at the end.
     """
-    given = []
-    for name, value, rank, expected in (
-        ("tokens", tokens, 1, "the ids of one sequence"),
-        ("length", length, 0, "one number"),
-    ):
-        try:
-            array = value if isinstance(value, jax.Array) else np.asarray(value)
-        except ValueError:  # lists of several lengths in it
-            array = np.asarray(None)
-        if array.ndim != rank or not jax.dtypes.issubdtype(array.dtype, np.integer):
-            many = "; use jax.vmap for a batch" if array.ndim > rank else ""
-            found = f"an array of shape {array.shape} and type {array.dtype}" if array.ndim else _kind(value)
-            raise GenerationError(f"{name}: expected {expected}, whole numbers, found {found}{many}")
-        given.append(array)
-    ids, real = given
+    ids, real = check_whole("tokens", tokens, 1), check_whole("length", length, 0)
     if not len(ids):
         raise GenerationError("tokens: expected at least one token, found none")
     shortest = 1
@@ -161,6 +147,24 @@ def check_sequence(
             f"{max_len_hint(config, total)}"
         )
     return jnp.asarray(ids, jnp.int32), jnp.asarray(real, jnp.int32)
+
+
+def check_whole(name: str, value: Any, rank: int) -> Array | np.ndarray:
+    """Returns whole numbers, traced or not, as an array of this rank: one number, or those of one sequence.
+
+    Raises:
+        GenerationError: they are something else.
+    """
+    try:
+        array = value if isinstance(value, jax.Array) else np.asarray(value)
+    except ValueError:  # lists of several lengths in it
+        array = np.asarray(None)
+    if array.ndim != rank or not jax.dtypes.issubdtype(array.dtype, np.integer):
+        expected = "the ids of one sequence, whole numbers" if rank else "a whole number"
+        found = f"an array of shape {array.shape} and type {array.dtype}" if array.ndim else _kind(value)
+        many = "; use jax.vmap for a batch" if array.ndim > rank else ""
+        raise GenerationError(f"{name}: expected {expected}, found {found}{many}")
+    return array
 
 
 def check_one_prompt(prompt: Sequence[int]) -> None:
