@@ -128,6 +128,7 @@ def test_derivatives_are_those_of_the_log_probabilities_of_the_tokens(small, pro
 
 
 @pytest.mark.optimized
+@pytest.mark.filterwarnings("ignore:Some donated buffers")
 @pytest.mark.parametrize(
     ("dtype", "rows", "size"),
     [("bfloat16", 2, 1536), *(pytest.param("float32", *x, marks=pytest.mark.slow) for x in ((1, 6144), (4, 1536)))],

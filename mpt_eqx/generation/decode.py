@@ -133,7 +133,9 @@ def _decode_with_bits(*operands: Any, max_new_tokens: int) -> Decoded:
     return _decode(*operands, max_new_tokens=max_new_tokens, as_bits=True)
 
 
-@_decode_with_bits.def_jvp
-def _(primals: tuple[Any, ...], tangents: tuple[Any, ...], *, max_new_tokens: int) -> tuple[Decoded, Decoded]:
-    """Bits have no derivatives, and where there are none they are written faster."""
+def _derivative(primals: Any, tangents: Any, *, max_new_tokens: int) -> tuple[Decoded, Decoded]:
+    """Returns what `_decode` and its derivative do: bits have none, and where none is asked for they are faster."""
     return eqx.filter_jvp(lambda *operands: _decode(*operands, max_new_tokens=max_new_tokens), primals, tangents)
+
+
+_decode_with_bits.def_jvp(_derivative)
