@@ -13,9 +13,8 @@ from mpt_eqx.generation.prompts import read_chunk
 from mpt_eqx.generation.sampling_params import SamplingParams, check_params
 from mpt_eqx.generation.state import DecodeState, constrain, one_row, scan_row, zero_state
 from mpt_eqx.generation.steps import StepOutput, chosen_step
-from mpt_eqx.generation.validate import check_count, check_key, check_sequence, check_whole
+from mpt_eqx.generation.validate import check_count, check_key, check_model, check_sequence, check_whole
 from mpt_eqx.model import MPT
-from mpt_eqx.model.agreement import check_agreement
 from mpt_eqx.ops.platform import varying_as
 from mpt_eqx.ops.switches import library_switches
 
@@ -69,7 +68,7 @@ def decode(
             not checked: log-probabilities are then NaN where length is not valid, as they are from the first token on
             whose logits are not finite, or for which the options leave no token to choose.
     """
-    check_agreement(model, GenerationError)
+    model = check_model(model)
     check_count("max_new_tokens", max_new_tokens, least=0)
     max_new_tokens = int(max_new_tokens)
     tokens, length = check_sequence(model.config, tokens, length, max_new_tokens=max_new_tokens)
@@ -138,4 +137,4 @@ def _derivative(primals: Any, tangents: Any, *, max_new_tokens: int) -> tuple[De
     return eqx.filter_jvp(lambda *operands: _decode(*operands, max_new_tokens=max_new_tokens), primals, tangents)
 
 
-_decode_with_bits.def_jvp(_derivative)
+_decode_with_bits.def_jvp(_derivative)  # type: ignore[no-untyped-call]
