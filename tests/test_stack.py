@@ -170,3 +170,60 @@ def test_the_program_has_the_same_size_at_any_depth(tiny_config):
         return lines(lambda m, t: m(t), model, TOKENS[0]), lines(jax.grad(next_token_loss), model, TOKENS)
 
     assert sizes(2) == sizes(24)
+
+
+def kept(model):
+    """How many numbers a gradient keeps of the forward pass, beside the model."""
+    from mpt_eqx.train import next_token_loss
+
+    tokens = jnp.zeros((2, 64), jnp.int32)
+    backward = jax.eval_shape(lambda m: jax.vjp(lambda m: next_token_loss(m, tokens), m)[1], model)
+    return sum(leaf.size for leaf in jax.tree.leaves(backward))
+
+
+@pytest.mark.parametrize("form", ["single", "stacked"])
+def test_what_is_kept_for_a_gradient(tiny_config, form):
+    from mpt_eqx import MPT, stack, surgery
+
+    model = eqx.filter_eval_shape(lambda: MPT(tiny_config(n_layers=4), key=jax.random.key(0)))
+    model = eqx.filter_eval_shape(stack, model) if form == "stacked" else model
+    sizes = {how: kept(surgery.remat(model, how)) for how in ("none", "dots", "full")}
+    assert sizes["full"] < sizes["dots"] < sizes["none"]
+    # Of each of 4 blocks, for 2 rows of 64 positions, what Wqkv, out_proj and up_proj return.
+    assert sizes["dots"] - sizes["full"] == 4 * 2 * 64 * (96 + 32 + 128)
+
+
+@pytest.mark.slow
+@pytest.mark.optimized
+def test_memory_of_a_gradient(tiny_config):
+    """The program's temporary memory: stacked it needs no more than with single blocks, with remat less; equal values.
+
+    The slices of the weights of one block come on top.
+    """
+    from mpt_eqx import MPT, stack, surgery, unstack
+    from mpt_eqx.train import next_token_loss
+
+    model = MPT(tiny_config(), key=jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (2, 128), 0, 61)
+    forms = {"single": model, "stacked": stack(model), "full": surgery.remat(stack(model), "full")}
+    memory, gradients = {}, {}
+    for name, form in forms.items():
+        program = jax.jit(jax.grad(next_token_loss)).lower(form, tokens).compile()
+        memory[name] = program.memory_analysis().temp_size_in_bytes
+        gradients[name] = surgery.remat(unstack(program(form, tokens)), "none")
+    block = sum(leaf.nbytes for leaf in jax.tree.leaves(model.blocks[0]))
+    assert memory["stacked"] <= memory["single"] + block and memory["full"] < 0.8 * memory["stacked"], memory
+    close(gradients["stacked"], gradients["single"])
+    close(gradients["full"], gradients["single"])
+
+
+def test_another_word_for_remat(model):
+    from mpt_eqx import MPTError
+    from mpt_eqx.surgery import remat
+    from mpt_eqx.surgery.rematerialization import check_how
+
+    assert remat(model, "full").remat == "full" and model.remat == "none"
+    assert eqx.tree_equal(remat(remat(model, "dots"), "none"), model)
+    for how in ("some", True, None):
+        with pytest.raises(MPTError, match="how: expected 'none', 'full', 'dots', found"):
+            check_how(how)

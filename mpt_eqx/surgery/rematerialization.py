@@ -1,6 +1,6 @@
 """remat: less memory for a gradient, by computing parts of the blocks again."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from mpt_eqx.errors import MPTError
 from mpt_eqx.model import MPT
@@ -26,6 +26,11 @@ def remat(model: MPT, how: Literal["none", "full", "dots"]) -> MPT:
     Raises:
         MPTError: it is none of these.
     """
+    check_how(how)
+    return with_fields(model, remat=how)
+
+
+def check_how(how: Any) -> None:
+    """Raises an MPTError unless there is such a choice."""
     if not isinstance(how, str) or how not in POLICIES:
         raise MPTError(f"how: expected {', '.join(map(repr, POLICIES))}, found {how!r}")
-    return with_fields(model, remat=how)
