@@ -1,11 +1,13 @@
 """What every test shares. The package is imported inside fixtures only: the type checks are hooked in before that."""
 
 import dataclasses
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 from hypothesis import settings
+from jax._src.interpreters import mlir
 from jaxtyping import install_import_hook
 
 # Shapes are checked wherever they are annotated, but for the public border (config, generate, command line), which
@@ -33,9 +36,7 @@ CHECKED = (
     "generation.beam_step",
     "train",
 )
-install_import_hook(
-    [f"mpt_eqx.{room}" for room in CHECKED], "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
-)
+install_import_hook([f"mpt_eqx.{room}" for room in CHECKED], "annotations.check")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -62,6 +63,12 @@ QUICK = "--xla_backend_optimization_level=0" + (
 
 def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="compile quickly, and leave out the tests of compiled code")
+
+
+def pytest_sessionstart():
+    """What is imported stays: the collector need not look through it, and tracing makes many objects and few cycles."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_configure(config):
@@ -116,6 +123,26 @@ def compiled_once(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def lowered_in_one_place():
+    """Programs are lowered in one MLIR context after the other: to make one for each is half of the time to lower.
+
+    A context keeps all constants that were lowered in it, so it lasts for some programs only.
+    """
+    made = threading.local()
+
+    def context():
+        if getattr(made, "uses", 0) % 64 == 0:
+            made.context, made.uses = make_ir_context(), 0
+        made.uses += 1
+        return made.context
+
+    make_ir_context = mlir.make_ir_context
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlir, "make_ir_context", context)
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def fresh_caches():
     """Drops what a module has compiled: thousands of programs would fill a process's memory maps and end it."""
@@ -128,10 +155,12 @@ def way(request, monkeypatch):
     """Each test runs with the kernel and without."""
     from mpt_eqx.ops import cpu
 
-    if request.param == "XLA":
-        monkeypatch.setattr(cpu, "available", lambda: False)
-    elif not cpu.available():
-        pytest.skip(f"no kernel: {cpu.missing()}")
+    if request.param == "kernel":
+        if not cpu.available():
+            pytest.skip(f"no kernel: {cpu.missing()}")
+        yield request.param
+        return
+    monkeypatch.setattr(cpu, "available", lambda: False)
     jax.clear_caches()
     yield request.param
     jax.clear_caches()
