@@ -36,15 +36,20 @@ def test_there_and_back(model):
     assert eqx.tree_equal(unstack(stacked), model) and unstack(model) is model and stack(stacked) is stacked
 
 
-def test_forward_hidden_states_and_cache(model):
-    from mpt_eqx import KVCache, stack
+def test_forward_and_hidden_states(model):
+    from mpt_eqx import stack
 
-    stacked = stack(model)
-    mask = jnp.asarray([False, False] + [True] * 6)
+    stacked, mask = stack(model), jnp.asarray([False, False] + [True] * 6)
     close(stacked(TOKENS[1], mask=mask)[2:], model(TOKENS[1], mask=mask)[2:])
     close(stacked.hidden_states(TOKENS[0]), model.hidden_states(TOKENS[0]))
+
+
+@pytest.mark.slow
+def test_a_cache(model):
+    from mpt_eqx import KVCache, stack
+
     found, expected = [], []
-    for form, rows in ((stacked, found), (model, expected)):
+    for form, rows in ((stack(model), found), (model, expected)):
         cache = KVCache.empty(model.config, 8, jnp.float32)
         for part in (TOKENS[0, :5], TOKENS[0, 5:]):
             x, cache = form.extend(part, cache)
@@ -54,20 +59,21 @@ def test_forward_hidden_states_and_cache(model):
 
 
 @pytest.mark.parametrize("remat", some(["none", "full"], ["full"]))
-def test_captures(model, remat):
-    """Of some blocks; also where parts of a block are computed again for its gradient."""
-    from mpt_eqx import stack, surgery
-    from mpt_eqx.model.taps import Tap
+def test_captures_and_edits(model, remat):
+    """Of some blocks, at some positions; also where parts of a block are computed again for its gradient."""
+    from mpt_eqx import interp, stack, surgery
 
-    found = []
-    for form in (model, surgery.remat(model, remat), surgery.remat(stack(model), remat)):
-        wanted = frozenset({"blocks.1.hook_resid_pre", "blocks.0.hook_attn_out", "blocks.1.mlp.hook_post"})
-        tap = Tap({}, wanted, None, {})
-        form.hidden_states(TOKENS[0], tap=tap)
-        assert set(tap.found) == wanted
-        found.append(tap.found)
-    close(found[1], found[0])
-    close(found[2], found[0])
+    def run(form):
+        edits = {"blocks.1.hook_attn_out": interp.Add(jnp.ones(32), positions=[2, 5])}
+        wanted = ["blocks.1.hook_resid_pre", "blocks.0.hook_attn_out", "blocks.1.mlp.hook_post"]
+        return interp.run(form, TOKENS[0], capture=wanted, edits=edits)
+
+    expected = run(model)
+    assert len(expected.activations) == 3 and float(jnp.abs(expected.logits - model(TOKENS[0])).max()) > 0.01
+    for form in (surgery.remat(model, remat), surgery.remat(stack(model), remat)):
+        found = run(form)
+        close(found.logits, expected.logits)
+        close(found.activations, expected.activations)
 
 
 @pytest.mark.parametrize("dropout", [pytest.param(False, marks=pytest.mark.slow), True])
@@ -114,15 +120,20 @@ def test_quantised(model, scheme):
     close(stacked(TOKENS[0]), quantized(TOKENS[0]))
 
 
-def test_under_vmap_jit_and_with_a_model_for_each_row(model):
-    from mpt_eqx import MPT, stack
+def test_under_vmap_and_jit(model):
+    from mpt_eqx import stack
 
     close(jax.jit(lambda m, t: jax.vmap(m)(t))(stack(model), TOKENS), jax.vmap(model)(TOKENS))
+
+
+@pytest.mark.slow
+def test_a_model_for_each_row(model):
+    from mpt_eqx import MPT, stack
+
     two = eqx.filter_vmap(lambda key: stack(MPT(model.config, key=key)))(jax.random.split(jax.random.key(0)))
     assert two.blocks.block.norm_1.weight.shape == (2, 2, 32)
     rows = eqx.filter_vmap(lambda m, t: m(t))(two, TOKENS)
-    first = jax.tree.map(lambda leaf: leaf[0], two)
-    close(rows[0], first(TOKENS[0]))
+    close(rows[0], jax.tree.map(lambda leaf: leaf[0], two)(TOKENS[0]))
 
 
 def test_what_generates_takes_either_form(model, prompts):
@@ -206,6 +217,7 @@ def test_memory_of_a_gradient(tiny_config):
     model = MPT(tiny_config(), key=jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 128), 0, 61)
     forms = {"single": model, "stacked": stack(model), "full": surgery.remat(stack(model), "full")}
+    forms["single dots"] = surgery.remat(model, "dots")
     memory, gradients = {}, {}
     for name, form in forms.items():
         program = jax.jit(jax.grad(next_token_loss)).lower(form, tokens).compile()
@@ -213,8 +225,8 @@ def test_memory_of_a_gradient(tiny_config):
         gradients[name] = surgery.remat(unstack(program(form, tokens)), "none")
     block = sum(leaf.nbytes for leaf in jax.tree.leaves(model.blocks[0]))
     assert memory["stacked"] <= memory["single"] + block and memory["full"] < 0.8 * memory["stacked"], memory
-    close(gradients["stacked"], gradients["single"])
-    close(gradients["full"], gradients["single"])
+    for name in ("stacked", "full", "single dots"):
+        close(gradients[name], gradients["single"])
 
 
 def test_another_word_for_remat(model):

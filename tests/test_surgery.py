@@ -54,9 +54,10 @@ def test_blocks_in_any_order(model):
 
 def test_of_a_stacked_model(model):
     from mpt_eqx import stack
-    from mpt_eqx.surgery import keep_blocks
+    from mpt_eqx.surgery import keep_blocks, resize_vocab
 
     assert eqx.tree_equal(keep_blocks(stack(model), [2, 0]), stack(keep_blocks(model, [2, 0])))
+    assert eqx.tree_equal(resize_vocab(stack(model), 50), stack(resize_vocab(model, 50)))
 
 
 @pytest.mark.parametrize(
@@ -241,7 +242,11 @@ def test_what_would_not_load_back_is_not_saved(model, tmp_path, case, form):
 
     where, fn, message = {
         "LoRA": ("blocks.*.attn.Wqkv", lora, "blocks.0.attn.Wqkv: expected a Linear, .* found .*Lora; .*merged weight"),
-        "activation": ("*.ffn.act", lambda act: jnp.tanh, "blocks.0.ffn.act: expected .*, which model.config asks for"),
+        "activation": (
+            "*.ffn.act",
+            lambda act: jnp.tanh,
+            "blocks.0.ffn.act: expected .* found .*; put that there with",
+        ),
     }[case]
     changed = replace(stack(model) if form == "stacked" else model, where, fn)
     with pytest.raises(CheckpointError, match=message):

@@ -20,6 +20,7 @@ from mpt_eqx.sharding.qkv import split_qkv
 from mpt_eqx.surgery.quantization import quantization_of, with_zeros
 
 KEEP = "keep the model as it is with equinox.tree_serialise_leaves"
+PUT_BACK = f"put that there with mpt_eqx.surgery.replace, or {KEEP}"
 # What a module may have otherwise: a layout is made anew at loading, remat is for training, and the type of a quantised
 # weight is written.
 FREE = ("layout", "config", "dtype", "remat")
@@ -84,7 +85,8 @@ def _differences(found: Any, wanted: Any, name: str) -> Any:
             plain = type(wanted).__name__
             yield (
                 f"{name}: expected a {plain}, which model.config asks for, found {_kind(found)}; put a plain {plain} "
-                f"there with equinox.tree_at (of a LoRA its merged weight, of a wrapper what it wraps), or {KEEP}"
+                f"there with mpt_eqx.surgery.replace (of a LoRA its merged weight, of a wrapper what it wraps), "
+                f"or {KEEP}"
             )
             return
         for field in dataclasses.fields(wanted):
@@ -95,7 +97,7 @@ def _differences(found: Any, wanted: Any, name: str) -> Any:
             if not field.metadata.get("static"):
                 yield from _differences(one, other, path)
             elif one != other:
-                yield f"{path}: expected {other!r:.80}, which model.config asks for, found {one!r:.80}; or {KEEP}"
+                yield f"{path}: expected {other!r:.80}, which model.config asks for, found {one!r:.80}; {PUT_BACK}"
     elif isinstance(wanted, tuple):
         if not isinstance(found, tuple) or len(found) != len(wanted):
             count = f"{len(found)} of them" if isinstance(found, tuple) else _kind(found)
@@ -116,7 +118,7 @@ def _differences(found: Any, wanted: Any, name: str) -> Any:
         if not isinstance(found, bool):  # the switch of inference_mode may stand either way
             yield f"{name}: expected true or false, found {_kind(found)}"
     elif found is not wanted and found != wanted:
-        yield f"{name}: expected {wanted!r:.80}, which model.config asks for, found {found!r:.80}; or {KEEP}"
+        yield f"{name}: expected {wanted!r:.80}, which model.config asks for, found {found!r:.80}; {PUT_BACK}"
 
 
 def _leaf_differences(found: Any, wanted: jax.ShapeDtypeStruct, name: str) -> Any:

@@ -4,17 +4,21 @@ from typing import Any
 
 from mpt_eqx.errors import MPTError
 
+RESIZE = "mpt_eqx.surgery.resize_vocab(model, {found}) makes them agree"
+BY_HAND = "make an MPT of a config that says so and put the weights there with equinox.tree_at"
+
 
 def check_agreement(model: Any, error: type[MPTError] = MPTError) -> None:
     """Raises an `error` where `model.config` says other sizes than the embedding, the head and the blocks have."""
     config = model.config
-    for name, key in (("wte", "vocab_size"), ("lm_head", "vocab_size"), ("wpe", "max_seq_len")):
+    sizes = (
+        ("wte", "vocab_size", RESIZE), ("lm_head", "vocab_size", RESIZE), ("wpe", "max_seq_len", BY_HAND)
+    )  # fmt: skip
+    for name, key, way in sizes:
         found, rows = _rows(getattr(model, name)), getattr(config, key)
         if found is not None and found != rows:
-            way = f"mpt_eqx.surgery.resize_vocab(model, {found}) makes them agree"
-            if key == "max_seq_len":
-                way = "make an MPT of a config that says so and put the weights there with equinox.tree_at"
-            raise error(f"{name}.weight: expected {rows} rows, as config.{key} says, found {found}; {way}")
+            what = f"expected {rows} rows, as config.{key} says, found {found}"
+            raise error(f"{name}.weight: {what}; {way.format(found=found)}")
     if (count := len(model.blocks)) != config.n_layers:
         way = f"mpt_eqx.surgery.keep_blocks(model, range({count})) makes them agree"
         if config.block_overrides is not None:
