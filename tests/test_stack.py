@@ -64,7 +64,7 @@ def test_captures_and_edits(model, remat):
     from mpt_eqx import interp, stack, surgery
 
     def run(form):
-        edits = {"blocks.1.hook_attn_out": interp.Add(jnp.ones(32), positions=[2, 5])}
+        edits = {"blocks.1.hook_attn_out": interp.Add(jnp.linspace(0, 1, 32), positions=[2, 5])}
         wanted = ["blocks.1.hook_resid_pre", "blocks.0.hook_attn_out", "blocks.1.mlp.hook_post"]
         return interp.run(form, TOKENS[0], capture=wanted, edits=edits)
 
