@@ -216,6 +216,24 @@ def test_other_modules_are_used(model):
     assert model.blocks[0].ffn.act is not linear.blocks[0].ffn.act and eqx.tree_equal(model(TOKENS), plain)
 
 
+@pytest.mark.slow
+def test_a_wrapped_model_generates_trains_and_is_quantised(model):
+    from mpt_eqx import generate, quantize, stack
+    from mpt_eqx.ops.quantized import QuantizedWeight
+    from mpt_eqx.surgery import replace
+    from mpt_eqx.train import next_token_loss
+
+    wrapped = replace(model, ["*.Wqkv", "*.up_proj"], lora)
+    expected = generate(model, [[1, 2, 3]], max_new_tokens=3).tokens
+    for form in (wrapped, stack(wrapped)):
+        np.testing.assert_array_equal(generate(form, [[1, 2, 3]], max_new_tokens=3).tokens, expected)
+        gradient = jax.grad(next_token_loss)(form, TOKENS[None])
+        assert float(jnp.abs(gradient.blocks[0].attn.Wqkv.b).max()) > 0
+    quantized = quantize(wrapped, "int8")
+    assert isinstance(quantized.blocks[0].attn.Wqkv.base.weight, QuantizedWeight)
+    np.testing.assert_allclose(quantized(TOKENS), quantize(model, "int8")(TOKENS), atol=1e-5)
+
+
 def test_a_wrapped_embedding(model):
     """Its type is asked of another module; a tied output matrix is its `weight`."""
     from mpt_eqx import MPTError
