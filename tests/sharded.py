@@ -202,10 +202,10 @@ def quantised(scheme: str) -> dict:
     }
 
 
-def stacked(preset: str, axes: dict[str, int]) -> dict:
+def stacked(preset: str, axes: dict[str, int], kind: str = "auto") -> dict:
     """How far a stacked model on a mesh is from single blocks on one device, and whether it lies there as those do."""
     model, wanted = alone("hf_generate")
-    mesh, rules = sharding.make_mesh(**axes), rules_of(preset, None)
+    mesh, rules = mesh_of(kind, axes), rules_of(preset, None)
     one, other = sharding.shard(stack(model), mesh, rules), stack(sharding.shard(model, mesh, rules))
     swapped, found = surgery.keep_blocks(one, [1, 0]), trained(one, TOKENS)
     alike = ((one, other), (one, swapped), (unstack(one), sharding.shard(model, mesh, rules)))

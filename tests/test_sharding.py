@@ -67,9 +67,10 @@ def test_streaming_and_prefixes_on_a_mesh_are_those_of_one_device(ask):
     assert found == {"stream": True, "prefix": True, "cache": [None, "tp", None, None]}
 
 
-def test_stacked_blocks_lie_on_a_mesh_as_single_ones_do(ask):
+@pytest.mark.parametrize("kind", some(["auto", "explicit"], ["explicit"]))
+def test_stacked_blocks_lie_on_a_mesh_as_single_ones_do(ask, kind):
     """Stacked there, moved there, and kept in another order; the axis of layers is replicated."""
-    found = ask("stacked", preset="FSDP_TP", axes={"fsdp": 2, "tp": 4})
+    found = ask("stacked", preset="FSDP_TP", axes={"fsdp": 2, "tp": 4}, kind=kind)
     assert all(found.pop(name) < 1e-4 for name in ("weights", "logits", "gradients"))
     assert found == {"placed alike": True, "bytes": True, "lines": 1}
 
