@@ -297,8 +297,8 @@ def test_rows_of_edits_are_stacked():
         {"hook_embed": interp.Add(2.0)},
         {"hook_embed": jnp.tanh},
     ]
-    resolved = [resolve_edits(config, row, None) for row in rows]
-    arrays, rest = eqx.partition(stack_edits(resolved), eqx.is_array)
+    resolved = [resolve_edits(config, row, 9, in_parts=True) for row in rows]
+    stacked = stack_edits(resolved)
     x = jnp.full((4, 32), 0.5)
 
     def edited(edits, x):
@@ -306,7 +306,7 @@ def test_rows_of_edits_are_stacked():
             x = edit("hook_embed", x, query)
         return x[0, 0]
 
-    found = jax.vmap(lambda arrays: edited(eqx.combine(arrays, rest), x))(arrays)
+    found = jax.vmap(edited, in_axes=(0, None))(stacked, x)
     np.testing.assert_allclose(found, [np.tanh(1.5), 0.5, 2.5, np.tanh(0.5)], rtol=1e-6)
 
 

@@ -1,8 +1,10 @@
 """Edits of activations: what a user writes, checked and turned into what the model applies."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,18 +54,22 @@ def Apply(function: Callable[[Array], Array], *, positions: Positions = None) ->
     """Puts function(x) in the place of an activation x; a function in `edits` does the same.
 
     In generation x holds the positions that a call computes: a chunk of the prompt, then one token. A function that is
-    an `eqx.Module` may change its arrays without compiling again.
+    an `eqx.Module` may change its arrays without compiling again. Unlike a bare function, this may be an argument of
+    `jax.jit`.
     """
-    return _edit(_apply, function, positions)
+    arrays, rest = eqx.partition(function, eqx.is_array)
+    leaves, structure = jax.tree.flatten(rest)
+    return _edit(_Function(structure, tuple(leaves)), arrays, positions)
 
 
-def resolve_edits(config: MPTConfig, edits: Any, length: int | None) -> dict[str, tuple[Edit, ...]]:
+def resolve_edits(config: MPTConfig, edits: Any, length: int, *, in_parts: bool = False) -> dict[str, tuple[Edit, ...]]:
     """Returns the edits of each place, in the order of their names and patterns.
 
     Args:
         config: the model's.
         edits: for names of places, or patterns of some: an array, a function, one of the edits above, or several.
-        length: how many positions there are; None in generation, where a call computes some of them.
+        length: how many positions there are.
+        in_parts: whether they are computed in several calls, as in generation.
 
     Raises:
         MPTError: an unknown place, a value that does not fit the activation, a position that does not exist.
@@ -76,28 +82,29 @@ def resolve_edits(config: MPTConfig, edits: Any, length: int | None) -> dict[str
     for pattern, asked in sorted(edits.items(), key=lambda item: str(item[0])):
         several = asked if isinstance(asked, list | tuple) else [asked]
         for name in matching("edits", pattern, list(shapes)):
-            made = tuple(_resolved(name, shapes[name], one, length) for one in several)
+            made = tuple(_resolved(name, shapes[name], one, length, in_parts) for one in several)
             found[name] = (*found.get(name, ()), *made)
     return found
 
 
-def _resolved(name: str, shape: Shape, asked: Any, length: int | None) -> Edit:
+def _resolved(name: str, shape: Shape, asked: Any, length: int, in_parts: bool) -> Edit:
     """Returns one edit of one place, checked."""
     edit = asked if isinstance(asked, Edit) else Apply(asked) if callable(asked) else Replace(_as_value(name, asked))
     axis, positions, per_position = shape.index("T"), edit.positions, False
-    count = length if positions is None else positions.shape[0]
     if (given := getattr(edit.value, "shape", None)) is not None:
         per_position = len(given) == len(shape) and given[axis] != 1
-        # What has no size yet is an axis of positions; in generation, keys are as many as the cache has room for.
-        sizes = [1 if size == "T" and length is None else length if size == "T" else size for size in shape]
-        sizes[axis] = count if count is not None else given[axis] if per_position else 1
+        # In generation, keys are as many as the cache has room for.
+        sizes = [(1 if in_parts else length) if size == "T" else size for size in shape]
+        sizes[axis] = length if positions is None else positions.shape[0]
+        if per_position and positions is None and in_parts and given[axis] < length:
+            sizes[axis] = given[axis]  # the first ones
         pairs = zip(given[::-1], sizes[::-1], strict=False)
         if len(given) > len(shape) or not all(own in (1, size) for own, size in pairs):
             shown = ", ".join(map(str, sizes))
             raise MPTError(f"edits: {name}: expected a value that broadcasts to ({shown}), found one of shape {given}")
         if per_position and positions is None:
             positions = np.arange(given[axis], dtype=np.int32)
-    if length is not None and isinstance(positions, np.ndarray) and positions.size and positions.max() >= length:
+    if isinstance(positions, np.ndarray) and positions.size and positions.max() >= length:
         raise MPTError(f"edits: {name}: expected positions from 0 to {length - 1}, found {positions.max()}")
     return Edit(edit.change, edit.value, positions, edit.start, edit.stop, edit.on, axis, per_position)
 
@@ -145,5 +152,13 @@ def _ablate(x: Array, value: Array) -> Array:
     return jnp.where(value.astype(bool), jnp.zeros_like(x), x)
 
 
-def _apply(x: Array, value: Callable[[Array], Array]) -> Array:
-    return value(x)
+@dataclasses.dataclass(frozen=True)
+class _Function:
+    """What is static of a function: two of the same parts are the same to JAX."""
+
+    structure: jax.tree_util.PyTreeDef
+    leaves: tuple[Any, ...]
+
+    def __call__(self, x: Array, arrays: Any) -> Array:
+        """Returns what the function makes of x."""
+        return eqx.combine(arrays, jax.tree.unflatten(self.structure, self.leaves))(x)

@@ -1,5 +1,7 @@
 """Self-attention: projections to queries, keys and values, what is done to them, and the way back."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -133,7 +135,8 @@ class Attention(eqx.Module):
         assert kv is not None  # the model gives it to a block that has no keys of its own
         read = _tap_shared(kv, tap) if k is None and tap.asks("attn.hook_k", "attn.hook_v") else kv
 
-        h = attend(
+        gather = functools.partial(
+            attend,
             q,
             read,
             positions.query,
@@ -144,8 +147,15 @@ class Attention(eqx.Module):
             softcap=self.softcap,
             dropout=self.dropout,
             key=key,
-            tap=tap if tap.asks("attn.hook_attn_scores", "attn.hook_pattern") else None,
         )
+        if not tap.asks("attn.hook_attn_scores", "attn.hook_pattern"):
+            h = gather()
+        elif isinstance(read, LayerCache):
+            # Other positions, and other rows of a batch, keep what they have without edits.
+            edited = tap.edited("attn.hook_attn_scores", "attn.hook_pattern")
+            h = jnp.where(edited[:, None], gather(tap=tap), gather())
+        else:
+            h = gather(tap=tap)
         z = tap("attn.hook_z", jnp.swapaxes(h, 0, 1))
         return self.out_proj(z.reshape(x.shape[0], -1)), kv
 

@@ -20,7 +20,7 @@ class Edit(eqx.Module):
 
     Attributes:
         change: a function (x, value) -> x of the activation.
-        value: what it takes, such as an array that broadcasts to the activation.
+        value: the arrays that it takes, such as one that broadcasts to the activation.
         positions: where it applies, 0-based, padding and cached tokens counted; None: from `start` to `stop`.
         start: the first position.
         stop: the one after the last.
@@ -56,7 +56,7 @@ class Edit(eqx.Module):
         value = self.value
         if self.per_position:
             value = jnp.take(value, jnp.argmax(query[:, None] == self.positions, axis=-1), axis=self.axis)
-        changed = self.change(x, jnp.asarray(value) if isinstance(value, np.ndarray) else value)
+        changed = self.change(x, jax.tree.map(jnp.asarray, value))
         if changed.shape != x.shape:
             raise MPTError(f"edits: {place}: expected an activation of shape {x.shape}, found {changed.shape}")
         where = self.applies(query).reshape([-1 if axis == self.axis else 1 for axis in range(x.ndim)])
@@ -128,9 +128,8 @@ def stack_edits(edits: Sequence[Mapping[str, tuple[Edit, ...]]]) -> dict[str, tu
     for row, places in enumerate(edits):
         for place, several in places.items():
             for number, edit in enumerate(several):
-                arrays, rest = eqx.partition(edit, eqx.is_array_like)
-                leaves = tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in jax.tree.leaves(arrays))
-                kind = (place, number, leaves, jax.tree.structure(edit), *jax.tree.leaves(rest))
+                leaves = tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in jax.tree.leaves(edit))
+                kind = (place, number, leaves, jax.tree.structure(edit))
                 kinds.setdefault(kind, {})[row] = edit
     stacked: dict[str, tuple[Edit, ...]] = {}
     # In the order in which each row makes them.
@@ -138,6 +137,5 @@ def stack_edits(edits: Sequence[Mapping[str, tuple[Edit, ...]]]) -> dict[str, tu
         first = next(iter(found.values()))
         off = eqx.tree_at(lambda edit: edit.on, first, np.asarray(False))
         rows = [found.get(row, off) for row in range(len(edits))]
-        one = jax.tree.map(lambda *leaves: jnp.stack(leaves) if eqx.is_array_like(leaves[0]) else leaves[0], *rows)
-        stacked[place] = (*stacked.get(place, ()), one)
+        stacked[place] = (*stacked.get(place, ()), jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows))
     return stacked
