@@ -379,12 +379,12 @@ def but(**new):
 def heads_interleaved(original):
     """Query head n reads key head n mod K instead of n·K/N."""
 
-    def call(self, x, positions, kv=None, x_kv=None, *, key=None):
+    def call(self, x, positions, kv=None, x_kv=None, **rest):
         order = jnp.arange(self.n_heads).reshape(-1, self.kv_heads).T.ravel()
         rows = (order[:, None] * self.head_size + jnp.arange(self.head_size)).ravel()
         weight = self.Wqkv.weight
         mixed = jnp.concatenate([weight[rows], weight[len(rows) :]])
-        return original(eqx.tree_at(lambda a: a.Wqkv.weight, self, mixed), x, positions, kv, x_kv, key=key)
+        return original(eqx.tree_at(lambda a: a.Wqkv.weight, self, mixed), x, positions, kv, x_kv, **rest)
 
     return call
 
@@ -412,14 +412,18 @@ def only(norm_of):
     """Of q_ln and k_ln, the one of this name is left."""
 
     def change(original):
-        return lambda self, x, n, norm: original(self, x, n, norm if norm is getattr(self, norm_of) else None)
+        def heads(self, place, x, n, norm, tap):
+            return original(self, place, x, n, norm if norm is getattr(self, norm_of) else None, tap)
+
+        return heads
 
     return change
 
 
 def gate_and_up_swapped(original):
-    def call(self, x, *, key=None):
-        return original(eqx.tree_at(lambda g: (g.gate_proj, g.up_proj), self, (self.up_proj, self.gate_proj)), x)
+    def call(self, x, **rest):
+        swapped = eqx.tree_at(lambda g: (g.gate_proj, g.up_proj), self, (self.up_proj, self.gate_proj))
+        return original(swapped, x, **rest)
 
     return call
 
@@ -453,7 +457,7 @@ def cap_after_the_bias(args, kwargs):
 
 
 def own_input(original):
-    return lambda self, x, positions, kv=None, x_kv=None, *, key=None: original(self, x, positions, kv)
+    return lambda self, x, positions, kv=None, x_kv=None, **rest: original(self, x, positions, kv, **rest)
 
 
 def without_mean(original):
@@ -506,10 +510,10 @@ def never_nope(original):
 
 
 def reused_keys_one_late(original):
-    def call(self, x, positions, kv=None, x_kv=None, *, key=None):
+    def call(self, x, positions, kv=None, x_kv=None, **rest):
         if self.Wqkv is None and self.Wk is None:
             kv = dataclasses.replace(kv, k=jnp.roll(kv.k, 1, axis=1))
-        return original(self, x, positions, kv, x_kv, key=key)
+        return original(self, x, positions, kv, x_kv, **rest)
 
     return call
 
@@ -517,10 +521,10 @@ def reused_keys_one_late(original):
 def values_of_its_own(original):
     """A block that reads another's keys takes its queries for values."""
 
-    def call(self, x, positions, kv=None, x_kv=None, *, key=None):
+    def call(self, x, positions, kv=None, x_kv=None, **rest):
         if self.Wqkv is None and self.Wk is None:
-            kv = dataclasses.replace(kv, v=self._heads(self.Wq(x), self.n_heads, None))
-        return original(self, x, positions, kv, x_kv, key=key)
+            kv = dataclasses.replace(kv, v=self._heads("attn.hook_v", self.Wq(x), self.n_heads, None, rest["tap"]))
+        return original(self, x, positions, kv, x_kv, **rest)
 
     return call
 
