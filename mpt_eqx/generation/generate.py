@@ -25,7 +25,7 @@ from mpt_eqx.generation.validate import (
     check_prompts,
 )
 from mpt_eqx.model import MPT
-from mpt_eqx.ops.switches import each_with_library_switches
+from mpt_eqx.ops.switches import each_in_host_context
 from mpt_eqx.sharding.multihost import check_same_arguments
 
 
@@ -215,4 +215,4 @@ def stream(
                 if token in eos:
                     return
 
-    return each_with_library_switches(tokens())
+    return each_in_host_context(tokens())

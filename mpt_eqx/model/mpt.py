@@ -28,7 +28,7 @@ from mpt_eqx.ops.layout import Layout
 from mpt_eqx.ops.numerics import apply_dropout, scale, softcap
 from mpt_eqx.ops.quantized import QuantizedWeight
 from mpt_eqx.ops.sizes import at_most
-from mpt_eqx.ops.switches import library_switches
+from mpt_eqx.ops.switches import library_function
 
 
 class MPT(eqx.Module):
@@ -74,6 +74,7 @@ class MPT(eqx.Module):
         self.remat = "none"
         self.config = config
 
+    @library_function
     def __call__(
         self,
         tokens: Int[Array, " T"] | ArrayLike | Sequence[int] | None,
@@ -112,7 +113,7 @@ class MPT(eqx.Module):
         weight: Any = getattr(self.wte, "weight", None)
         return np.dtype(weight.dtype if is_array(weight) else self.norm_f.weight.dtype)
 
-    @library_switches()
+    @library_function
     def hidden_states(
         self,
         tokens: Int[Array, " T"] | ArrayLike | Sequence[int] | None,
@@ -130,7 +131,6 @@ class MPT(eqx.Module):
         inputs, x = self._states(tokens, mask, sequence_ids, key, embeddings, tap)
         return (*inputs, x)
 
-    @library_switches()
     def _states(
         self, tokens: Any, mask: Any, sequence_ids: Any, key: PRNGKeyArray | None, embeddings: Any, tap: Tap
     ) -> tuple[Sequence[Float[Array, "T D"]] | Float[Array, "L T D"], Float[Array, "T D"]]:
@@ -158,7 +158,7 @@ class MPT(eqx.Module):
         inputs, x, _ = self._run(x, positions, (None,) * len(self.blocks), keys[1:], tap)
         return inputs, tap("ln_final.hook_normalized", self.norm_f(x))
 
-    @library_switches()
+    @library_function
     def extend(
         self, tokens: Int[Array, " T"] | ArrayLike | Sequence[int], cache: KVCache, *, tap: Tap = UNTAPPED
     ) -> tuple[Float[Array, "T D"], KVCache]:
@@ -199,7 +199,7 @@ class MPT(eqx.Module):
         x = tap("ln_final.hook_normalized", self.norm_f(x))
         return x, KVCache(layers=layers, length=cache.length + tokens.shape[0])
 
-    @library_switches()
+    @library_function
     def unembed(self, x: Float[Array, "T D"], *, dtype: DTypeLike | None = None) -> Float[Array, "T V"]:
         """Returns the logits of the output of norm_f, in its type or in `dtype`, as in `__call__`."""
         head = Linear(self.wte.weight) if self.lm_head is None else self.lm_head

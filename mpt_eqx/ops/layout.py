@@ -10,10 +10,14 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree, Shaped
 
 from mpt_eqx.config.sharding_rules import ShardingRules
+from mpt_eqx.ops.switches import with_auto_axes
 
 
 class Layout(eqx.Module):
-    """A mesh and the rules by which arrays are sharded over it. It has no arrays of its own."""
+    """A mesh and the rules by which arrays are sharded over it. It has no arrays of its own.
+
+    The mesh has the axis types that the weights have. What a function of the library makes on it has Auto axes.
+    """
 
     mesh: Mesh | AbstractMesh = eqx.field(static=True)
     rules: ShardingRules = eqx.field(static=True)
@@ -40,7 +44,7 @@ class Layout(eqx.Module):
 
     def replicate(self, tree: PyTree[Shaped[jax.Array | np.ndarray, "..."]]) -> PyTree[Shaped[jax.Array, "..."]]:
         """Returns arrays of the host on all devices of the mesh. Several processes must all pass the same."""
-        sharding = NamedSharding(self.mesh, PartitionSpec())
+        sharding = self._named(PartitionSpec())
         if not self.several_processes:
             return jax.device_put(tree, sharding)
 
@@ -54,7 +58,7 @@ class Layout(eqx.Module):
 
     def constrain_replicated(self, tree: PyTree[Shaped[jax.Array, "..."]]) -> PyTree[Shaped[jax.Array, "..."]]:
         """Returns computed arrays replicated, so that every process can read them; inside jit."""
-        return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, PartitionSpec()))
+        return jax.lax.with_sharding_constraint(tree, self._named(PartitionSpec()))
 
     @property
     def several_processes(self) -> bool:
@@ -67,7 +71,10 @@ class Layout(eqx.Module):
         divided = [
             axes if size % axes_size(self.mesh, axes) == 0 else () for size, axes in zip(shape, parts, strict=True)
         ]
-        return NamedSharding(self.mesh, make_spec(divided))
+        return self._named(make_spec(divided))
+
+    def _named(self, spec: PartitionSpec) -> NamedSharding:
+        return NamedSharding(with_auto_axes(self.mesh), spec)
 
 
 def make_spec(parts: Sequence[tuple[str, ...]]) -> PartitionSpec:

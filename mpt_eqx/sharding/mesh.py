@@ -29,11 +29,6 @@ def make_mesh(**axes: int) -> Mesh:
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds, devices=jax.devices()[:needed])
 
 
-def with_auto_axes(mesh: Mesh) -> Mesh:
-    """Returns the mesh with Auto axes, for which XLA propagates shardings; the model is written for these."""
-    return Mesh(mesh.devices, mesh.axis_names)
-
-
 def assert_same_mesh(mesh: Mesh) -> None:
     """Raises a ShardingError if a mesh of several processes leaves one out, or is not the same in all of them."""
     if not mesh.is_multi_process:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mpt_eqx.errors import ShardingError, printable
-from mpt_eqx.ops.switches import library_switches
+from mpt_eqx.ops.switches import host_function
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -57,7 +57,7 @@ def check_same_arguments(function: Callable[P, T]) -> Callable[P, T]:
     Raises:
         ShardingError: (the decorated function) an argument differs; the message says which and in which process.
     """
-    signature = inspect.signature(function)
+    signature, run = inspect.signature(function), host_function(function)
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -70,8 +70,7 @@ def check_same_arguments(function: Callable[P, T]) -> Callable[P, T]:
             if given.get("prefix") is not None:
                 given["prefix"] = len(given["prefix"])
             assert_same_across_processes(**{n: x for n, x in given.items() if not isinstance(x, Iterator)})
-        with library_switches():
-            return function(*args, **kwargs)
+        return run(*args, **kwargs)
 
     return checked
 

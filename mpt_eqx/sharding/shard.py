@@ -9,14 +9,15 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from mpt_eqx.config import ShardingRules
 from mpt_eqx.model import MPT
 from mpt_eqx.model.moe import MoE
 from mpt_eqx.model.stacked import StackedBlocks
 from mpt_eqx.ops.layout import Layout
-from mpt_eqx.sharding.mesh import assert_same_mesh, with_auto_axes
+from mpt_eqx.ops.switches import host_function, with_auto_axes
+from mpt_eqx.sharding.mesh import assert_same_mesh
 from mpt_eqx.sharding.multihost import assert_same_across_processes
 from mpt_eqx.sharding.qkv import split_qkv
 from mpt_eqx.sharding.rules import check_axes
@@ -32,7 +33,7 @@ def shard(model: MPT, mesh: Mesh, rules: ShardingRules) -> MPT:
     Args:
         model: the model; it may be on a mesh already, and its arrays may be NumPy's.
         mesh: devices with named axes, from `make_mesh`, `jax.make_mesh` or `jax.sharding.Mesh`. Its axes may be Auto or
-            Explicit; the model's `layout.mesh` has Auto axes.
+            Explicit, and the weights' axes are then the same. Inside jit they are what `jax.set_mesh` says.
         rules: which axes of the mesh shard which axes of the arrays.
 
     Raises:
@@ -42,7 +43,7 @@ def shard(model: MPT, mesh: Mesh, rules: ShardingRules) -> MPT:
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(model)) and mesh.is_multi_process:
         assert_same_mesh(mesh)
         assert_same_across_processes(config=model.config.to_dict(), rules=rules)
-    tree = with_layout(model, mesh, rules)
+    tree = host_function(with_layout)(model, mesh, rules)
     return jax.tree.map(
         lambda leaf, sharding: leaf if sharding is None else _place(leaf, sharding), tree, named_shardings(tree),
         is_leaf=lambda node: node is None,
@@ -57,7 +58,7 @@ def with_layout(model: Any, mesh: Mesh | AbstractMesh, rules: ShardingRules) -> 
     """
     check_axes(rules, mesh)
     tree = split_qkv(model) if rules.heads or rules.kv_heads else model
-    layout = Layout(with_auto_axes(mesh) if isinstance(mesh, Mesh) else mesh, rules)
+    layout = Layout(mesh, rules)
 
     def layouts(model: Any) -> list[Any]:
         blocks = [model.blocks.block] if isinstance(model.blocks, StackedBlocks) else model.blocks
@@ -72,8 +73,12 @@ def with_layout(model: Any, mesh: Mesh | AbstractMesh, rules: ShardingRules) -> 
 
 
 def _place(leaf: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
-    if isinstance(leaf, jax.core.Tracer) or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
-        return eqx.filter_shard(leaf, sharding)
+    auto = NamedSharding(with_auto_axes(sharding.mesh), sharding.spec)
+    if isinstance(leaf, jax.core.Tracer):
+        explicit = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+        return jax.sharding.reshard(leaf, sharding.spec) if explicit else eqx.filter_shard(leaf, auto)
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return jax.device_put(eqx.filter_shard(leaf, auto), sharding)
     if sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)  # from any devices
     return jax.make_array_from_callback(leaf.shape, sharding, lambda index: np.asarray(leaf[index]))

@@ -9,13 +9,13 @@ from jaxtyping import Array, ArrayLike, Bool, Float32, Int, PRNGKeyArray
 
 from mpt_eqx.model import MPT
 from mpt_eqx.model.arguments import as_batch
-from mpt_eqx.ops.switches import library_switches
+from mpt_eqx.ops.switches import library_function
 
 IGNORED = -100
 Rows = Sequence[Sequence[int]]
 
 
-@library_switches()
+@library_function
 def next_token_loss(
     model: MPT,
     tokens: Int[Array, "B T"] | ArrayLike | Rows,
