@@ -12,6 +12,7 @@ from mpt_eqx.interp.places import matching, places
 from mpt_eqx.model import MPT
 from mpt_eqx.model.arguments import as_tokens
 from mpt_eqx.model.taps import Tap
+from mpt_eqx.ops.switches import library_function
 
 
 class Run(eqx.Module):
@@ -26,6 +27,7 @@ class Run(eqx.Module):
     activations: dict[str, Array]
 
 
+@library_function
 def run(
     model: MPT,
     tokens: Int[Array, " T"] | ArrayLike | Sequence[int],

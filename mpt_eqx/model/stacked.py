@@ -14,7 +14,7 @@ from mpt_eqx.model.positions import Positions
 from mpt_eqx.model.remat import run_block
 from mpt_eqx.model.taps import Tap, stack_edits
 from mpt_eqx.ops.layer_cache import LayerCache
-from mpt_eqx.ops.switches import library_switches
+from mpt_eqx.ops.switches import model_function
 
 
 class StackedBlocks(eqx.Module):
@@ -85,7 +85,7 @@ class StackedBlocks(eqx.Module):
         return inputs, x, [jax.tree.map(lambda leaf, i=i: leaf[i], written) for i in range(len(self))]
 
 
-@library_switches()
+@model_function
 def unstack(model: Any) -> Any:
     """Returns the model with single blocks, where they are stacked; the inverse of `stack`, outside jit and inside.
 

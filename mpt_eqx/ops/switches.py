@@ -66,6 +66,24 @@ def host_function(function: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
+def model_function(function: Callable[P, T]) -> Callable[P, T]:
+    """Makes a `host_function` return the arrays of a model with the types of axes that the given one has."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        mesh, found = _explicit_mesh((args, kwargs)), host_function(function)(*args, **kwargs)
+
+        def one(x: Any) -> Any:
+            known = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+            if not known or not isinstance(x.sharding, NamedSharding) or x.sharding.mesh != with_auto_axes(mesh):
+                return x
+            return jax.device_put(x, NamedSharding(mesh, x.sharding.spec, memory_kind=x.sharding.memory_kind))
+
+        return jax.tree.map(one, found) if isinstance(mesh, Mesh) else found
+
+    return run
+
+
 @contextlib.contextmanager
 def host_context() -> Iterator[None]:
     """Applies these switches, and unsets a mesh with Explicit axes: arrays themselves say where they lie."""

@@ -15,10 +15,10 @@ from mpt_eqx.model import MPT
 from mpt_eqx.model.agreement import check_agreement
 from mpt_eqx.model.leaves import is_array, with_fields
 from mpt_eqx.model.stacked import StackedBlocks
-from mpt_eqx.ops.switches import library_switches
+from mpt_eqx.ops.switches import model_function
 
 
-@library_switches()
+@model_function
 def keep_blocks(model: MPT, indices: Iterable[SupportsIndex]) -> MPT:
     """Returns the model with these of its blocks in this order; its configuration says so, block_overrides included.
 

@@ -19,7 +19,7 @@ from mpt_eqx.model.leaves import leaf_name
 from mpt_eqx.model.linear import Embedding, Linear
 from mpt_eqx.model.moe import Router
 from mpt_eqx.ops.quantized import GROUP, QuantizedWeight
-from mpt_eqx.ops.switches import host_function
+from mpt_eqx.ops.switches import model_function
 from mpt_eqx.sharding import shard
 
 NUMBERS = 2**20
@@ -34,7 +34,7 @@ other sign that is almost as large.
 """
 
 
-@host_function
+@model_function
 def quantize(model: MPT, scheme: str, *, embeddings: bool = False) -> MPT:
     """Returns the model with its matrices in 8 or 4 bits. It runs, is saved and loaded like any other.
 

@@ -13,10 +13,10 @@ from mpt_eqx.model import MPT
 from mpt_eqx.model.agreement import check_agreement
 from mpt_eqx.model.leaves import is_array
 from mpt_eqx.model.stacked import StackedBlocks
-from mpt_eqx.ops.switches import library_switches
+from mpt_eqx.ops.switches import model_function
 
 
-@library_switches()
+@model_function
 def stack(model: MPT) -> MPT:
     """Returns the model with its blocks as one, whose arrays have a leading axis of layers, run by `jax.lax.scan`.
 

@@ -16,7 +16,7 @@ from mpt_eqx.errors import MPTError
 from mpt_eqx.model import MPT
 from mpt_eqx.model.leaves import with_fields
 from mpt_eqx.ops.quantized import QuantizedWeight, dequantize
-from mpt_eqx.ops.switches import host_function
+from mpt_eqx.ops.switches import model_function
 from mpt_eqx.sharding import shard
 from mpt_eqx.surgery.quantization import quantize_weight
 
@@ -24,7 +24,7 @@ SPREAD = math.sqrt(1e-5)
 """Deviation of new rows, in deviations of the old ones: small, so that new tokens change no probability much."""
 
 
-@host_function
+@model_function
 def resize_vocab(model: MPT, n: int, *, key: PRNGKeyArray | None = None) -> MPT:
     """Returns the model with n tokens: with rows added to the embedding and an untied lm_head, or cut off.
 
