@@ -1,5 +1,6 @@
 """Eight devices of a CPU, asked line by line: computes a case on one device and on a mesh, and answers in JSON."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -156,6 +157,28 @@ def decoded(preset: str, axes: dict[str, int]) -> dict:
         "shard_map": jax.jit(mapped)(model, prompts, numbers),
     }
     return {name: np.array_equal(tokens, wanted["sampled"]) for name, tokens in found.items()}
+
+
+def explicit(inside: bool) -> dict:
+    """What is not computed as on one device, with Explicit axes, inside and outside of `jax.set_mesh`."""
+    model, wanted = alone("hf_generate")
+    mesh, rules = mesh_of("explicit", {"fsdp": 2, "tp": 2}), sharding.FSDP_TP
+    with jax.set_mesh(mesh) if inside else contextlib.nullcontext():
+        named = functools.partial(jax.sharding.NamedSharding, mesh)
+        by_hand = jax.tree.map(lambda x: jax.device_put(x, named(jax.sharding.PartitionSpec(*(None,) * x.ndim))), model)
+        rows = jax.device_put(TOKENS, named(jax.sharding.PartitionSpec("fsdp", None)))
+        wrong = []
+        for name, one in {"shard": sharding.shard(model, mesh, rules), "by hand": by_hand}.items():
+            found = trained(one, rows)
+            wrong += [f"{name}: {what}" for what in ("logits", "loss") if largest(found[what], wanted[what]) > 1e-4]
+            stepped_on = {jax.typeof(x).sharding.mesh for x in jax.tree.leaves(found["step"])}
+            if inside and stepped_on != {mesh.abstract_mesh}:
+                wrong.append(f"{name}: other axes after a step")
+            if generate(one, PROMPTS, max_new_tokens=6).tokens.tolist() != wanted["tokens"].tolist():
+                wrong.append(f"{name}: tokens")
+        if inside and largest(forward(model, TOKENS), wanted["logits"]) > 1e-4:
+            wrong.append("on no mesh: logits")
+    return {"wrong": wrong}
 
 
 def collectives(preset: str, axes: dict[str, int]) -> dict:

@@ -87,6 +87,12 @@ def test_a_mesh_with_explicit_axes_and_one_of_three(ask):
     assert close(found), found
 
 
+@pytest.mark.parametrize("inside", some([True, False], (True,)))
+def test_explicit_axes_inside_and_outside_of_set_mesh(ask, inside):
+    """Models that are on no mesh, sharded and placed by hand; calls, gradients, a step of AdamW, tokens."""
+    assert ask("explicit", inside=inside) == {"wrong": []}
+
+
 def test_tensor_parallel_blocks_send_what_they_must(ask):
     """One sum after attention and one after the network of each block; one for the embedding, if it is split."""
     assert ask("collectives", preset="TENSOR_PARALLEL", axes={"tp": 2}) == {"all-reduce": 4}

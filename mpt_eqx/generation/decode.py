@@ -16,7 +16,7 @@ from mpt_eqx.generation.steps import StepOutput, chosen_step
 from mpt_eqx.generation.validate import check_count, check_key, check_model, check_sequence, check_whole
 from mpt_eqx.model import MPT
 from mpt_eqx.ops.platform import varying_as
-from mpt_eqx.ops.switches import library_switches
+from mpt_eqx.ops.switches import library_function
 
 
 class Decoded(eqx.Module):
@@ -34,7 +34,7 @@ class Decoded(eqx.Module):
     length: Int[Array, ""]
 
 
-@library_switches()
+@library_function
 def decode(
     model: MPT,
     tokens: Int[Array, " T"] | ArrayLike,
