@@ -15,7 +15,6 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 T = TypeVar("T")
 P = ParamSpec("P")
-AnyMesh = TypeVar("AnyMesh", Mesh, AbstractMesh)
 
 
 @contextlib.contextmanager
@@ -72,14 +71,18 @@ def model_function(function: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         mesh, found = _explicit_mesh((args, kwargs)), host_function(function)(*args, **kwargs)
+        if not isinstance(mesh, Mesh):
+            return found
+        auto = with_auto_axes(mesh)
 
         def one(x: Any) -> Any:
-            known = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
-            if not known or not isinstance(x.sharding, NamedSharding) or x.sharding.mesh != with_auto_axes(mesh):
+            if not isinstance(x, jax.Array) or _mesh(x) != auto:
                 return x
-            return jax.device_put(x, NamedSharding(mesh, x.sharding.spec, memory_kind=x.sharding.memory_kind))
+            sharding: Any = x.sharding
+            return jax.device_put(x, sharding.update(mesh=mesh))
 
-        return jax.tree.map(one, found) if isinstance(mesh, Mesh) else found
+        explicit: T = jax.tree.map(one, found)
+        return explicit
 
     return run
 
@@ -108,7 +111,7 @@ def each_in_host_context(items: Iterator[T]) -> Iterator[T]:
         yield item
 
 
-def with_auto_axes(mesh: AnyMesh) -> AnyMesh:
+def with_auto_axes(mesh: Any) -> Any:
     """Returns the mesh with Auto axes in place of Explicit ones; XLA propagates shardings along these."""
     if not _is_explicit(mesh):
         return mesh
@@ -130,8 +133,9 @@ def _explicit_mesh(tree: Any) -> Mesh | AbstractMesh | None:
 
 def _mesh(x: jax.Array) -> Mesh | AbstractMesh:
     """Returns an array's mesh, with its devices where they are known."""
-    known = not isinstance(x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding)
-    return x.sharding.mesh if known else jax.typeof(x).sharding.mesh
+    sharding = jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else x.sharding
+    mesh: Mesh | AbstractMesh = (sharding if isinstance(sharding, NamedSharding) else jax.typeof(x).sharding).mesh
+    return mesh
 
 
 def _with_auto_axes(tree: Any) -> Any:
@@ -147,8 +151,7 @@ def _with_auto_axes(tree: Any) -> Any:
         if not _is_explicit(mesh):
             return x
         if isinstance(mesh, Mesh):
-            kind = x.sharding.memory_kind
-            return jax.device_put(x, NamedSharding(with_auto_axes(mesh), x.sharding.spec, memory_kind=kind))
+            return jax.device_put(x, x.sharding.update(mesh=with_auto_axes(mesh)))
         return _resharded(x, with_auto_axes(mesh))
 
     return jax.tree.map(one, tree)
