@@ -34,6 +34,7 @@ CHECKED = (
     "generation.state",
     "generation.sampling",
     "generation.beam_step",
+    "evaluation.chunks",
     "train",
 )
 install_import_hook([f"mpt_eqx.{room}" for room in CHECKED], "annotations.check")

@@ -119,6 +119,6 @@ def read_chunk(
     return constrain(model, eqx.tree_at(lambda s: (s.cache, s.tokens, s.hidden), state, (cache, tokens, hidden)))
 
 
-def progress_bar(total: int, shown: bool | None) -> tqdm:
+def progress_bar(total: int, shown: bool | None, description: str = "generating") -> tqdm:
     """Returns a bar on stderr that counts tokens, and shows itself after two seconds; None: only in a terminal."""
-    return tqdm(total=total, desc="generating", unit=" tokens", disable=not is_shown(shown), delay=2, leave=False)
+    return tqdm(total=total, desc=description, unit=" tokens", disable=not is_shown(shown), delay=2, leave=False)

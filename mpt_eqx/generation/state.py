@@ -1,7 +1,7 @@
 """The state of rows between two programs: made, resized, laid out on a mesh, and taken apart by rows."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -12,6 +12,8 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 from mpt_eqx.generation.buckets import cache_bucket
 from mpt_eqx.model import MPT, KVCache
 from mpt_eqx.ops.layout import Layout
+
+T = TypeVar("T")
 
 OverRows = Callable[[Callable[..., Any]], Callable[..., Any]]
 """What makes a function of rows of a function of one."""
@@ -80,7 +82,7 @@ def map_with_axes(state: DecodeState, function: Callable[..., Any]) -> DecodeSta
     def whole(x: Any) -> Any:
         return function(x, *(None,) * len(x.shape))
 
-    layers = jax.tree.map(lambda x: function(x, "batch", "kv_heads", None, "head_dim"), state.cache.layers)
+    layers = map_layers(state.cache.layers, function)
     length = function(state.cache.length, "batch")
     return DecodeState(
         cache=eqx.tree_at(lambda c: (c.layers, c.length), state.cache, (layers, length)),
@@ -91,6 +93,11 @@ def map_with_axes(state: DecodeState, function: Callable[..., Any]) -> DecodeSta
         not_finite=whole(state.not_finite),
         nothing_left=whole(state.nothing_left),
     )
+
+
+def map_layers(layers: T, function: Callable[..., Any]) -> T:
+    """Returns the layers of a cache with function(array, name of each axis, …) of each array."""
+    return jax.tree.map(lambda x: function(x, "batch", "kv_heads", None, "head_dim"), layers)
 
 
 def constrain(model: MPT, state: DecodeState) -> DecodeState:

@@ -121,6 +121,50 @@ def check_prompts(
     return rows
 
 
+def check_sequences(config: MPTConfig, sequences: Sequence[Sequence[int]] | Sequence[int]) -> list[np.ndarray]:
+    """Returns the token ids of each sequence that is to be scored.
+
+    Raises:
+        GenerationError: one is not valid, has less than two tokens, or is longer than max_seq_len.
+    """
+    rows = _as_rows(sequences, "sequences")
+    for number, row in enumerate(rows):
+        name = f"sequences[{number}]"
+        if len(row) < 2:
+            raise GenerationError(
+                f"{name}: expected at least two tokens, the first of which is given, found {len(row)}; put the token "
+                "that begins or ends texts before it"
+            )
+        check_ids(name, row.tolist(), config.vocab_size)
+        if len(row) > config.max_seq_len:
+            raise GenerationError(
+                f"{name}: expected at most max_seq_len={config.max_seq_len} tokens, found {len(row)}; "
+                f"{max_len_hint(config, len(row))}"
+            )
+    return rows
+
+
+def check_prefix_lengths(prefix_lengths: Sequence[int] | None, rows: Sequence[np.ndarray]) -> list[int]:
+    """Returns how many tokens of each sequence are given, one for None.
+
+    Raises:
+        GenerationError: there is not one number for each, or one leaves nothing to score.
+    """
+    if prefix_lengths is None:
+        return [1] * len(rows)
+    if not _is_list(prefix_lengths) or len(prefix_lengths) != len(rows):
+        found = len(prefix_lengths) if _is_list(prefix_lengths) else _kind(prefix_lengths)
+        raise GenerationError(f"prefix_lengths: expected {len(rows)} numbers, one for each sequence, found {found}")
+    lengths = np.asarray(prefix_lengths).tolist()
+    for number, (length, row) in enumerate(zip(lengths, rows, strict=True)):
+        if not isinstance(length, int) or isinstance(length, bool) or not 1 <= length < len(row):
+            raise GenerationError(
+                f"prefix_lengths[{number}]: expected a whole number from 1 to {len(row) - 1}, because the sequence has "
+                f"{len(row)} tokens, found {length!r}"
+            )
+    return lengths
+
+
 def check_sequence(
     config: MPTConfig, tokens: Any, length: Any, *, max_new_tokens: int
 ) -> tuple[Int[Array, " T"], Int[Array, ""]]:
@@ -207,21 +251,21 @@ def _single(value: Any) -> float:
         return math.inf
 
 
-def _as_rows(prompts: Sequence[Sequence[int]] | Sequence[int]) -> list[np.ndarray]:
+def _as_rows(prompts: Sequence[Sequence[int]] | Sequence[int], name: str = "prompts") -> list[np.ndarray]:
     if not _is_list(prompts):
-        raise GenerationError(f"prompts: expected a list of token ids for each prompt, found {_kind(prompts)}")
+        raise GenerationError(f"{name}: expected a list of token ids for each {name[:-1]}, found {_kind(prompts)}")
     if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
-        raise GenerationError("prompts: expected token ids, found text; encode it with mpt_eqx.text.load_tokenizer")
+        raise GenerationError(f"{name}: expected token ids, found text; encode it with mpt_eqx.text.load_tokenizer")
     single = len(prompts) > 0 and not _is_list(prompts[0])
     rows = []
     for number, prompt in enumerate([prompts] if single else prompts):
         try:
             row = np.asarray(prompt)
         except ValueError:  # lists of several lengths in it
-            raise GenerationError(f"prompts[{number}]: expected a list of whole numbers, found lists in it") from None
+            raise GenerationError(f"{name}[{number}]: expected a list of whole numbers, found lists in it") from None
         rows.append(row)
         if row.ndim != 1 or (row.size and not np.issubdtype(row.dtype, np.integer)):
-            raise GenerationError(f"prompts[{number}]: expected a list of whole numbers, found {_kind(row)}")
+            raise GenerationError(f"{name}[{number}]: expected a list of whole numbers, found {_kind(row)}")
     return rows
 
 

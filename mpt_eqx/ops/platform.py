@@ -124,7 +124,12 @@ def prefills_by_row(x: Array) -> bool:
     There a row's result does not depend on the rest of the batch, to the bit: each row runs the same program. It costs
     nothing, because the products of a chunk of one prompt keep a CPU busy.
     """
-    return cpu.available() and not on_mesh(x) and {device.platform for device in x.devices()} == {"cpu"}
+    return cpu.available() and on_one_cpu(x)
+
+
+def on_one_cpu(x: Array) -> bool:
+    """Whether an array lies on a CPU, and on no mesh."""
+    return not on_mesh(x) and {device.platform for device in x.devices()} == {"cpu"}
 
 
 def has_cudnn_attention() -> bool:

@@ -1,0 +1,4 @@
+"""Evaluation: log-likelihoods of given texts."""
+
+from mpt_eqx.evaluation.score import Score as Score
+from mpt_eqx.evaluation.score import score as score
