@@ -17,8 +17,9 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
         "files to models and back, Hub, formats", ("errors", "config", "ops", "model", "sharding", "surgery"),
     ),
     "generation": (
-        "generate, stream, beam search, sampling", ("errors", "config", "ops", "model", "sharding", "checkpoint"),
+        "generate, decode, beam search, sampling", ("errors", "config", "ops", "model", "sharding", "checkpoint"),
     ),
+    "evaluation": ("log-likelihoods: score", ("errors", "config", "ops", "model", "sharding", "generation")),
     "train": ("the loss", ("ops", "model")),
     "text": ("tokenizer, chat templates", ("errors", "config", "checkpoint")),
     "cli": (

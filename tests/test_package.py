@@ -32,7 +32,14 @@ def test_generating_brings_no_torch():
     assert out.endswith("\n[]\n")
 
 
-BORDER = ("generate.py", "run.py", "prefix.py", "beam.py")  # they check their arguments themselves
+BORDER = (
+    "generate.py",
+    "decode.py",
+    "run.py",
+    "prefix.py",
+    "beam.py",
+    "score.py",
+)  # they check their arguments themselves
 
 
 def test_shapes_are_checked_in_the_tests():
@@ -81,6 +88,7 @@ ORDER = (
         "surgery",
         "checkpoint",
         "generation",
+        "evaluation",
         "train",
         "text",
         "cli",

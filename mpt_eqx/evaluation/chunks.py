@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from mpt_eqx.generation.buckets import PREFILL_CHUNKS
 from mpt_eqx.generation.state import constrain_replicated, map_layers
 from mpt_eqx.generation.traced_once import with_blocks_traced_once
 from mpt_eqx.model import MPT, KVCache
@@ -13,7 +12,10 @@ from mpt_eqx.ops.layer_cache import LayerCache
 
 Layers = tuple[LayerCache | None, ...]
 
-MAX_LOGITS = PREFILL_CHUNKS[0]
+CHUNKS = (256, 32)
+"""Tokens per call. A row of logits costs as much in each, so that little padding counts for more than few calls."""
+
+MAX_LOGITS = CHUNKS[0]
 """Rows of logits that are computed at a time."""
 
 
@@ -35,8 +37,7 @@ def read_chunk(
         starts: how many tokens of each row are in the cache.
 
     Returns:
-        The cache, and for each target its log-probability, and whether its logit is the largest, and the first of
-        those that are as large.
+        The cache, and for each target its log-probability, and whether no logit is larger than its.
     """
     model = with_blocks_traced_once(model)
 
@@ -65,8 +66,7 @@ def _likelihoods(
         largest = jnp.max(logits, axis=-1)
         picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         logprobs = picked - largest - jnp.log(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1))
-        before = jnp.arange(logits.shape[-1]) < targets[..., None]
-        return logprobs, (picked == largest) & ~jnp.any(before & (logits == largest[..., None]), axis=-1)
+        return logprobs, picked == largest
 
     if piece == size:
         return one((x, targets))

@@ -10,8 +10,8 @@ from jaxtyping import Array, Bool, Float32, Int
 
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.errors import GenerationError
-from mpt_eqx.evaluation.chunks import MAX_LOGITS, Layers, read_chunk
-from mpt_eqx.generation.buckets import PREFILL_CHUNKS, cache_bucket, next_power_of_two
+from mpt_eqx.evaluation.chunks import CHUNKS, MAX_LOGITS, Layers, read_chunk
+from mpt_eqx.generation.buckets import cache_bucket, next_power_of_two
 from mpt_eqx.generation.interrupts import held_interrupts
 from mpt_eqx.generation.prompts import progress_bar
 from mpt_eqx.generation.state import empty_state, replicate
@@ -30,7 +30,7 @@ class Score:
 
     Attributes:
         logprobs: the model's log-probability of each token given all before it, in nats.
-        is_greedy: whether each is the token that greedy decoding takes there.
+        is_greedy: whether no token is more likely than each, so that greedy decoding takes it.
     """
 
     logprobs: Float32[np.ndarray, " n"]
@@ -65,9 +65,9 @@ def score(
     """Returns the log-probabilities of the tokens of sequences of any lengths.
 
     Memory is that of the cache and of 256 rows of logits, which are float32, so that log-probabilities of 16-bit models
-    are not rounded. On one CPU each sequence is read by itself, in chunks of 256, 128 or 32 tokens: its numbers do not
+    are not rounded. On one CPU each sequence is read by itself, in chunks of 256 or 32 tokens: its numbers do not
     depend on the others, nor on their order, to the bit. Elsewhere sequences of similar lengths are read together, and
-    numbers differ by rounding. At most six programs are compiled for each cache size of `generate`, and elsewhere than
+    numbers differ by rounding. At most four programs are compiled for each cache size of `generate`, and elsewhere than
     on one CPU for each of a few numbers of rows.
 
     Args:
@@ -104,16 +104,10 @@ def score(
     return [found[number] for number in range(len(rows))]
 
 
-def chunk_sizes(length: int) -> Iterator[int]:
-    """Yields the sizes of the chunks in which `length` tokens are read: the largest that are full first.
-
-    Generation pads more and calls less; here each token of padding costs a row of logits.
-    """
-    for size in PREFILL_CHUNKS:
-        yield from [size] * (length // size)
-        length %= size
-    if length:
-        yield PREFILL_CHUNKS[-1]
+def chunk_sizes(length: int) -> list[int]:
+    """Returns the sizes of the chunks in which `length` tokens are read."""
+    large, small = CHUNKS
+    return [large] * (length // large) + [small] * (-(-(length % large) // small))
 
 
 def _job(config: MPTConfig, number: int, row: np.ndarray, prefix: int) -> _Job:
