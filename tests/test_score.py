@@ -107,6 +107,7 @@ def test_other_lengths_compile_nothing(small, prompts):
 
 
 @pytest.mark.optimized
+@pytest.mark.filterwarnings("ignore:Some donated buffers")
 def test_memory_is_that_of_the_cache_and_of_256_rows_of_logits(tiny_config):
     """The program's, at any length: no logits of a whole text, and no scores of all queries and keys."""
     from mpt_eqx import MPT

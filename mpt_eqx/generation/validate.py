@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Key, PRNGKeyArray
+from jaxtyping import Array, Key, PRNGKeyArray
 
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.errors import GenerationError
@@ -165,9 +165,7 @@ def check_prefix_lengths(prefix_lengths: Sequence[int] | None, rows: Sequence[np
     return lengths
 
 
-def check_sequence(
-    config: MPTConfig, tokens: Any, length: Any, *, max_new_tokens: int
-) -> tuple[Int[Array, " T"], Int[Array, ""]]:
+def check_sequence(config: MPTConfig, tokens: Any, length: Any, *, max_new_tokens: int) -> tuple[Array, Array]:
     """Returns the token ids of one sequence, padded on the right, and how many are real; neither is checked if traced.
 
     Raises:
