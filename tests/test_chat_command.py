@@ -164,6 +164,8 @@ def test_ctrl_c_ends_an_answer_and_not_the_conversation(interruptible):
     until(lambda text: len(text.split(b"function", 1)[-1]) > 150)
     process.send_signal(signal.SIGINT)
     until(lambda text: text.endswith(b"> "))
+    answer = seen.split(b"function", 1)[-1]
+    assert len(answer) < 2500, "the answer was not cut: it is at its end after 3,600 characters"
     os.write(keyboard, b"/quit\n")
     assert process.wait(timeout=60) == 0
     os.close(keyboard)

@@ -219,7 +219,7 @@ def test_a_config_that_transformers_ignored_is_refused(golden):
 
 
 @pytest.mark.parametrize(("run", "eos"), [("greedy", []), ("greedy_eos", [11]), ("greedy_two_eos", [11, 20])])
-def test_generate_as_transformers_does(golden, run, eos):
+def test_rows_end_where_those_of_transformers_do(golden, run, eos):
     from mpt_eqx import generate
 
     case = golden("hf_generate")
