@@ -171,8 +171,10 @@ def _decode_take_rows(weight: Weight, tokens: Int[Array, " T"]) -> Float[Array, 
         # XLA would keep a copy of a 16-bit table in float32 beside the loop over tokens.
         return _take_rows(*jax.lax.optimization_barrier((weight, tokens)))
 
-    quantized = isinstance(weight, QuantizedWeight)
-    columns, dtype = (weight.columns, weight.rows_dtype) if quantized else (weight.shape[1], weight.dtype)
+    if isinstance(weight, QuantizedWeight):
+        columns, dtype = weight.columns, weight.rows_dtype
+    else:
+        columns, dtype = weight.shape[1], weight.dtype
     result = jax.ShapeDtypeStruct((tokens.shape[0], columns), dtype)
     return by_platform(result, weight, tokens, default=_take_rows, cpu=on_cpu)
 

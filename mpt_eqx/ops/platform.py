@@ -44,21 +44,19 @@ def by_platform(
     # The precision is that of the code around the call, which lowering is not inside of.
     return _by_platform.bind(
         *leaves, functions=(default, cpu, kernel or cpu), structure=structure, axes=(), result=result,
-        precision=jax.config.jax_default_matmul_precision,
+        precision=jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]
     )  # fmt: skip
 
 
 _by_platform = Primitive("by_platform")
 
 
-@_by_platform.def_impl
-def _(*leaves: Any, functions: Functions, **how: Any) -> Array:
+def _run(*leaves: Any, functions: Functions, **how: Any) -> Array:
     default, _, kernel = (_of_leaves(function, **how) for function in functions)
     return jax.lax.platform_dependent(*leaves, cpu=kernel, default=default)
 
 
-@_by_platform.def_abstract_eval
-def _(*_: Any, result: jax.ShapeDtypeStruct, **__: Any) -> jax.core.ShapedArray:
+def _result(*_: Any, result: jax.ShapeDtypeStruct, **__: Any) -> jax.core.ShapedArray:
     return jax.core.ShapedArray(result.shape, result.dtype)
 
 
@@ -94,6 +92,8 @@ def _of_leaves(
     return of_leaves
 
 
+_by_platform.def_impl(_run)
+_by_platform.def_abstract_eval(_result)
 batching.primitive_batchers[_by_platform] = _batch
 mlir.register_lowering(_by_platform, _lower)
 
