@@ -17,7 +17,8 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
         "files to models and back, Hub, formats", ("errors", "config", "ops", "model", "sharding", "surgery"),
     ),
     "generation": (
-        "generate, decode, beam search, sampling", ("errors", "config", "ops", "model", "sharding", "checkpoint"),
+        "generate, decode, beam search, sampling",
+        ("errors", "config", "ops", "model", "interp", "sharding", "checkpoint"),
     ),
     "evaluation": ("log-likelihoods: score", ("errors", "config", "ops", "model", "sharding", "generation")),
     "train": ("the loss", ("ops", "model")),

@@ -1,5 +1,7 @@
 """decode: one sequence continued by a pure function, for use inside any transformation."""
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import equinox as eqx
@@ -13,8 +15,9 @@ from mpt_eqx.generation.prompts import read_chunk
 from mpt_eqx.generation.sampling_params import SamplingParams, check_params
 from mpt_eqx.generation.state import DecodeState, constrain, one_row, scan_row, zero_state
 from mpt_eqx.generation.steps import StepOutput, chosen_step
-from mpt_eqx.generation.validate import check_count, check_key, check_model, check_sequence, check_whole
+from mpt_eqx.generation.validate import check_count, check_edits, check_key, check_model, check_sequence, check_whole
 from mpt_eqx.model import MPT
+from mpt_eqx.model.taps import Edit
 from mpt_eqx.ops.platform import varying_as
 from mpt_eqx.ops.switches import library_function
 
@@ -44,6 +47,7 @@ def decode(
     sampling: SamplingParams = SamplingParams(),  # noqa: B008
     key: PRNGKeyArray | None = None,
     row: Int[Array, ""] | int = 0,
+    edits: Mapping[str, Any] | None = None,
 ) -> Decoded:
     """Continues one sequence as `generate` does, as a pure function for use inside jit, vmap, scan, shard_map and grad.
 
@@ -62,6 +66,7 @@ def decode(
         sampling: how tokens are chosen, greedily by default. The sequence also ends after `sampling.max_new_tokens`.
         key: randomness, needed when sampling.temperature is above 0 or traced.
         row: the n-th token is drawn with fold_in(fold_in(key, row), n), as in row `row` of `generate` with this key.
+        edits: of activations, as in `generate`.
 
     Raises:
         GenerationError: an argument is not valid, or length and max_new_tokens exceed max_seq_len. What is traced is
@@ -77,7 +82,8 @@ def decode(
     if key is None and isinstance(temperature, jax.core.Tracer):
         raise GenerationError("key: expected a key, such as jax.random.key(0), with a traced temperature, found None")
     key = check_key(key, 1.0 if isinstance(temperature, jax.core.Tracer) else float(temperature))
-    operands = (model, tokens, length, sampling, key, jnp.asarray(check_whole("row", row, 0), jnp.int32))
+    (resolved,) = check_edits(model.config, edits, [tokens.shape[0] + max_new_tokens])
+    operands = (model, tokens, length, sampling, key, jnp.asarray(check_whole("row", row, 0), jnp.int32), resolved)
     if model.dtype.itemsize == 2:
         return _decode_with_bits(*operands, max_new_tokens=max_new_tokens)
     return _decode(*operands, max_new_tokens=max_new_tokens)
@@ -90,6 +96,7 @@ def _decode(
     sampling: SamplingParams,
     key: Key[Array, ""],
     row: Int[Array, ""],
+    edits: dict[str, tuple[Edit, ...]],
     *,
     max_new_tokens: int,
     as_bits: bool = False,
@@ -102,7 +109,8 @@ def _decode(
     padded = jnp.pad(tokens, (0, chunks * size - tokens.shape[0]))
     padded = jnp.where(jnp.arange(len(padded)) < length, padded, tokens[jnp.maximum(length - 1, 0)])
     state = zero_state(model, 1, max(tokens.shape[0] + n, len(padded)), as_bits=as_bits)
-    state = varying_as(constrain(model, state), model, tokens, length, sampling, key, row)
+    state = dataclasses.replace(state, edits=jax.tree.map(lambda x: jnp.asarray(x)[None], edits))
+    state = varying_as(constrain(model, state), model, tokens, length, sampling, key, row, edits)
 
     def read(state: DecodeState, chunk: Int[Array, "1 S"]) -> tuple[DecodeState, None]:
         return read_chunk(model, state, chunk, length[None], one_row), None

@@ -1,8 +1,8 @@
 """generate and stream: from prompts to new tokens."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Unpack
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Unpack
 
 import numpy as np
 from jaxtyping import Float, Int, PRNGKeyArray
@@ -14,10 +14,11 @@ from mpt_eqx.generation.prefix import Prefix, initial_state, prefix_length
 from mpt_eqx.generation.prompts import prefill_prompts, progress_bar
 from mpt_eqx.generation.sampling import LogitsProcessor
 from mpt_eqx.generation.sampling_params import SamplingOptions, check_options
-from mpt_eqx.generation.state import repeat_and_resize
+from mpt_eqx.generation.state import repeat_and_resize, with_edits
 from mpt_eqx.generation.steps import decode_tokens
 from mpt_eqx.generation.validate import (
     check_count,
+    check_edits,
     check_key,
     check_model,
     check_one_prompt,
@@ -64,6 +65,7 @@ def generate(
     key: PRNGKeyArray | None = None,
     return_logits: bool = False,
     logits_processors: Sequence[LogitsProcessor] = (),
+    edits: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
     prefix: Prefix | None = None,
     progress: bool | None = None,
     **options: Unpack[SamplingOptions],
@@ -92,6 +94,9 @@ def generate(
             before temperature and the filters, as in transformers; −inf bans a token. JAX traces them, once for each
             function object and cache size: keep the object to compile once. A processor that is an `eqx.Module` may
             change its arrays without compiling again.
+        edits: of activations by place, as in `interp.run`; or a list of them, or None, for each prompt. Positions count
+            from the start of the prefix or prompt, and apply to what the call computes; `interp.Add(vector,
+            positions=slice(len(prompt), None))` steers the new tokens. New numbers never compile again.
         prefix: what stands before every prompt, from `prefill` with this model; prompts may then be empty.
         progress: whether to show a bar on stderr when it takes over two seconds; None: where that is a terminal.
         **options: how tokens are chosen, greedily by default: temperature, top_k, top_p, min_p, typical_p,
@@ -117,6 +122,7 @@ def generate(
         )
     before = prefix_length(prefix)
     rows = check_prompts(model.config, prompts, max_new_tokens=max_new_tokens, before=before)
+    edited = check_edits(model.config, edits, [before + len(row) + max_new_tokens for row in rows], before)
     count, longest = len(rows) * num_return_sequences, max(map(len, rows), default=0)
     tokens = np.full((count, max_new_tokens), pad_token_id, np.int32)
     logprobs = np.zeros((count, max_new_tokens), np.float32)
@@ -136,7 +142,7 @@ def generate(
     try:
         with progress_bar(longest + max_new_tokens, progress) as shown:
             state = initial_state(model, prefix, len(rows), before + longest + min(chunk, max_new_tokens))
-            state = prefill_prompts(model, state, rows, before, shown)
+            state = prefill_prompts(model, with_edits(model, state, edited), rows, before, shown)
             if num_return_sequences > 1:
                 with held_interrupts():
                     state = repeat_and_resize(state, num_return_sequences, state.cache.capacity)
@@ -166,6 +172,7 @@ def stream(
     chunk_size: int = DECODE_CHUNK,
     key: PRNGKeyArray | None = None,
     logits_processors: Sequence[LogitsProcessor] = (),
+    edits: Mapping[str, Any] | None = None,
     prefix: Prefix | None = None,
     **options: Unpack[SamplingOptions],
 ) -> Iterator[int]:
@@ -182,6 +189,7 @@ def stream(
             overhead.
         key: randomness.
         logits_processors: functions of the logits.
+        edits: of activations.
         prefix: what stands before the prompt.
         **options: how tokens are chosen.
 
@@ -198,6 +206,7 @@ def stream(
     chunk = decode_bucket(int(chunk_size), max_new_tokens)
     before = prefix_length(prefix)
     (row,) = check_prompts(model.config, [prompt], max_new_tokens=max_new_tokens, before=before)
+    edited = check_edits(model.config, edits, [before + len(row) + max_new_tokens], before)
     length, eos = before + len(row), set(params.eos_token_ids.tolist())
 
     def tokens() -> Iterator[int]:
@@ -205,7 +214,7 @@ def stream(
             return
         with progress_bar(len(row), False) as hidden:
             state = initial_state(model, prefix, 1, length + min(chunk, max_new_tokens))
-            state = prefill_prompts(model, state, [row], before, hidden)
+            state = prefill_prompts(model, with_edits(model, state, edited), [row], before, hidden)
         for output in decode_tokens(
             model, state, params.of_rows(1), key, length=length, max_new_tokens=max_new_tokens, chunk=chunk,
             processors=processors,

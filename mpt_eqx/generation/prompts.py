@@ -12,9 +12,10 @@ from tqdm import tqdm
 from mpt_eqx.checkpoint.progress import is_shown
 from mpt_eqx.generation.buckets import prefill_buckets
 from mpt_eqx.generation.interrupts import held_interrupts
-from mpt_eqx.generation.state import DecodeState, OverRows, constrain, replicate, row_of, with_row
+from mpt_eqx.generation.state import DecodeState, OverRows, constrain, replicate, row_of, with_row, without_idle_edits
 from mpt_eqx.generation.traced_once import with_blocks_traced_once
 from mpt_eqx.model import MPT, KVCache
+from mpt_eqx.model.taps import Edit, editing
 from mpt_eqx.ops.platform import prefills_by_row
 
 
@@ -42,7 +43,7 @@ def prefill_prompts(
         if len(prompt):
             number = np.asarray(row, np.int32)
             with held_interrupts():
-                alone = row_of(state, number)
+                alone = without_idle_edits(row_of(state, number))
             alone = prefill_rows(model, alone, [prompt], before, lambda _: None)
             with held_interrupts():
                 state = with_row(alone, state, number)
@@ -105,17 +106,22 @@ def read_chunk(
     model = with_blocks_traced_once(model)
 
     def row(
-        cache: KVCache, tokens: Int[Array, " S"], hidden: Float[Array, " D"], chunk: Int[Array, " T"], end: Array
+        cache: KVCache,
+        tokens: Int[Array, " S"],
+        hidden: Float[Array, " D"],
+        edits: dict[str, tuple[Edit, ...]],
+        chunk: Int[Array, " T"],
+        end: Array,
     ) -> tuple[KVCache, Int[Array, " S"], Float[Array, " D"]]:
         places = cache.length + jnp.arange(chunk.shape[0])
         last = end - 1 - cache.length
-        x, new = model.extend(chunk, cache)
+        x, new = model.extend(chunk, cache, tap=editing(edits))
         new = eqx.tree_at(lambda c: c.length, new, jnp.minimum(new.length, end))
         here = (last >= 0) & (last < chunk.shape[0])
         hidden = jnp.where(here, x[jnp.clip(last, 0, chunk.shape[0] - 1)], hidden)
         return new, tokens.at[places].set(chunk, mode="drop"), hidden
 
-    cache, tokens, hidden = over_rows(row)(state.cache, state.tokens, state.hidden, chunk, ends)
+    cache, tokens, hidden = over_rows(row)(state.cache, state.tokens, state.hidden, state.edits, chunk, ends)
     return constrain(model, eqx.tree_at(lambda s: (s.cache, s.tokens, s.hidden), state, (cache, tokens, hidden)))
 
 

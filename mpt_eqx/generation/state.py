@@ -1,6 +1,8 @@
 """The state of rows between two programs: made, resized, laid out on a mesh, and taken apart by rows."""
 
-from collections.abc import Callable
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -11,6 +13,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from mpt_eqx.generation.buckets import cache_bucket
 from mpt_eqx.model import MPT, KVCache
+from mpt_eqx.model.taps import Edit, stack_edits
 from mpt_eqx.ops.layout import Layout
 
 T = TypeVar("T")
@@ -30,6 +33,7 @@ class DecodeState(eqx.Module):
         step: how many tokens each row was given, counting padding.
         not_finite: the first step with logits that were not finite, in any row that had not ended; −1 for none.
         nothing_left: the first step at which no token was allowed, in any row that had not ended; −1 for none.
+        edits: of activations in each row, by place.
     """
 
     cache: KVCache
@@ -39,6 +43,7 @@ class DecodeState(eqx.Module):
     step: Int[Array, ""]
     not_finite: Int[Array, ""]
     nothing_left: Int[Array, ""]
+    edits: dict[str, tuple[Edit, ...]] = eqx.field(default_factory=dict)
 
 
 def empty_state(model: MPT, rows: int, capacity: int) -> DecodeState:
@@ -92,6 +97,7 @@ def map_with_axes(state: DecodeState, function: Callable[..., Any]) -> DecodeSta
         step=whole(state.step),
         not_finite=whole(state.not_finite),
         nothing_left=whole(state.nothing_left),
+        edits=jax.tree.map(whole, state.edits),
     )
 
 
@@ -139,7 +145,9 @@ def scan_row(
         return jax.tree.map(lambda x: jnp.squeeze(x, 0), rows), others
 
     def restored(carry: Any) -> DecodeState:
-        return DecodeState(*jax.tree.map(lambda x: jnp.expand_dims(x, 0), carry[0]), *carry[1])
+        cache, tokens, hidden, done = jax.tree.map(lambda x: jnp.expand_dims(x, 0), carry[0])
+        step, not_finite, nothing_left = carry[1]
+        return DecodeState(cache, tokens, hidden, done, step, not_finite, nothing_left, state.edits)
 
     def alone(carry: Any, x: Any) -> tuple[Any, Any]:
         state, y = step(restored(carry), x)
@@ -151,10 +159,10 @@ def scan_row(
 
 def map_rows(function: Callable[[Array], Array], other: Callable[[Array], Array], state: DecodeState) -> DecodeState:
     """Returns the state with function(array) of each array that has rows, and other(array) of the others."""
-    rows = (state.cache, state.tokens, state.hidden, state.done)
-    cache, tokens, hidden, done = jax.tree.map(function, rows)
+    rows = (state.cache, state.tokens, state.hidden, state.done, state.edits)
+    cache, tokens, hidden, done, edits = jax.tree.map(function, rows)
     step, not_finite, nothing_left = map(other, (state.step, state.not_finite, state.nothing_left))
-    return DecodeState(cache, tokens, hidden, done, step, not_finite, nothing_left)
+    return DecodeState(cache, tokens, hidden, done, step, not_finite, nothing_left, edits)
 
 
 @eqx.filter_jit
@@ -180,9 +188,25 @@ def row_of(state: DecodeState, row: Int[Array | np.ndarray, ""]) -> DecodeState:
 
 @eqx.filter_jit(donate="all-except-first")
 def with_row(one: DecodeState, state: DecodeState, row: Int[Array | np.ndarray, ""]) -> DecodeState:
-    """Returns the state with a row replaced by that of a state of one row. Donated, but for that one."""
+    """Returns the state with a row but its edits replaced by that of a state of one row. Donated, but for that one."""
+    edits, state = state.edits, dataclasses.replace(state, edits={})
     rows = iter(jax.tree.leaves((one.cache, one.tokens, one.hidden, one.done)))
-    return map_rows(lambda x: jax.lax.dynamic_update_slice_in_dim(x, next(rows), row, 0), lambda x: x, state)
+    state = map_rows(lambda x: jax.lax.dynamic_update_slice_in_dim(x, next(rows), row, 0), lambda x: x, state)
+    return dataclasses.replace(state, edits=edits)
+
+
+def with_edits(model: MPT, state: DecodeState, edits: Sequence[Mapping[str, tuple[Edit, ...]]]) -> DecodeState:
+    """Returns the state with edits in each row."""
+    if not any(edits):
+        return state
+    return dataclasses.replace(state, edits=replicate(model, stack_edits(edits)))
+
+
+def without_idle_edits(state: DecodeState) -> DecodeState:
+    """Returns a state of one row without edits that are off, so that it is computed as it would be alone."""
+    on = {place: [bool(edit.on[0]) for edit in several] for place, several in jax.device_get(state.edits).items()}
+    edits = {place: tuple(itertools.compress(several, on[place])) for place, several in state.edits.items()}
+    return dataclasses.replace(state, edits={place: several for place, several in edits.items() if several})
 
 
 def ensure_capacity(model: MPT, state: DecodeState, length: int) -> DecodeState:

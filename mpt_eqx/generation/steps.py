@@ -18,6 +18,7 @@ from mpt_eqx.generation.sampling_params import SamplingParams
 from mpt_eqx.generation.state import DecodeState, OverRows, constrain, constrain_replicated, ensure_capacity, replicate
 from mpt_eqx.generation.traced_once import with_blocks_traced_once
 from mpt_eqx.model import MPT, KVCache
+from mpt_eqx.model.taps import Edit, editing
 
 
 class StepOutput(eqx.Module):
@@ -110,15 +111,15 @@ def decode_step(
     model = with_blocks_traced_once(model)
 
     def row(
-        cache: KVCache, so_far: Int[Array, " S"], token: Int[Array, ""]
+        cache: KVCache, so_far: Int[Array, " S"], edits: dict[str, tuple[Edit, ...]], token: Int[Array, ""]
     ) -> tuple[KVCache, Int[Array, " S"], Float[Array, " D"]]:
         # A row that has ended may stand at the end of its cache while others go on.
         at = jnp.minimum(cache.length, cache.capacity - 1)
-        x, new = model.extend(token[None], eqx.tree_at(lambda c: c.length, cache, at))
+        x, new = model.extend(token[None], eqx.tree_at(lambda c: c.length, cache, at), tap=editing(edits))
         new = eqx.tree_at(lambda c: c.length, new, cache.length + 1)
         return new, so_far.at[cache.length].set(token, mode="drop"), x[0]
 
-    cache, so_far, hidden = over_rows(row)(state.cache, state.tokens, tokens)
+    cache, so_far, hidden = over_rows(row)(state.cache, state.tokens, state.edits, tokens)
     return constrain(model, eqx.tree_at(lambda s: (s.cache, s.tokens, s.hidden), state, (cache, so_far, hidden)))
 
 

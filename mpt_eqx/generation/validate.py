@@ -10,13 +10,15 @@ import numpy as np
 from jaxtyping import Array, Key, PRNGKeyArray
 
 from mpt_eqx.config import MPTConfig
-from mpt_eqx.errors import GenerationError
+from mpt_eqx.errors import GenerationError, MPTError
 from mpt_eqx.generation.buckets import MIN_CACHE
+from mpt_eqx.interp.edits import resolve_edits
 from mpt_eqx.model import MPT
 from mpt_eqx.model.agreement import check_agreement
 from mpt_eqx.model.leaves import with_fields
 from mpt_eqx.model.mpt import max_len_hint
 from mpt_eqx.model.stacked import unstack
+from mpt_eqx.model.taps import Edit
 
 MAX_INT = 2**31 - 1
 
@@ -275,3 +277,35 @@ def _kind(value: object) -> str:
     if isinstance(value, np.ndarray):
         return f"an array of shape {value.shape} and type {value.dtype}"
     return type(value).__name__
+
+
+def check_edits(
+    config: MPTConfig, edits: Any, lengths: Sequence[int], before: int = 0
+) -> list[dict[str, tuple[Edit, ...]]]:
+    """Returns the edits of each row by place.
+
+    Args:
+        config: the model's.
+        edits: as in `generate`.
+        lengths: tokens of each row at the end.
+        before: of them in a prefix.
+
+    Raises:
+        GenerationError: they are not valid, or there is not one mapping for each row.
+    """
+    rows = list(edits) if _is_list(edits) else [edits] * len(lengths)
+    if len(rows) != len(lengths):
+        raise GenerationError(
+            f"edits: expected one mapping, or a list of one for each of {len(lengths)} prompts, found {len(rows)}"
+        )
+    try:
+        found = [resolve_edits(config, row, n, in_parts=True) for row, n in zip(rows, lengths, strict=True)]
+    except MPTError as error:
+        raise GenerationError(str(error)) from None
+    for name, edit in ((name, edit) for row in found for name, several in row.items() for edit in several):
+        if isinstance(edit.positions, np.ndarray) and edit.positions.size and edit.positions.min() < before:
+            raise GenerationError(
+                f"edits: {name}: expected positions from {before} on, which are not in the prefix, found "
+                f"{edit.positions.min()}"
+            )
+    return found

@@ -119,6 +119,11 @@ UNTAPPED = Tap({}, frozenset(), None, {})
 """Nothing is asked."""
 
 
+def editing(edits: dict[str, tuple[Edit, ...]]) -> Tap:
+    """Returns a tap that edits and captures nothing."""
+    return Tap(edits, frozenset(), None, {}) if edits else UNTAPPED
+
+
 def stack_edits(edits: Sequence[Mapping[str, tuple[Edit, ...]]]) -> dict[str, tuple[Edit, ...]]:
     """Returns the edits of several rows, or of several blocks, as one pytree with a leading axis on each array.
 
