@@ -10,7 +10,7 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "config": ("config.json to MPTConfig and back", ("errors",)),
     "ops": ("products, attention, kernels: all that knows platforms", ("errors", "config")),
     "model": ("MPT, Block, Attention, FFN, norms: the formulas", ("errors", "config", "ops")),
-    "interp": ("activations captured and edited by name", ("errors", "config", "model")),
+    "interp": ("activations captured and edited by name", ("errors", "config", "ops", "model")),
     "sharding": ("rules, shards, several processes", ("errors", "config", "ops", "model")),
     "surgery": ("models changed: quantize", ("errors", "config", "ops", "model", "sharding")),
     "checkpoint": (

@@ -167,6 +167,15 @@ def way(request, monkeypatch):
     jax.clear_caches()
 
 
+@pytest.fixture(scope="session")
+def kernel():
+    """Skips a test of what only the CPU kernel promises."""
+    from mpt_eqx.ops import cpu
+
+    if not cpu.available():
+        pytest.skip(f"no kernel: {cpu.missing()}")
+
+
 def golden_case(name: str, **kwargs) -> SimpleNamespace:
     from safetensors import safe_open
 

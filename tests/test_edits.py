@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_generate import counting_compiles, kernel  # noqa: F401
+from test_generate import counting_compiles
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [1, 2]]
 OPTIONS = {"max_new_tokens": 6, "return_logits": True}

@@ -421,15 +421,6 @@ def in_bfloat16(model):
     return jax.tree.map(lambda x: x.astype("bfloat16"), model)
 
 
-@pytest.fixture(scope="session")
-def kernel():
-    """Skips a test of what only the CPU kernel promises."""
-    from mpt_eqx.ops import cpu
-
-    if not cpu.available():
-        pytest.skip(f"no kernel: {cpu.missing()}")
-
-
 @pytest.mark.optimized
 @examples(24)
 @given(
