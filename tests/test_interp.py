@@ -327,3 +327,11 @@ def test_embeddings_stand_in_for_tokens(tiny_model):
             tiny_model(TOKENS, embeddings=embeddings)
     with pytest.raises(MPTError, match=r"embeddings: expected shape \(T, 32\), found \(6, 3\)"):
         tiny_model(None, embeddings=rows[:, :3])
+
+
+@pytest.mark.parametrize("name", ["f_mha_alibi", "f_torch_dmoe"])
+def test_the_parts_are_named_in_profiles(golden, name):
+    model = golden(name).model
+    lowered = jax.jit(lambda tokens: model(tokens)).lower(TOKENS).as_text(debug_info=True)
+    for part in ("embed/", "block/attn/", "block/ffn/", "unembed/"):
+        assert f"/{part}" in lowered, part

@@ -98,6 +98,7 @@ class Attention(eqx.Module):
         self.softcap = attn.attn_logit_softcapping
         self.sliding_window = layer.sliding_window_size
 
+    @jax.named_scope("attn")
     def __call__(
         self,
         x: Float[Array, "T D"],

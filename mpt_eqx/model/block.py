@@ -36,6 +36,7 @@ class Block(eqx.Module):
         self.ffn = network(config, key=ffn_key)
         self.resid_dropout = eqx.nn.Dropout(config.resid_pdrop) if config.resid_pdrop else None
 
+    @jax.named_scope("block")
     def __call__(
         self,
         x: Float[Array, "T D"],

@@ -25,6 +25,7 @@ class MLP(eqx.Module):
         self.down_proj = init_linear(config, (d, f), bias, residual=True, key=down_key)
         self.act = make_activation(config)
 
+    @jax.named_scope("ffn")
     def __call__(
         self, x: Float[Array, "T D"], *, key: PRNGKeyArray | None = None, tap: Tap = UNTAPPED
     ) -> Float[Array, "T D"]:
@@ -52,6 +53,7 @@ class GLU(eqx.Module):
         self.down_proj = init_linear(config, (d, f), bias, residual=True, key=down_key)
         self.act = make_activation(config)
 
+    @jax.named_scope("ffn")
     def __call__(
         self, x: Float[Array, "T D"], *, key: PRNGKeyArray | None = None, tap: Tap = UNTAPPED
     ) -> Float[Array, "T D"]:

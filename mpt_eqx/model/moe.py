@@ -142,6 +142,7 @@ class MoE(eqx.Module):
         bias = jnp.zeros(config.d_model, jnp.float32) if biased else None
         self.experts = Experts(mlp=ExpertMLP(config, key=experts_key), bias=bias)
 
+    @jax.named_scope("ffn")
     def __call__(
         self, x: Float[Array, "T D"], *, key: PRNGKeyArray | None = None, tap: Tap = UNTAPPED
     ) -> Float[Array, "T D"]:

@@ -200,6 +200,7 @@ class MPT(eqx.Module):
         return x, KVCache(layers=layers, length=cache.length + tokens.shape[0])
 
     @library_function
+    @jax.named_scope("unembed")
     def unembed(self, x: Float[Array, "T D"], *, dtype: DTypeLike | None = None) -> Float[Array, "T V"]:
         """Returns the logits of the output of norm_f, in its type or in `dtype`, as in `__call__`."""
         head = Linear(self.wte.weight) if self.lm_head is None else self.lm_head
@@ -210,6 +211,7 @@ class MPT(eqx.Module):
             logits = softcap(logits, self.config.final_logit_softcapping)
         return logits
 
+    @jax.named_scope("embed")
     def _embed(
         self,
         tokens: Int[Array, " T"],
