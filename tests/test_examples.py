@@ -121,6 +121,80 @@ def test_pretraining(run, tmp_path, args, parameters):
     assert np.isfinite(json.loads((tmp_path / "m" / "training.json").read_text())["test_nats_per_byte"]["nats"])
 
 
+def figures(pattern, text):
+    """Returns the numbers of each match of a pattern, as rows."""
+    found = [[float(x) for x in (row if isinstance(row, tuple) else (row,))] for row in re.findall(pattern, text, re.M)]
+    assert found, text
+    return np.array(found)
+
+
+def test_a_logit_lens(run, tmp_path):
+    """The answer is formed on the way, and the last layer gives the model's own."""
+    out = run("logit_lens.py", "--output", tmp_path / "lens.svg")
+    probability, rank = figures(r"probability (\S+), rank +(\d+)", out).T
+    assert "the model says ' name'" in out and len(rank) == 7
+    assert rank[0] > 100 and rank[-1] == 1 and probability[0] < 0.01 and probability[-1] > 0.5
+    assert (tmp_path / "lens.svg").stat().st_size > 5000
+
+
+def test_attention_patterns(run, tmp_path):
+    """Heads with flatter slopes look further back."""
+    out = run("attention_patterns.py", "--length", 48, "--output", tmp_path / "patterns.png")
+    slope, distance, alibi = figures(r"slope 1/(\d+) +distance +(\S+), by ALiBi alone +(\S+);", out).T
+    order = np.argsort(slope)
+    assert slope[order].tolist() == [2, 4, 8, 16, 64, 256] and (np.diff(alibi[order]) > 0).all()
+    assert distance[order][0] < distance[order][1] < distance[order][2] < distance[order][3:].min()
+    assert (tmp_path / "patterns.png").stat().st_size > 5000
+
+
+def test_activation_patching(run, tmp_path):
+    """All of the difference is at the changed token in the beginning, and at the last one in the end."""
+    out = run("activation_patching.py", "--output", tmp_path / "patching.png")
+    share = np.array([row.split() for row in re.findall(r"recovered: (.*)", out)], float)
+    assert share.shape == (7, 11)
+    assert share[0].tolist() == [0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0] and share[-1].tolist() == [0] * 10 + [1]
+    assert (np.diff(share[:, 5]) <= 0).all() and (np.diff(share[:, -1]) >= 0).all()
+    assert (tmp_path / "patching.png").stat().st_size > 5000
+
+
+def test_a_linear_probe(run, tmp_path):
+    """The stream knows more of the context than the token alone."""
+    out = run("linear_probe.py", "--documents", 40, "--length", 96, "--output", tmp_path / "probe.png")
+    accuracy, fitted = figures(r"accuracy (\S+) \(where it was fitted (\S+)\)", out).T
+    assert len(accuracy) == 7 and accuracy[4:].min() > accuracy[0] + 0.08 and (accuracy < fitted).all()
+    assert (tmp_path / "probe.png").stat().st_size > 5000
+
+
+def test_rollouts(run, tmp_path):
+    """The reward goes up, and the distance from the first model with it."""
+    args = ("--steps", 10, "--rollouts", 8, "--new-tokens", 6, "--learning-rate", 1e-3, "--penalty", 0)
+    out = run("rollouts.py", *args, "--output", tmp_path / "rollouts.png")
+    reward, divergence = figures(r"mean reward (\S+), divergence (\S+) nats", out).T
+    assert reward[-1] > reward[0] + 0.2 and abs(divergence[0]) < 0.01 < divergence[-1]
+    assert "--- before\nReturn the" in out and "--- after\nReturn the" in out
+    assert (tmp_path / "rollouts.png").stat().st_size > 5000
+
+
+def test_soft_prompts(run, tmp_path):
+    """More vectors say more."""
+    args = ("--text", "The dead parrot is no more.", "--vectors", 1, 6, "--steps", 60, "--learning-rate", 0.1)
+    out = run("soft_prompt.py", *args, "--output", tmp_path / "soft.png")
+    before, (few, many) = figures(r"before training (\S+)", out)[0, 0], figures(r"vectors: (\S+) nats", out)[:, 0]
+    assert many < few < before - 1 and many < 0.5
+    assert "100% right: 'The dead parrot is no more.'" in out
+    assert (tmp_path / "soft.png").stat().st_size > 5000
+
+
+def test_extrapolation(run, tmp_path):
+    """With ALiBi the loss stays as it is beyond the trained length; with learned positions it does not."""
+    args = ("--steps", 150, "--width", 32, "--length", 16, "--windows", 8, "--output", tmp_path / "beyond.png")
+    out = run("extrapolation.py", *args)
+    within, beyond = figures(r"^(?:learned|ALiBi).*?  (\d\S+)  (\S+)$", out).T
+    (untrained, _, alibi, shipped) = beyond - within
+    assert untrained > alibi and abs(alibi) < 0.1 and abs(shipped) < 0.3
+    assert (tmp_path / "beyond.png").stat().st_size > 5000
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_they_say_how_to_run_them(path):
     assert f"python examples/{path.name}" in path.read_text().split('"""')[1]
