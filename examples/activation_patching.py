@@ -30,12 +30,15 @@ def patch_everywhere(model, clean, corrupted, answers):
     def difference(logits):
         return logits[-1, answers[0]] - logits[-1, answers[1]]
 
-    def patched(place, position):
-        value = source.activations[place][position][None]
-        edits = {place: interp.Replace(value, positions=position[None])}
+    def patched(layer, position):
+        """One program for all: position T, which does not exist, patches nothing."""
+        edits = {}
+        for i, place in enumerate(places):
+            value = source.activations[place][position][None]
+            edits[place] = interp.Replace(value, positions=jnp.where(layer == i, position, length)[None])
         return difference(interp.run(model, corrupted, edits=edits).logits)
 
-    grid = jnp.stack([jax.vmap(lambda at, place=place: patched(place, at))(jnp.arange(length)) for place in places])
+    grid = jax.vmap(jax.vmap(patched, (None, 0)), (0, None))(jnp.arange(len(places)), jnp.arange(length))
     good, bad = difference(source.logits), difference(model(corrupted))
     return (grid - bad) / (good - bad), good, bad
 

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from matplotlib.figure import Figure
 
-from mpt_eqx import MPT, SHIPPED_MODEL, AttnConfig, MPTConfig, from_pretrained
+from mpt_eqx import MPT, SHIPPED_MODEL, AttnConfig, MPTConfig, from_pretrained, stack
 from mpt_eqx.text import load_tokenizer
 from mpt_eqx.train import next_token_loss
 
@@ -27,9 +27,9 @@ BEYOND = 4
 
 
 @eqx.filter_jit
-def train(model, batches):
-    """Returns the model after one step of AdamW for each of the batches [steps, B, T]."""
-    steps = len(batches)
+def train(config, key, batches):
+    """Returns a new model after one step of AdamW for each of the batches [steps, B, T]."""
+    model, steps = stack(MPT(config, key=key)), len(batches)
     optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0, 4e-3, steps // 20, steps))
 
     def step(carry, batch):
@@ -45,7 +45,7 @@ def train(model, batches):
 def loss_by_position(model, windows):
     """Returns −log p, in nats, of the token after each position, averaged over windows [B, T]."""
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-    return jax.lax.map(lambda row: cross_entropy(model(row)[:-1], row[1:]), windows, batch_size=16).mean(0)
+    return jax.lax.map(lambda row: cross_entropy(model(row)[:-1], row[1:]), windows, batch_size=8).mean(0)
 
 
 def smooth(curve, n):
@@ -71,14 +71,16 @@ def main() -> None:
     held_out, length = stream[-len(stream) // 10 :], args.length
     starts = np.random.default_rng(0).integers(len(stream) - len(held_out) - length, size=(args.steps, 32, 1))
     batches = jnp.array(stream[starts + np.arange(length)])
-    windows = jnp.array(held_out[: len(held_out) // (BEYOND * length) * BEYOND * length].reshape(-1, BEYOND * length))
+    windows = jnp.array(
+        held_out[: len(held_out) // (BEYOND * length) * BEYOND * length].reshape(-1, BEYOND * length)[:256]
+    )
 
     def small(learned):
         config = MPTConfig(
             d_model=args.width, n_heads=4, n_layers=2, vocab_size=128, max_seq_len=BEYOND * length, no_bias=True,
             learned_pos_emb=learned, attn_config=AttnConfig(alibi=not learned),
         )  # fmt: skip
-        return train(MPT(config, key=jax.random.key(0)), batches)
+        return train(config, jax.random.key(0), batches)
 
     learned = small(True)
     over_again = jnp.tile(learned.wpe.weight[:length], (BEYOND, 1))
@@ -93,9 +95,9 @@ def main() -> None:
 
     model, tokenizer = from_pretrained(args.model, dtype="float32"), load_tokenizer(args.model)
     size = min(BEYOND * args.trained_length, model.config.max_seq_len)
-    tokens = np.concatenate([[*tokenizer.eos_token_ids[:1], *tokenizer.encode(page)] for page in pages])
-    rows = tokens[: len(tokens) // size * size].reshape(-1, size)[: args.windows]
-    large = loss_by_position(model, jnp.array(rows, jnp.int32))
+    tokens = [token for page in pages for token in [*tokenizer.eos_token_ids[:1], *tokenizer.encode(page)]]
+    rows = np.array(tokens[: len(tokens) // size * size]).reshape(-1, size)[: args.windows]
+    large = loss_by_position(stack(model), jnp.array(rows, jnp.int32))
     edge = args.trained_length
     print(f"{Path(args.model).name}, trained on {edge} tokens: nats per token in the second half of it, and beyond")
     print(f"{'ALiBi':<23}  {large[edge // 2 : edge - 1].mean():.2f}  {large[edge:].mean():.2f}")

@@ -165,9 +165,10 @@ def test_a_linear_probe(run, tmp_path):
     assert (tmp_path / "probe.png").stat().st_size > 5000
 
 
+@pytest.mark.slow  # compiles for long
 def test_rollouts(run, tmp_path):
     """The reward goes up, and the distance from the first model with it."""
-    args = ("--steps", 10, "--rollouts", 8, "--new-tokens", 6, "--learning-rate", 1e-3, "--penalty", 0)
+    args = ("--steps", 8, "--rollouts", 8, "--new-tokens", 6, "--learning-rate", 1e-3, "--penalty", 0)
     out = run("rollouts.py", *args, "--output", tmp_path / "rollouts.png")
     reward, divergence = figures(r"mean reward (\S+), divergence (\S+) nats", out).T
     assert reward[-1] > reward[0] + 0.2 and abs(divergence[0]) < 0.01 < divergence[-1]
@@ -185,9 +186,19 @@ def test_soft_prompts(run, tmp_path):
     assert (tmp_path / "soft.png").stat().st_size > 5000
 
 
+def test_a_steering_vector(run, tmp_path):
+    """The stronger, the likelier the words it stands for; with the sign turned round, the less likely."""
+    args = ("--strengths", -2, 0, 2, 4, "--max-new-tokens", 6, "--output", tmp_path / "steering.png")
+    out = run("steering_vector.py", *args)
+    logprob = figures(r"log-probability +(\S+);", out)[:, 0]
+    assert (np.diff(logprob) > 0.5).all() and len(set(re.findall(r"'If the file is not.*", out))) > 2
+    assert (tmp_path / "steering.png").stat().st_size > 5000
+
+
+@pytest.mark.slow  # compiles for long
 def test_extrapolation(run, tmp_path):
     """With ALiBi the loss stays as it is beyond the trained length; with learned positions it does not."""
-    args = ("--steps", 150, "--width", 32, "--length", 16, "--windows", 8, "--output", tmp_path / "beyond.png")
+    args = ("--steps", 200, "--width", 32, "--length", 16, "--windows", 8, "--output", tmp_path / "beyond.png")
     out = run("extrapolation.py", *args)
     within, beyond = figures(r"^(?:learned|ALiBi).*?  (\d\S+)  (\S+)$", out).T
     (untrained, _, alibi, shipped) = beyond - within
