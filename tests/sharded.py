@@ -31,7 +31,6 @@ from mpt_eqx import (
     surgery,
     unstack,
 )
-from mpt_eqx.sharding.qkv import split_qkv
 from mpt_eqx.train import next_token_loss
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -118,7 +117,7 @@ def compare(case: str, preset: str, axes: dict[str, int], kind: str = "auto", ba
     model, wanted = alone(case)
     wanted = {"moved": model, **wanted}
     if shared.blocks[0].attn.Wqkv is None and model.blocks[0].attn.Wqkv is not None:
-        wanted |= {name: split_qkv(wanted[name]) for name in ("moved", "gradients", "step")}
+        wanted |= {name: sharding.split_qkv(wanted[name]) for name in ("moved", "gradients", "step")}
     found = {"moved": sharding.shard(model, mesh, rules), **computed(shared)}
     return {name: largest(found[name], wanted[name]) for name in wanted}
 
@@ -157,6 +156,32 @@ def decoded(preset: str, axes: dict[str, int]) -> dict:
         "shard_map": jax.jit(mapped)(model, prompts, numbers),
     }
     return {name: np.array_equal(tokens, wanted["sampled"]) for name, tokens in found.items()}
+
+
+def placed(preset: str, axes: dict[str, int]) -> dict:
+    """What is not placed by `partition_specs` as by `shard`: models of several kinds, also from another mesh."""
+    model, wanted = alone("hf_generate")
+    mesh, rules = mesh_of("auto", axes), rules_of(preset, None)
+    elsewhere = sharding.shard(model, mesh_of("auto", {"fsdp": 4}), sharding.FSDP)
+    dropout = MPT(MPTConfig(**ODD, resid_pdrop=0.1), key=jax.random.key(0))
+    models = {"plain": model, "on a mesh": elsewhere, "int8": quantize(model, "int8"), "dropout": dropout}
+    models |= {"stacked": stack(model), "there": sharding.shard(model, mesh, rules)}
+    wrong = []
+    for name, one in models.items():
+        split = sharding.split_qkv(one) if rules.heads or rules.kv_heads else one
+        specs = sharding.partition_specs(split, rules, None if name == "there" else mesh)
+        arrays, rest = eqx.partition(split, eqx.is_array)
+        by_hand = eqx.combine(jax.tree.map(put(mesh), arrays, specs), rest)
+        pairs = zip(jax.tree.leaves(by_hand), jax.tree.leaves(sharding.shard(one, mesh, rules)), strict=True)
+        if not all(a.sharding == b.sharding for a, b in pairs if eqx.is_array(a)):
+            wrong.append(name)
+        if name == "plain" and largest(forward(by_hand, TOKENS), wanted["logits"]) > 1e-4:
+            wrong.append("logits")
+    return {"wrong": wrong}
+
+
+def put(mesh):
+    return lambda x, spec: jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
 
 
 def explicit(inside: bool) -> dict:
@@ -237,7 +262,7 @@ def stacked(preset: str, axes: dict[str, int], kind: str = "auto") -> dict:
         "placed alike": all(a.sharding.is_equivalent_to(b.sharding, a.ndim) for a, b in pairs),
         "weights": largest(one, other),
         "logits": largest(found["logits"], wanted["logits"]),
-        "gradients": largest(unstack(found["gradients"]), split_qkv(wanted["gradients"])),
+        "gradients": largest(unstack(found["gradients"]), sharding.split_qkv(wanted["gradients"])),
         "bytes": local_bytes(one) == local_bytes(sharding.shard(model, mesh, rules)),
         "lines": sharding.explain(one, mesh, rules).count("blocks.block.attn.Wq.weight"),
     }

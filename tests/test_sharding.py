@@ -93,6 +93,13 @@ def test_explicit_axes_inside_and_outside_of_set_mesh(ask, inside):
     assert ask("explicit", inside=inside) == {"wrong": []}
 
 
+@pytest.mark.parametrize("preset", some(MESHES, ("FSDP", "TENSOR_PARALLEL")))
+def test_placed_by_hand_it_lies_as_shard_places_it(ask, preset):
+    """By partition_specs, NamedSharding and device_put; of heads that the mesh does not divide, too."""
+    axes = {"TENSOR_PARALLEL": {"tp": 8}, "FSDP": {"fsdp": 4}}.get(preset, MESHES[preset][0])
+    assert ask("placed", preset=preset, axes=axes) == {"wrong": []}
+
+
 def test_tensor_parallel_blocks_send_what_they_must(ask):
     """One sum after attention and one after the network of each block; one for the embedding, if it is split."""
     assert ask("collectives", preset="TENSOR_PARALLEL", axes={"tp": 2}) == {"all-reduce": 4}
@@ -245,6 +252,10 @@ def test_wrong_rules_and_meshes(tiny_model, monkeypatch):
         make_mesh(tp=0)
     with refused("expected mesh and rules together, or device alone, found rules"):
         from_pretrained(GOLDEN / "hf_default", rules=TENSOR_PARALLEL)
+    with refused(r"rules\.embed: expected an axis of the mesh, tp, found 'fsdp'"):
+        partition_specs(tiny_model, FSDP, eight)
+    with refused(r"blocks\.0\.attn\.Wqkv\.weight: dimension 0 \(heads\) has size 4, which the 8 devices"):
+        partition_specs(tiny_model, strict, eight)
     grown = jax.tree_util.tree_map(lambda x: x, tiny_model)
     object.__setattr__(grown.blocks[0].norm_1, "weight", np.ones((2, 2)))
     with refused(r"blocks\.0\.norm_1\.weight: expected one of an MPT's weights, which one rule matches"):

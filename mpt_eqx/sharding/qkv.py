@@ -29,7 +29,10 @@ def qkv_slice_of(name: str, config: MPTConfig) -> tuple[str, slice]:
 
 
 def split_qkv(model: Any) -> Any:
-    """Returns the model, arrays or shapes, with Wq, Wk and Wv in place of each Wqkv."""
+    """Returns the model, arrays or shapes, with Wq, Wk and Wv in place of each Wqkv.
+
+    This is what `shard` does where the rules shard heads or kv_heads; `save_pretrained` writes Wqkv of it again.
+    """
     stacked = isinstance(model.blocks, StackedBlocks)
 
     def split(block: Any) -> Any:

@@ -7,62 +7,93 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from mpt_eqx.config import MPTConfig, ShardingRules
 from mpt_eqx.errors import ShardingError
 from mpt_eqx.model import MPT
 from mpt_eqx.model.leaves import is_array, leaf_name, named_arrays
 from mpt_eqx.ops.layout import axes_size, make_spec
-from mpt_eqx.sharding.rules import weight_axes
+from mpt_eqx.sharding.rules import check_axes, weight_axes
 
 
-def partition_specs(model: MPT | MPTConfig, rules: ShardingRules) -> Any:
-    """Returns the model, or that of a configuration, with a PartitionSpec in place of each array.
+def partition_specs(model: MPT | MPTConfig, rules: ShardingRules, mesh: Mesh | AbstractMesh | None = None) -> Any:
+    """Returns the model, or that of a configuration, with a PartitionSpec in place of each array, None of other leaves.
 
-    The spec of Wqkv is that of each of its three slices: rows of q, of k and of v are each sharded by heads.
+    With a mesh, these are the specs that `shard` gives. To place a model by hand, with the first line where the rules
+    shard heads or kv_heads:
+
+        model = sharding.split_qkv(model)
+        specs = sharding.partition_specs(model, rules, mesh)
+        arrays, rest = eqx.partition(model, eqx.is_array)
+        arrays = jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), arrays, specs)
+        model = eqx.combine(arrays, rest)
+
+    The specs are those of the tree as it is: that of Wqkv is the one of each of its three slices, since rows of q, of k
+    and of v are each sharded by heads.
+
+    Args:
+        model: a model, which may be on a mesh and quantised, or a configuration.
+        rules: which axes of the mesh shard which axes of the arrays.
+        mesh: axes of weights that it does not divide are replicated, or an error, as in `shard`. None: the mesh that
+            the model is on already; without one, as of a configuration, every axis counts as divided.
 
     Raises:
         ShardingError: two axes of a weight would be sharded over the same axis of the mesh, the model has an array that
-            is none of an MPT's weights, or the rules shard nothing of it.
+            is none of an MPT's weights, the rules shard nothing of it, a rule names an axis that the mesh does not
+            have, or the mesh does not divide an axis of a weight.
     """
     tree = abstract_model(model)
-    _check_rules_match(tree, rules)
-    return _map_arrays(
-        lambda name, leaf: make_spec([rules.axes(axis) for axis in _checked_axes(name, leaf, tree.config, rules)]), tree
-    )
+    if mesh is None and tree.layout is not None:
+        mesh = tree.layout.mesh
+    return _specs(tree, rules, mesh)
 
 
 def resolve_specs(model: Any) -> Any:
     """Returns a model that has a layout, arrays or shapes, with the PartitionSpec on its mesh in place of each array.
 
     Raises:
-        ShardingError: as `partition_specs`, or the mesh does not divide an axis of a weight.
+        ShardingError: as `partition_specs`.
     """
-    rules = model.layout.rules
-    _check_rules_match(model, rules)
+    return _specs(model, model.layout.rules, model.layout.mesh)
+
+
+def _specs(tree: Any, rules: ShardingRules, mesh: Mesh | AbstractMesh | None) -> Any:
+    """Returns the specs of a model, arrays or shapes; without a mesh every axis counts as divided."""
+    if mesh is not None:
+        check_axes(rules, mesh)
+    _check_rules_match(tree, rules)
 
     def one(name: str, leaf: Any) -> PartitionSpec:
-        return resolve_spec(name, leaf, _checked_axes(name, leaf, model.config, rules), model)
+        axes = _checked_axes(name, leaf, tree.config, rules)
+        if mesh is None:
+            return make_spec([rules.axes(axis) for axis in axes])
+        return _spec_on_mesh(name, units(leaf, axes, tree.config), axes, rules, mesh)
 
-    return _map_arrays(one, model)
+    return _map_arrays(one, tree)
 
 
-def resolve_spec(name: str, leaf: Any, axes: tuple[str | None, ...], model: Any) -> PartitionSpec:
+def _spec_on_mesh(
+    name: str,
+    counts: list[tuple[int, str]],
+    axes: tuple[str | None, ...],
+    rules: ShardingRules,
+    mesh: Mesh | AbstractMesh,
+) -> PartitionSpec:
     """Returns the PartitionSpec of one weight on a mesh.
 
     Args:
         name: its name.
-        leaf: the array or its shape.
+        counts: its `units`.
         axes: its logical axes.
-        model: has the layout and the configuration.
+        rules: for a mesh with the axes that they name.
+        mesh: the mesh.
 
     Raises:
         ShardingError: the mesh does not divide an axis, and `rules.allow_replicated` does not name it.
     """
-    rules, mesh = model.layout.rules, model.layout.mesh
     parts: list[tuple[str, ...]] = []
-    for dimension, (axis, (count, _)) in enumerate(zip(axes, units(leaf, axes, model.config), strict=True)):
+    for dimension, (axis, (count, _)) in enumerate(zip(axes, counts, strict=True)):
         mesh_axes = rules.axes(axis)
         devices = axes_size(mesh, mesh_axes)
         divided = count % devices == 0
