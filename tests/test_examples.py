@@ -202,7 +202,8 @@ def test_extrapolation(run, tmp_path):
     out = run("extrapolation.py", *args)
     within, beyond = figures(r"^(?:learned|ALiBi).*?  (\d\S+)  (\S+)$", out).T
     (untrained, _, alibi, shipped) = beyond - within
-    assert untrained > alibi and abs(alibi) < 0.1 and abs(shipped) < 0.3
+    # Their standard error is 0.06: other bytes stand at each position. In the difference of two it cancels.
+    assert untrained > alibi + 0.1 and abs(alibi) < 0.2 and abs(shipped) < 0.3
     assert (tmp_path / "beyond.png").stat().st_size > 5000
 
 
