@@ -100,6 +100,16 @@ def some(names, kept=KINDS):
     return [name if name in kept else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
+def one_in(count, params):
+    """Parameters of a test, of which all but the first of each `count` are long proofs."""
+    return [
+        param
+        if i % count == 0
+        else pytest.param(*(param if isinstance(param, tuple) else (param,)), marks=pytest.mark.slow)
+        for i, param in enumerate(params)
+    ]
+
+
 @contextmanager
 def asked_by_line(script: str):
     """Runs one of the helper scripts and yields a function that gives it a line and returns the line it answers."""

@@ -818,7 +818,7 @@ def test_files_changed_at_random(tmp_path, kind):
     """Nothing but our own error, and nothing is run. No format has sums over its numbers. A few, in this process."""
     from box import attempt
 
-    change_at_random(kind, tmp_path / "m", lambda directory: attempt(str(directory)), 12)
+    change_at_random(kind, tmp_path / "m", lambda directory: attempt(str(directory)), 4)
 
 
 @pytest.mark.slow

@@ -279,6 +279,7 @@ def test_quantising_a_checkpoint_needs_a_tensor(measure, deep, scheme):
     assert "error" not in found and found["peak"] < most, found
 
 
+@pytest.mark.slow
 def test_the_numbers_are_the_same_in_every_format(checkpoints):
     from mpt_eqx import checkpoint_info
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN, examples
+from conftest import GOLDEN, examples, one_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutate import mutant
@@ -488,7 +488,9 @@ def test_the_checks_pass_and_judge_nearly_every_row():
     assert np.mean(check(sampling, FUNCTIONS)) > 0.98
 
 
-@pytest.mark.parametrize(("name", "part", "other"), MUTATIONS, ids=[f"{m[0]}: {m[1]} → {m[2]}" for m in MUTATIONS])
+@pytest.mark.parametrize(
+    ("name", "part", "other"), one_in(3, MUTATIONS), ids=[f"{m[0]}: {m[1]} → {m[2]}" for m in MUTATIONS]
+)
 def test_the_checks_notice_a_mutation(name, part, other):
     from mpt_eqx import sampling
 

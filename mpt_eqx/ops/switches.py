@@ -127,7 +127,7 @@ def _is_explicit(mesh: Mesh | AbstractMesh) -> bool:
 
 def _explicit_mesh(tree: Any) -> Mesh | AbstractMesh | None:
     """Returns the mesh of the first array that has Explicit axes."""
-    arrays = (x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array))
+    arrays = (x for x in jax.tree.leaves(tree, is_leaf=_is_iterator) if isinstance(x, jax.Array))
     return next((_mesh(x) for x in arrays if _is_explicit(jax.typeof(x).sharding.mesh)), None)
 
 
@@ -154,7 +154,12 @@ def _with_auto_axes(tree: Any) -> Any:
             return jax.device_put(x, x.sharding.update(mesh=with_auto_axes(mesh)))
         return _resharded(x, with_auto_axes(mesh))
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(one, tree, is_leaf=_is_iterator)
+
+
+def _is_iterator(node: Any) -> bool:
+    """Tells whether a node of arguments can be read only once; JAX warns of those."""
+    return isinstance(node, Iterator)
 
 
 def _replicated(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
