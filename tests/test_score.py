@@ -39,18 +39,30 @@ def test_scores_are_those_of_the_formula(small, sequences, dtype):
             np.testing.assert_array_equal(found.is_greedy, np.asarray(logits).argmax(-1) == tokens[1:])
 
 
-@pytest.mark.parametrize("case", some(["hf_generate", "f_gqa_kv2", "f_rope_dynamic", "f_torch_dmoe"], ["hf_generate"]))
-def test_scores_give_the_recorded_loss(golden, case):
-    """Of sequences without padding, with the cache and not, as the reference computes it."""
+@pytest.mark.parametrize(
+    "name", some(["f_mha_alibi", "f_gqa_kv2", "f_rope_dynamic", "f_torch_dmoe", "hf_untied"], ["f_gqa_kv2"])
+)
+def test_scores_give_the_loss_of_the_reference(golden, name):
+    """The mean over the tokens that its labels count."""
     from mpt_eqx import score
-    from mpt_eqx.train import next_token_loss
 
-    reference = golden(case)
-    vocabulary = reference.model.config.vocab_size
-    tokens = np.random.default_rng(0).integers(vocabulary, size=(3, 14))
-    loss = float(next_token_loss(reference.model, tokens))
-    found = score(reference.model, tokens)
-    assert -sum(each.total for each in found) / (3 * 13) == pytest.approx(loss, abs=2e-5)
+    case = golden(name)
+    tokens, labels = case.expected["input_ids"], case.expected["labels"]
+    counted = labels[:, 1:] != -100
+    assert (labels[:, 1:] == tokens[:, 1:])[counted].all()
+    found = np.stack([each.logprobs for each in score(case.model, tokens)])
+    np.testing.assert_allclose(-found[counted].mean(), case.expected["loss"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("form", ["int8", "stacked"])
+def test_models_of_every_form(small, sequences, form):
+    from mpt_eqx import quantize, score, stack
+
+    model = stack(small) if form == "stacked" else quantize(small, "int8")
+    tokens = sequences[0][:20]
+    logits = jax.jit(lambda tokens: model(tokens, logits_dtype="float32"))(jnp.asarray(tokens))[:-1]
+    expected = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(tokens) - 1), tokens[1:]]
+    np.testing.assert_allclose(score(model, [tokens])[0].logprobs, expected, atol=2e-5)
 
 
 @pytest.mark.optimized
