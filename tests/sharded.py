@@ -13,6 +13,7 @@ import equinox as eqx
 import jax
 import numpy as np
 import optax
+from wrappers import make_lora
 
 from mpt_eqx import (
     MPT,
@@ -182,6 +183,23 @@ def placed(preset: str, axes: dict[str, int]) -> dict:
 
 def put(mesh):
     return lambda x, spec: jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+
+
+def wrapped(preset: str, axes: dict[str, int], places: list[str]) -> dict:
+    """How far a model with wrapped weights on a mesh is from the same on one device."""
+    mesh, rules = mesh_of("auto", axes), rules_of(preset, None)
+    model = surgery.replace(MPT(MPTConfig(**ODD), key=jax.random.key(0)), places, make_lora)
+    shared = sharding.shard(model, mesh, rules)
+    found, wanted = trained(shared, TOKENS), trained(model, TOKENS)
+    leaves = jax.tree.leaves(sharding.shard(eqx.filter(found["gradients"], eqx.is_array), mesh, rules))
+    tokens = [generate(m, PROMPTS, max_new_tokens=4).tokens.tolist() for m in (model, shared)]
+    if rules.heads:
+        wanted |= {name: sharding.split_qkv(wanted[name]) for name in ("gradients", "step")}
+    return {
+        "far": {name: value for name in wanted if not (value := largest(found[name], wanted[name])) < 1e-4},
+        "tokens": tokens[0] == tokens[1],
+        "gradients": all(a.sharding == b.sharding for a, b in zip(leaves, jax.tree.leaves(shared), strict=True)),
+    }
 
 
 def explicit(inside: bool) -> dict:

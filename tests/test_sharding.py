@@ -100,6 +100,20 @@ def test_placed_by_hand_it_lies_as_shard_places_it(ask, preset):
     assert ask("placed", preset=preset, axes=axes) == {"wrong": []}
 
 
+WRAPPED = {
+    "FSDP": ({"fsdp": 4}, ["*.attn.Wqkv", "*.ffn.up_proj", "wte"]),
+    "TENSOR_PARALLEL": ({"tp": 4}, ["*.ffn.up_proj", "wte"]),
+}
+
+
+@pytest.mark.parametrize("preset", some(WRAPPED, ("FSDP",)))
+def test_a_wrapped_model_on_a_mesh_computes_what_one_device_does(ask, preset):
+    """Logits, loss, gradients, a step of AdamW and tokens; gradients lie as the weights do."""
+    axes, places = WRAPPED[preset]
+    found = ask("wrapped", preset=preset, axes=axes, places=places)
+    assert found == {"far": {}, "tokens": True, "gradients": True}
+
+
 def test_tensor_parallel_blocks_send_what_they_must(ask):
     """One sum after attention and one after the network of each block; one for the embedding, if it is split."""
     assert ask("collectives", preset="TENSOR_PARALLEL", axes={"tp": 2}) == {"all-reduce": 4}

@@ -39,7 +39,7 @@ def check_savable(model: Any) -> tuple[Quantization | None, np.dtype | None]:
     nodes = jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, QuantizedWeight))
     quantized = [node for node in nodes if isinstance(node, QuantizedWeight)]
     scheme = "int4" if quantized and quantized[0].values.dtype == np.uint8 else "int8"
-    guess = Quantization(scheme, isinstance(model.wte.weight, QuantizedWeight)) if quantized else None
+    guess = Quantization(scheme, isinstance(getattr(model.wte, "weight", None), QuantizedWeight)) if quantized else None
     try:
         quantization = quantization_of(model)
     except MPTError as error:

@@ -13,9 +13,9 @@ from mpt_eqx.config.sharding_rules import mesh_axes
 from mpt_eqx.model import MPT
 from mpt_eqx.model.leaves import named_arrays
 from mpt_eqx.ops.layout import axes_size
-from mpt_eqx.sharding.rules import weight_axes
 from mpt_eqx.sharding.shard import with_layout
 from mpt_eqx.sharding.specs import abstract_model, is_spec, resolve_specs, units
+from mpt_eqx.sharding.wrappers import array_axes
 
 
 def explain(model: MPT | MPTConfig, mesh: Mesh | AbstractMesh, rules: ShardingRules) -> str:
@@ -35,9 +35,8 @@ def explain(model: MPT | MPTConfig, mesh: Mesh | AbstractMesh, rules: ShardingRu
     tree = with_layout(abstract_model(model, jax.numpy.bfloat16), mesh, rules)
     rows: collections.Counter[tuple[str, ...]] = collections.Counter()
     total = per_device = 0
-    for (name, leaf), spec in zip(
-        named_arrays(tree), jax.tree.leaves(resolve_specs(tree), is_leaf=is_spec), strict=True
-    ):
+    specs, axes_of = jax.tree.leaves(resolve_specs(tree), is_leaf=is_spec), array_axes(tree)
+    for (name, leaf), spec in zip(named_arrays(tree), specs, strict=True):
         nbytes = leaf.size * leaf.dtype.itemsize
         part = nbytes // math.prod(axes_size(mesh, mesh_axes(axes)) for axes in spec)
         rows[
@@ -45,7 +44,7 @@ def explain(model: MPT | MPTConfig, mesh: Mesh | AbstractMesh, rules: ShardingRu
             " × ".join(map(str, leaf.shape)),
             " ".join("+".join(mesh_axes(axes)) or "·" for axes in spec),
             f"{part:,}",
-            _replicated(name, leaf, spec, tree),
+            _replicated(axes_of[name], leaf, spec, tree),
         ] += 1
         total, per_device = total + nbytes, per_device + part
     table = [
@@ -63,9 +62,9 @@ def explain(model: MPT | MPTConfig, mesh: Mesh | AbstractMesh, rules: ShardingRu
     )
 
 
-def _replicated(name: str, leaf: Any, spec: PartitionSpec, model: Any) -> str:
+def _replicated(axes: tuple[str | None, ...], leaf: Any, spec: PartitionSpec, model: Any) -> str:
     """Returns which axes of a weight are replicated although a rule shards them, and why."""
-    axes, rules = weight_axes(name, leaf, model.config), model.layout.rules
+    rules = model.layout.rules
     reasons = [
         f"{count} {unit} over {axes_size(model.layout.mesh, rules.axes(axis))} devices"
         for axis, (count, unit), part in zip(axes, units(leaf, axes, model.config), spec, strict=True)

@@ -7,6 +7,8 @@ import equinox as eqx
 import jax
 
 from mpt_eqx.config import MPTConfig
+from mpt_eqx.errors import ShardingError
+from mpt_eqx.model.linear import Linear
 from mpt_eqx.model.stacked import StackedBlocks
 
 
@@ -31,12 +33,13 @@ def qkv_slice_of(name: str, config: MPTConfig) -> tuple[str, slice]:
 def split_qkv(model: Any) -> Any:
     """Returns the model, arrays or shapes, with Wq, Wk and Wv in place of each Wqkv.
 
-    This is what `shard` does where the rules shard heads or kv_heads; `save_pretrained` writes Wqkv of it again.
+    This is what `shard` does where the rules shard heads or kv_heads; `save_pretrained` writes Wqkv of it again. A
+    wrapper around Wqkv stays.
     """
     stacked = isinstance(model.blocks, StackedBlocks)
 
     def split(block: Any) -> Any:
-        if block.attn.Wqkv is None:
+        if type(block.attn.Wqkv) is not Linear:
             return block
         parts = [
             jax.tree.map(lambda array, rows=rows: _rows(array, rows, axis=int(stacked)), block.attn.Wqkv)
@@ -50,6 +53,17 @@ def split_qkv(model: Any) -> Any:
     if stacked:
         return eqx.tree_at(lambda m: m.blocks.block, model, split(model.blocks.block))
     return eqx.tree_at(lambda m: m.blocks, model, tuple(split(block) for block in model.blocks))
+
+
+def check_not_wrapped(model: Any) -> None:
+    """Raises a ShardingError if something else than a Linear stands for Wqkv, which then cannot be split."""
+    blocks = {"block": model.blocks.block} if isinstance(model.blocks, StackedBlocks) else dict(enumerate(model.blocks))
+    for number, block in blocks.items():
+        if block.attn.Wqkv is not None and type(block.attn.Wqkv) is not Linear:
+            raise ShardingError(
+                f"blocks.{number}.attn.Wqkv: expected a Linear, split into Wq, Wk and Wv where rules shard heads, "
+                f"found {type(block.attn.Wqkv).__name__}; shard the model first, and then wrap Wq, Wk and Wv"
+            )
 
 
 def _rows(array: Any, rows: slice, axis: int) -> Any:

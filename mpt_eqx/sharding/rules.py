@@ -73,7 +73,8 @@ def weight_axes(name: str, leaf: Any, config: MPTConfig) -> tuple[str | None, ..
     if len(found) != 1 or len(found[0]) != len(leaf.shape):
         raise ShardingError(
             f"{name}: expected one of an MPT's weights, which one rule matches, found shape {tuple(leaf.shape)} and "
-            f"{len(found)} rules; shard the MPT before other arrays are added to it"
+            f"{len(found)} rules; shard the MPT before other arrays are added to it, or wrap a Linear or an Embedding "
+            f"of the shape that the configuration says"
         )
     if config.attn_config.qk_gn and re.search(r"\.[qk]_ln\.", name):
         return ("head_dim",)

@@ -30,6 +30,8 @@ def shard(model: MPT, mesh: Mesh, rules: ShardingRules) -> MPT:
     Where the rules shard heads or kv_heads, Wq, Wk and Wv replace Wqkv, because no contiguous part of its rows has the
     q, k and v of some heads. Where they do not, as in FSDP, it stays. `save_pretrained` writes Wqkv in both cases.
 
+    What is wrapped, as by a LoRA, is sharded as it is without; of the wrapper's own arrays `partition_specs` says more.
+
     Args:
         model: the model; it may be on a mesh already, and its arrays may be NumPy's.
         mesh: devices with named axes, from `make_mesh`, `jax.make_mesh` or `jax.sharding.Mesh`. Its axes may be Auto or

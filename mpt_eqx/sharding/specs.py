@@ -12,9 +12,11 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from mpt_eqx.config import MPTConfig, ShardingRules
 from mpt_eqx.errors import ShardingError
 from mpt_eqx.model import MPT
-from mpt_eqx.model.leaves import is_array, leaf_name, named_arrays
+from mpt_eqx.model.leaves import is_array, leaf_name
 from mpt_eqx.ops.layout import axes_size, make_spec
-from mpt_eqx.sharding.rules import check_axes, weight_axes
+from mpt_eqx.sharding.qkv import check_not_wrapped
+from mpt_eqx.sharding.rules import check_axes
+from mpt_eqx.sharding.wrappers import array_axes
 
 
 def partition_specs(model: MPT | MPTConfig, rules: ShardingRules, mesh: Mesh | AbstractMesh | None = None) -> Any:
@@ -32,6 +34,10 @@ def partition_specs(model: MPT | MPTConfig, rules: ShardingRules, mesh: Mesh | A
     The specs are those of the tree as it is: that of Wqkv is the one of each of its three slices, since rows of q, of k
     and of v are each sharded by heads.
 
+    A Linear or Embedding in a wrapper has the specs that it has without; it is found by its shape. The wrapper's own
+    arrays are replicated, unless it has an attribute `logical_axes`: a mapping from names of its fields to names of
+    axes, such as {"a": (None, "embed"), "b": ("mlp", None)}.
+
     Args:
         model: a model, which may be on a mesh and quantised, or a configuration.
         rules: which axes of the mesh shard which axes of the arrays.
@@ -40,7 +46,8 @@ def partition_specs(model: MPT | MPTConfig, rules: ShardingRules, mesh: Mesh | A
 
     Raises:
         ShardingError: two axes of a weight would be sharded over the same axis of the mesh, the model has an array that
-            is none of an MPT's weights, the rules shard nothing of it, a rule names an axis that the mesh does not
+            is none of an MPT's weights nor in a wrapper, Wqkv is wrapped and the rules shard heads, a `logical_axes`
+            does not fit, the rules shard nothing of it, a rule names an axis that the mesh does not
             have, or the mesh does not divide an axis of a weight.
     """
     tree = abstract_model(model)
@@ -62,10 +69,14 @@ def _specs(tree: Any, rules: ShardingRules, mesh: Mesh | AbstractMesh | None) ->
     """Returns the specs of a model, arrays or shapes; without a mesh every axis counts as divided."""
     if mesh is not None:
         check_axes(rules, mesh)
-    _check_rules_match(tree, rules)
+    if rules.heads or rules.kv_heads:
+        check_not_wrapped(tree)
+    axes_of = array_axes(tree)
+    _check_rules_match(axes_of, rules)
 
     def one(name: str, leaf: Any) -> PartitionSpec:
-        axes = _checked_axes(name, leaf, tree.config, rules)
+        axes = axes_of[name]
+        _check_different(name, axes, rules)
         if mesh is None:
             return make_spec([rules.axes(axis) for axis in axes])
         return _spec_on_mesh(name, units(leaf, axes, tree.config), axes, rules, mesh)
@@ -142,22 +153,19 @@ def is_spec(node: Any) -> bool:
     return isinstance(node, PartitionSpec)
 
 
-def _checked_axes(name: str, leaf: Any, config: MPTConfig, rules: ShardingRules) -> tuple[str | None, ...]:
-    """Returns the logical axes of a weight, of which no two are sharded over the same axis of the mesh."""
-    axes = weight_axes(name, leaf, config)
+def _check_different(name: str, axes: tuple[str | None, ...], rules: ShardingRules) -> None:
+    """Raises a ShardingError if two axes of a weight are sharded over the same axis of the mesh."""
     used = [axis for logical in axes for axis in rules.axes(logical)]
     if twice := [axis for axis in used if used.count(axis) > 1]:
         raise ShardingError(
             f"{name}: expected different mesh axes for {' and '.join(map(str, axes))}, found {twice[0]!r} twice; "
             f"change one of the two rules"
         )
-    return axes
 
 
-def _check_rules_match(tree: Any, rules: ShardingRules) -> None:
+def _check_rules_match(axes_of: dict[str, tuple[str | None, ...]], rules: ShardingRules) -> None:
     """Raises a ShardingError if the rules shard nothing of a model, neither weights nor activations."""
-    matched = {axis for name, leaf in named_arrays(tree) for axis in weight_axes(name, leaf, tree.config) if axis}
-    matched |= {"batch", "seq", "head_dim"}
+    matched = {axis for axes in axes_of.values() for axis in axes if axis} | {"batch", "seq", "head_dim"}
     if not any(rules.axes(axis) for axis in matched):
         raise ShardingError(
             f"rules: expected one for an axis that this model has, {', '.join(sorted(matched))}, found {rules}"

@@ -21,6 +21,7 @@ from mpt_eqx.model.moe import Router
 from mpt_eqx.ops.quantized import GROUP, QuantizedWeight
 from mpt_eqx.ops.switches import model_function
 from mpt_eqx.sharding import shard
+from mpt_eqx.sharding.wrappers import find_bases, place_of
 
 NUMBERS = 2**20
 """Numbers quantised at a time, in whole rows, so that a large weight needs little additional memory."""
@@ -43,7 +44,8 @@ def quantize(model: MPT, scheme: str, *, embeddings: bool = False) -> MPT:
 
     int8 has one scale per row, the largest magnitude / 127. int4 has one scale per 32 columns of a row, chosen among
     nine candidates by squared error. Weights are quantised one at a time, in memory for the result and a few rows.
-    Gradients are those of the floating-point arrays: of weights that are not quantised, and of scales.
+    Gradients are those of the floating-point arrays: of weights that are not quantised, and of scales. In a wrapper,
+    such as a LoRA's, the weight that it wraps is quantised, and its own arrays are not.
 
     Args:
         model: a model in any floating-point type, in which it still computes. On a mesh the result is sharded alike.
@@ -83,12 +85,12 @@ def quantization_of(model: MPT) -> Quantization | None:
     Raises:
         MPTError: the weights that are quantised are not those that one call of `quantize` quantises.
     """
-    nodes = jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, QuantizedWeight))
-    found = [node for node in nodes if isinstance(node, QuantizedWeight)]
+    nodes = jax.tree_util.tree_leaves_with_path(model, is_leaf=lambda node: isinstance(node, QuantizedWeight))
+    found = {leaf_name(path): node for path, node in nodes if isinstance(node, QuantizedWeight)}
     if not found:
         return None
-    schemes = {"int4" if weight.values.dtype == jnp.uint8 else "int8" for weight in found}
-    quantization = Quantization(min(schemes), isinstance(model.wte.weight, QuantizedWeight))
+    schemes = {"int4" if weight.values.dtype == jnp.uint8 else "int8" for weight in found.values()}
+    quantization = Quantization(min(schemes), any(name.startswith("wte.") for name in found))
     wanted = _quantizable(model, quantization)
     if len(schemes) > 1 or len(wanted) != len(found) or not all(isinstance(w, QuantizedWeight) for w in wanted):
         raise MPTError(
@@ -101,13 +103,18 @@ def quantization_of(model: MPT) -> Quantization | None:
 def with_quantized(model: Any, quantization: Quantization, make: Callable[[str, Any], Any]) -> Any:
     """Returns a model, or a part of one, with make(name, weight) in place of each weight to quantise.
 
+    Of a wrapper in a model this is the weight that it wraps; linear maps of its own stay.
+
     Raises:
         MPTError: int4 is asked for, and the columns of a weight are no multiple of 32.
     """
+    bases = find_bases(model) if isinstance(model, MPT) else {}
 
     def change(path: tuple[Any, ...], node: Any) -> Any:
         name = leaf_name(path)
-        if not isinstance(node, Linear) and not (quantization.embeddings and name == "wte"):
+        place = place_of(name) or name
+        wanted = quantization.embeddings if place == "wte" else isinstance(node, Linear)
+        if not wanted or not isinstance(node, Linear | Embedding) or bases.get(place, name) != name:
             return node
         name, weight = f"{name}.weight", node.weight
         if quantization.scheme == "int4" and not isinstance(weight, QuantizedWeight) and weight.shape[-1] % GROUP:
