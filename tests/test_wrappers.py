@@ -5,8 +5,8 @@ import re
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from conftest import some
 from jax.sharding import AbstractMesh, PartitionSpec
 from wrappers import Lora, LoraWithAxes, Outer, make_lora, make_nested
 
@@ -103,7 +103,7 @@ def test_what_cannot_be_sharded(model):
         partition_specs(less, FSDP)
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("scheme", some(["int8", "int4"], ["int8"]))
 def test_what_is_wrapped_is_quantised_as_without(model, scheme):
     """The embedding, too, where it is asked for; own arrays and linear maps of the wrapper stay."""
     from mpt_eqx import quantize
@@ -121,6 +121,19 @@ def test_what_is_wrapped_is_quantised_as_without(model, scheme):
     if scheme == "int8":
         logits = wrapped(TOKENS)
         assert jnp.abs(found(TOKENS) - logits).max() < 0.02 * jnp.abs(logits).max()
+
+
+def test_a_wrapped_embedding_without_a_weight_is_quantised_and_not_saved(model, tmp_path):
+    from mpt_eqx import CheckpointError, quantize, save_pretrained
+    from mpt_eqx.surgery.quantization import quantization_of
+
+    class Bare(eqx.Module):
+        base: eqx.Module
+
+    bare = quantize(wrap(model, "wte", Bare), "int8", embeddings=True)
+    assert quantization_of(bare).embeddings
+    with pytest.raises(CheckpointError, match="wte: expected an Embedding, .* found test_wrappers.*Bare"):
+        save_pretrained(bare, tmp_path / "saved")
 
 
 def bases(wrapped):
