@@ -17,7 +17,7 @@ OTHER = ("hf_generate", "hf_alibi_bias_max16", "hf_ignored_keys")
 FLOAT32 = tuple(name for name in FAMILY if name not in (*LOW_PRECISION, *TRAINED, *OTHER))
 ATOL = 1e-4
 FEWER = KINDS[::2]
-PADDED = {(name, "l") for name in KINDS}
+PADDED = {("left.", name) for name in KINDS}
 
 
 def batch(case, prefix=""):
@@ -43,11 +43,11 @@ def difference(case, prefix=""):
 
 
 @pytest.mark.parametrize(
-    ("name", "padding"),
+    ("padding", "name"),
     [
-        pytest.param(name, padding, marks=pytest.mark.slow if padding and (name, padding[0]) not in PADDED else ())
-        for name in FLOAT32
+        pytest.param(padding, name, marks=pytest.mark.slow if padding and (padding, name) not in PADDED else ())
         for padding in ("", "left.", "right.")
+        for name in FLOAT32
     ],
 )
 def test_logits(golden, name, padding):
