@@ -26,6 +26,7 @@ from mpt_eqx import (
     prefill,
     quantize,
     save_pretrained,
+    score,
     sharding,
     stack,
     stream,
@@ -157,6 +158,20 @@ def decoded(preset: str, axes: dict[str, int]) -> dict:
         "shard_map": jax.jit(mapped)(model, prompts, numbers),
     }
     return {name: np.array_equal(tokens, wanted["sampled"]) for name, tokens in found.items()}
+
+
+def scored(form: str, kind: str, inside: bool = False) -> dict:
+    """How far scores on a mesh are from those of one device: of a shared prefix, and of more sequences than rows."""
+    model, rows = alone("hf_generate")[0], [PROMPTS[0], *PROMPTS, TOKENS[0], [3, 5]]
+    model = {"plain": lambda m: m, "stacked": stack, "int8": lambda m: quantize(m, "int8")}[form](model)
+    mesh, options = mesh_of(kind, {"fsdp": 2, "tp": 2}), {"prefix_lengths": [4, 1, 2, 3, 6, 4, 1]}
+    shared, wanted = sharding.shard(model, mesh, sharding.FSDP_TP), score(model, rows, **options)
+    with jax.set_mesh(mesh) if inside else contextlib.nullcontext():
+        found = score(shared, rows, batch_tokens=1024, **options)
+    return {
+        "logprobs": largest([each.logprobs for each in found], [each.logprobs for each in wanted]),
+        "greedy": all(np.array_equal(a.is_greedy, b.is_greedy) for a, b in zip(found, wanted, strict=True)),
+    }
 
 
 def placed(preset: str, axes: dict[str, int]) -> dict:

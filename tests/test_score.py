@@ -112,7 +112,7 @@ def test_rows_read_together_have_the_same_scores(small, sequences, monkeypatch):
 def test_other_lengths_compile_nothing(small, prompts):
     from mpt_eqx import score
 
-    score(small, prompts(300, 40), prefix_lengths=[290, 2])
+    score(small, prompts(300, 300, 40), prefix_lengths=[290, 1, 2])
     with counting_compiles() as compiles:
         score(small, prompts(2, 33, 257, 380, 477), prefix_lengths=[1, 32, 5, 290, 3])
     assert compiles == []

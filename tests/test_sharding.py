@@ -79,6 +79,14 @@ def test_decode_on_a_mesh_and_inside_shard_map(ask):
     assert ask("decoded", preset="FSDP_TP", axes={"fsdp": 2, "tp": 2}) == {"vmap": True, "shard_map": True}
 
 
+@pytest.mark.parametrize("form", some(["plain", "stacked", "int8"], ["plain"]))
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_scores_on_a_mesh_are_those_of_one_device(ask, form, kind):
+    """With Explicit axes inside of `jax.set_mesh`; outside of it, `shard` has the same arrays."""
+    found = ask("scored", form=form, kind=kind, inside=kind == "explicit")
+    assert found["logprobs"] < 1e-4 and found["greedy"]
+
+
 def test_a_mesh_with_explicit_axes_and_one_of_three(ask):
     found = ask("compare", case="hf_generate", preset="FSDP_TP", axes={"fsdp": 2, "tp": 4}, kind="explicit")
     assert close(found), found
