@@ -773,7 +773,7 @@ IN_SCORES = {
 
 
 @pytest.mark.parametrize("how", ["forward", "extend"])
-@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("feature", one_in(2, FEATURES))
 def test_what_a_model_uses_does_show(feature, how):
     base, change, per_layer, outside = FEATURES[feature]
     if how == "extend":

@@ -41,6 +41,7 @@ def counting_compiles():
     "sampling", [pytest.param({}, marks=pytest.mark.slow), {**SAMPLED, "key": jax.random.key(5)}],
     ids=["greedy", "sampled"],
 )  # fmt: skip
+@pytest.mark.parametrize("way", ["XLA", pytest.param("kernel", marks=pytest.mark.slow)], indirect=True)
 def test_a_row_alone_equals_the_row_in_a_batch(tiny_model, prompts, sampling, way):
     """Its tokens, and its logits to 1e-5: in float32, with the kernel and without."""
     from mpt_eqx import generate
