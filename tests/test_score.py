@@ -118,6 +118,14 @@ def test_other_lengths_compile_nothing(small, prompts):
     assert compiles == []
 
 
+def test_prefixes_of_the_longest_sequences_share_a_cache_size(small):
+    """Also where padding goes beyond max_seq_len: each size would compile its own programs."""
+    from mpt_eqx.evaluation.score import _job
+
+    row = np.ones(small.config.max_seq_len, np.int64)
+    assert {_job(small.config, 0, row, prefix).capacity for prefix in range(1, len(row))} == {1024, 1024 + 32}
+
+
 @pytest.mark.optimized
 @pytest.mark.filterwarnings("ignore:Some donated buffers")
 def test_memory_is_that_of_the_cache_and_of_256_rows_of_logits(tiny_config):

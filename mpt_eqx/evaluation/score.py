@@ -114,7 +114,9 @@ def _job(config: MPTConfig, number: int, row: np.ndarray, prefix: int) -> _Job:
     row = row.astype(np.int32)
     given, inputs, targets = row[: prefix - 1], row[prefix - 1 : -1], row[prefix:]
     room = max(sum(chunk_sizes(len(given))), len(given) + sum(chunk_sizes(len(inputs))))
-    return _Job(number, given, inputs, targets, cache_bucket(config, room))
+    # Padding may go beyond the longest sequence: into one size of cache, not into one for each length.
+    capacity = cache_bucket(config, room) if room <= config.max_seq_len else config.max_seq_len + CHUNKS[1]
+    return _Job(number, given, inputs, targets, capacity)
 
 
 def _scores(model: MPT, jobs: list[_Job], capacity: int, batch_tokens: int) -> Iterator[tuple[_Job, Score]]:
