@@ -82,7 +82,7 @@ def test_decode_on_a_mesh_and_inside_shard_map(ask):
 @pytest.mark.parametrize("form", some(["plain", "stacked", "int8"], ["plain"]))
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 def test_scores_on_a_mesh_are_those_of_one_device(ask, form, kind):
-    """With Explicit axes inside of `jax.set_mesh`; outside of it, `shard` has the same arrays."""
+    """With Auto axes, and with Explicit ones inside of `jax.set_mesh`."""
     found = ask("scored", form=form, kind=kind, inside=kind == "explicit")
     assert found["logprobs"] < 1e-4 and found["greedy"]
 
