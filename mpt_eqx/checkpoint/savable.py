@@ -83,9 +83,9 @@ def _differences(found: Any, wanted: Any, name: str) -> Any:
     elif dataclasses.is_dataclass(wanted) and isinstance(wanted, eqx.Module):
         if name and type(found) is not type(wanted):
             plain = type(wanted).__name__
-            article = "an" if plain[0] in "AEIOU" else "a"
+            asked = f"an {plain}" if plain[0] in "AEIOU" else f"a {plain}"
             yield (
-                f"{name}: expected {article} {plain}, which model.config asks for, found {_kind(found)}; put a plain {plain} "
+                f"{name}: expected {asked}, which model.config asks for, found {_kind(found)}; put a plain {plain} "
                 f"there with mpt_eqx.surgery.replace (of a LoRA its merged weight, of a wrapper what it wraps), "
                 f"or {KEEP}"
             )
