@@ -23,6 +23,7 @@ from mpt_eqx import (
     decode,
     from_pretrained,
     generate,
+    interp,
     prefill,
     quantize,
     save_pretrained,
@@ -158,6 +159,29 @@ def decoded(preset: str, axes: dict[str, int]) -> dict:
         "shard_map": jax.jit(mapped)(model, prompts, numbers),
     }
     return {name: np.array_equal(tokens, wanted["sampled"]) for name, tokens in found.items()}
+
+
+def edited(kind: str, inside: bool = False) -> dict:
+    """How far activations and logits with edits on a mesh are from those of one device, in one pass and generated."""
+    model, mesh = alone("hf_generate")[0], mesh_of(kind, {"fsdp": 2, "tp": 2})
+    vector = np.linspace(-1, 1, model.config.d_model, dtype=np.float32)
+    edits = {
+        "blocks.0.hook_resid_post": interp.Add(vector, positions=slice(3, None)),
+        "blocks.1.attn.hook_pattern": interp.Scale(0.5),
+    }
+    shared = sharding.shard(model, mesh, sharding.FSDP_TP)
+
+    def found(model):
+        run = eqx.filter_jit(lambda model, row: interp.run(model, row, edits=edits, capture="*.hook_z"))
+        rows = [edits, None, {"hook_embed": interp.Scale(2)}, edits]
+        return {
+            "run": run(model, jax.numpy.asarray(PROMPTS[0])),
+            "generate": generate(model, PROMPTS, edits=rows, max_new_tokens=3, return_logits=True).logits,
+        }
+
+    with jax.set_mesh(mesh) if inside else contextlib.nullcontext():
+        there = found(shared)
+    return {name: largest(there[name], wanted) for name, wanted in found(model).items()}
 
 
 def scored(form: str, kind: str, inside: bool = False) -> dict:

@@ -79,6 +79,12 @@ def test_decode_on_a_mesh_and_inside_shard_map(ask):
     assert ask("decoded", preset="FSDP_TP", axes={"fsdp": 2, "tp": 2}) == {"vmap": True, "shard_map": True}
 
 
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_edits_on_a_mesh_are_those_of_one_device(ask, kind):
+    found = ask("edited", kind=kind, inside=kind == "explicit")
+    assert all(difference < 1e-4 for difference in found.values()), found
+
+
 @pytest.mark.parametrize("form", some(["plain", "stacked", "int8"], ["plain"]))
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 def test_scores_on_a_mesh_are_those_of_one_device(ask, form, kind):
