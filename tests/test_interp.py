@@ -325,6 +325,8 @@ def test_embeddings_stand_in_for_tokens(tiny_model):
     ]:
         with pytest.raises(MPTError, match=message):
             tiny_model(TOKENS, embeddings=embeddings)
+    with pytest.raises(MPTError, match="tokens: expected the ids of one sequence"):
+        tiny_model(5, embeddings=rows)
     with pytest.raises(MPTError, match=r"embeddings: expected shape \(T, 32\), found \(6, 3\)"):
         tiny_model(None, embeddings=rows[:, :3])
 

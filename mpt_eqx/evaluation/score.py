@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float32, Int
+from jaxtyping import Bool, Float32, Int
 
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.errors import GenerationError
@@ -20,8 +20,6 @@ from mpt_eqx.model import MPT
 from mpt_eqx.ops.layout import axes_size
 from mpt_eqx.ops.platform import on_one_cpu
 from mpt_eqx.sharding.multihost import check_same_arguments
-
-Outputs = list[tuple[Float32[Array, "B S"], Bool[Array, "B S"]]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -135,10 +135,11 @@ class MPT(eqx.Module):
         self, tokens: Any, mask: Any, sequence_ids: Any, key: PRNGKeyArray | None, embeddings: Any, tap: Tap
     ) -> tuple[Sequence[Float[Array, "T D"]] | Float[Array, "L T D"], Float[Array, "T D"]]:
         """Returns the input of each block, and the output of norm_f."""
+        if tokens is not None or embeddings is None:
+            tokens = as_tokens(tokens, self.config.vocab_size)
         if embeddings is not None:
             embeddings = as_embeddings(embeddings, tokens, self.config.d_model, self.dtype)
             tokens = jnp.zeros(embeddings.shape[0], jnp.int32) if tokens is None else tokens
-        tokens = as_tokens(tokens, self.config.vocab_size)
         mask, sequence_ids = as_row("mask", mask, tokens.shape), as_row("sequence_ids", sequence_ids, tokens.shape)
         self._check(tokens, sequence_ids, key)
         place = jnp.arange(tokens.shape[0])
