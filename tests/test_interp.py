@@ -268,6 +268,7 @@ def test_messages(tiny_model):
         ({"edits": {"hook_embed": jnp.ones((T - 1, d))}}, rf"broadcasts to \(6, {d}\), found one of shape \(5, {d}\)"),
         ({"edits": {"blocks.0.attn.hook_pattern": jnp.ones((1, 1, 5))}}, r"broadcasts to \(4, 6, 6\), found one of"),
         ({"edits": {"hook_embed": interp.Add(1, positions=[1, 6])}}, "expected positions from 0 to 5, found 6"),
+        ({"edits": {"hook_embed": interp.Add(1, positions=slice(6, None))}}, "from 0 to 5, found those from 6 on"),
         ({"edits": {"hook_embed": interp.Add(jnp.ones((3, d)), positions=[1, 2])}}, rf"broadcasts to \(2, {d}\)"),
         ({"edits": {"hook_embed": lambda x: x[:1]}}, rf"edits: hook_embed: .* shape \(6, {d}\), found \(1, {d}\)"),
     ]

@@ -106,6 +106,9 @@ def _resolved(name: str, shape: Shape, asked: Any, length: int, in_parts: bool) 
             positions = np.arange(given[axis], dtype=np.int32)
     if isinstance(positions, np.ndarray) and positions.size and positions.max() >= length:
         raise MPTError(f"edits: {name}: expected positions from 0 to {length - 1}, found {positions.max()}")
+    # In generation, what starts right after the last position is that of no new tokens.
+    if isinstance(edit.start, np.ndarray) and edit.start > max(length - (0 if in_parts else 1), 0):
+        raise MPTError(f"edits: {name}: expected positions from 0 to {length - 1}, found those from {edit.start} on")
     return Edit(edit.change, edit.value, positions, edit.start, edit.stop, edit.on, axis, per_position)
 
 
