@@ -209,6 +209,45 @@ def test_what_is_compiled_can_be_kept(one_layer, tmp_path):
     assert kept and {path.name for path in cache.iterdir() if path.name.endswith("-cache")} <= kept
 
 
+def test_where_compiled_programs_are_kept(tmp_path):
+    """In the user's cache, bounded, with the rights of the user alone; unless JAX, or an option, says another place."""
+    script = """if True:
+        import os, sys
+        from pathlib import Path
+        os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+        import jax
+        from mpt_eqx.cli.options import keep_compiled, user_cache
+        root = Path(sys.argv[1])
+        os.environ["XDG_CACHE_HOME"] = "/dev/null/x"
+        keep_compiled(None)
+        assert jax.config.jax_compilation_cache_dir is None
+        os.environ["XDG_CACHE_HOME"], os.environ["HOME"] = "relative", str(root / "home")
+        assert user_cache() == root / "home" / ".cache" / "mpt_eqx"
+        os.environ["XDG_CACHE_HOME"] = str(root / "cache")
+        keep_compiled(None)
+        assert jax.config.jax_compilation_cache_dir == str(root / "cache" / "mpt_eqx")
+        assert jax.config.jax_compilation_cache_max_size == 512 * 2**20
+        assert (root / "cache" / "mpt_eqx").stat().st_mode & 0o777 == 0o700
+        jax.jit(lambda x: x + 1)(1.0)
+        assert any(path.name.endswith("-cache") for path in (root / "cache" / "mpt_eqx").iterdir())
+        keep_compiled(str(root / "own"))
+        keep_compiled(None)
+        assert jax.config.jax_compilation_cache_dir == str(root / "own")
+        """
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script, tmp_path], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_compiled_programs_are_not_kept(monkeypatch):
+    from mpt_eqx.cli import options
+
+    monkeypatch.setattr(options, "keep_compiled", lambda _: pytest.fail("they are"))
+    assert run("generate", "x", "--no-compile-cache", "--model", "/dev/null/x").returncode == 1
+    assert run("generate", "x", "--no-compile-cache", "--compile-cache", "x").returncode == 2
+
+
 def test_the_tokenizers_gap_is_barred(talker, tmp_path):
     """A model with more rows than its tokenizer has ids never writes one of those."""
     shutil.copytree(talker, tmp_path / "m")

@@ -1,6 +1,7 @@
 """What commands share: options and their parsers, model loading and the status line."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,9 @@ from mpt_eqx.errors import GenerationError
 if TYPE_CHECKING:
     from mpt_eqx.model import MPT
     from mpt_eqx.text import Tokenizer
+
+CACHE_BYTES = 512 * 2**20
+"""The most that compiled programs may take in the user's cache."""
 
 # Flag, type, metavar, help, and the default where the checkpoint's generation_config.json has none.
 SAMPLING = (
@@ -59,10 +63,16 @@ def add_options(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None
     )  # fmt: skip
     parser.add_argument("--dtype", metavar="D", help="float32, bfloat16 or float16 (default: as stored)")
     add_length(parser)
-    parser.add_argument(
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument(
         "--compile-cache", metavar="DIR",
-        help="keep compiled programs in this directory, which makes the next start faster (default: not kept)",
+        help="keep compiled programs in this directory, which makes the next start faster (default: "
+        "$JAX_COMPILATION_CACHE_DIR, else mpt_eqx in $XDG_CACHE_HOME or ~/.cache, where the least recently used go "
+        f"beyond {CACHE_BYTES >> 20} MiB)",
     )  # fmt: skip
+    kept.add_argument(
+        "--no-compile-cache", action="store_true", help="keep no compiled programs (default: they are kept)"
+    )
 
 
 def add_length(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +115,7 @@ def read_options(args: argparse.Namespace) -> tuple[Path, "Tokenizer", dict[str,
         raise GenerationError("--stop: expected some text, found an empty string")
     args.stop = [as_text(stop, "--stop") for stop in args.stop]
     read_overrides(args)
-    if args.compile_cache is not None:
+    if not args.no_compile_cache:
         keep_compiled(args.compile_cache)
     place = find_checkpoint(args.model, revision=args.revision)
     with without_panics():
@@ -135,21 +145,40 @@ def load(place: Path, args: argparse.Namespace, tokenizer: "Tokenizer", options:
     return model
 
 
-def keep_compiled(directory: str) -> None:
+def keep_compiled(directory: str | None) -> None:
     """Turns on JAX's persistent compilation cache for every program compiled from here on.
 
+    Args:
+        directory: where; None: where JAX was told to, else in the user's cache, bounded in size, if that can be written.
+
     Raises:
-        GenerationError: the directory cannot be created.
+        GenerationError: the directory that was given cannot be created.
     """
     import jax
 
+    if directory is None and jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
+        return
+    place = user_cache() if directory is None else Path(directory)
     try:
-        Path(directory).mkdir(parents=True, exist_ok=True)
+        # It holds machine code: nobody else may write there.
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
+        if directory is None:
+            return
         raise GenerationError(f"--compile-cache: expected a directory, found none at {directory} ({error})") from None
-    jax.config.update("jax_compilation_cache_dir", directory)
+    if directory is None:
+        if not os.access(place, os.W_OK):
+            return
+        jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+    jax.config.update("jax_compilation_cache_dir", str(place))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def user_cache() -> Path:
+    """Returns the directory for what is kept between runs, as the XDG Base Directory Specification has it."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "mpt_eqx"
 
 
 class Note:
