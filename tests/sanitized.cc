@@ -47,15 +47,18 @@ void attention(Kind kind, int64_t heads, int64_t groups, int64_t size, int64_t c
   const int32_t last = static_cast<int32_t>(capacity) - 1;
   const std::vector<int32_t> positions = {0, last / 2, last, last + 1, -1, lowest, largest};
   const int64_t rows = positions.size(), number = kind == Kind::kFloat32 ? 4 : 2;
-  std::unique_ptr<int32_t[]> position(new int32_t[rows]);
+  constexpr int64_t layers = 2;
+  std::unique_ptr<int32_t[]> position(new int32_t[rows]), layer(new int32_t[rows]);
   std::memcpy(position.get(), positions.data(), rows * sizeof(int32_t));
+  for (int64_t row = 0; row < rows; row++) layer[row] = row % layers;
   const auto q = bytes(rows * heads * groups * size * 4), slopes = bytes(heads * groups * 4);
-  const auto k = bytes(rows * heads * capacity * size * number), v = bytes(rows * heads * capacity * size * number);
+  const int64_t numbers = rows * layers * heads * capacity * size;
+  const auto k = bytes(numbers * number), v = bytes(numbers * number);
   const auto y = bytes(rows * heads * groups * size * 4);
   float* found = reinterpret_cast<float*>(y.get());
   const AttentionArgs args{kind, reinterpret_cast<float*>(q.get()), k.get(), v.get(),
-                           reinterpret_cast<float*>(slopes.get()), position.get(), found,
-                           heads, groups, capacity, size, window, 0.3f};
+                           reinterpret_cast<float*>(slopes.get()), layer.get(), position.get(), found,
+                           layers, heads, groups, capacity, size, window, 0.3f};
   for (int64_t row = 0; row < rows * heads; row++) MPT_EQX_ATTENTION(args, row, row + 1);
   for (int64_t i = 3 * heads * groups * size; i < rows * heads * groups * size; i++) {
     if (!std::isnan(found[i])) {

@@ -232,9 +232,12 @@ def test_the_attention_of_a_step_is_the_formula(dtype, groups, size, positions, 
 def attention_by(copy, dtype):
     """What one copy of the attention makes of arrays, and what the formula makes of them."""
     q, k, v, slopes, positions = step(dtype, 2, 40, 96, [70, 3], 33, 0)
-    arrays = [np.asarray(x) for x in (np.asarray(q, np.float32), k, v, slopes, positions)]
+    layers = [np.stack([np.full_like(x, np.nan), x], axis=1) for x in map(np.asarray, (k, v))]
+    arrays = [
+        np.asarray(x) for x in (np.asarray(q, np.float32), *layers, slopes, np.asarray([1, 1], np.int32), positions)
+    ]
     y = np.zeros(q.shape, np.float32)
-    pointers, sizes = [array.ctypes.data for array in (*arrays, y)], (2, 2, 96, 40, 33)
+    pointers, sizes = [array.ctypes.data for array in (*arrays, y)], (2, 2, 2, 96, 40, 33)
     kind = ("float32", "bfloat16", "float16").index(dtype)
     copy(
         ctypes.byref(structure(pointers, sizes, [ctypes.c_float])(kind, *pointers, *sizes, 0.2)),
@@ -261,6 +264,7 @@ def test_every_instruction_set_gives_the_attention(dtype):
         ("attention", "load<Floats>(&scores[at]) / sum", "load<Floats>(&scores[at])"),
         ("attention", "number % p.heads * p.groups + group", "group"),
         ("attention", "number / p.heads", "0"),
+        ("attention", "row * p.layers + layer", "row * p.layers"),
         ("attention", "distance <= 0 ? score", "distance < 0 ? score"),
         ("attention", "n * 0.693359375f", "n * 0.7f"),
         ("attention", "sum * r + factor", "sum * r"),

@@ -45,7 +45,7 @@ def attend(
         tap: as in `attention`, for the scores and weights of all N heads; the formula is then used for a cache, too.
     """
     # The queries that share a key head stand as more positions of that head.
-    shape, key_heads = q.shape, kv.k.shape[0]
+    shape, key_heads = q.shape, kv.k.shape[-3]
     grouped = q.reshape(key_heads, -1, q.shape[-1])
 
     def bias_and_mask(

@@ -27,11 +27,15 @@ class LayerCache(eqx.Module):
 
     Generation stores bfloat16 and float16 as their bits: XLA's CPU backend cannot write into an array of theirs in
     place and would turn the whole cache into float32 and back for every token. Bits have no derivatives.
+
+    With a `number`, the arrays hold all L layers, and this is the one of that number, from 0: a loop over layers reads
+    and writes each in place.
     """
 
-    k: Float[Array, "K S H"] | UInt16[Array, "K S H"]
-    v: Float[Array, "K S H"] | UInt16[Array, "K S H"]
+    k: Float[Array, "*L K S H"] | UInt16[Array, "*L K S H"]
+    v: Float[Array, "*L K S H"] | UInt16[Array, "*L K S H"]
     dtype: np.dtype = eqx.field(static=True)
+    number: Int[Array, ""] | None = None
 
     def write(self, new: KeysValues, positions: Int[Array, " T"]) -> "LayerCache":
         """Returns the cache with T rows written at `positions`; those beyond the capacity are dropped.
@@ -46,15 +50,22 @@ class LayerCache(eqx.Module):
             )
 
         def written(old: Array, rows: Float[Array, "K T H"]) -> Array:
-            return old.at[:, positions].set(rows if rows.dtype == old.dtype else _bits(rows), mode="drop")
+            rows = rows if rows.dtype == old.dtype else _bits(rows)
+            if self.number is None:
+                return old.at[:, positions].set(rows, mode="drop")
+            return old.at[self.number, :, positions].set(jnp.swapaxes(rows, 0, 1), mode="drop")
 
-        return LayerCache(k=written(self.k, new.k), v=written(self.v, new.v), dtype=self.dtype)
+        return LayerCache(written(self.k, new.k), written(self.v, new.v), self.dtype, self.number)
 
     def rows(self, first: Int[Array, ""] | int, count: int) -> KeysValues:
         """Returns `count` rows from `first` on."""
 
         def part(stored: Array) -> Float[Array, "K S H"]:
-            rows = jax.lax.dynamic_slice_in_dim(stored, first, count, axis=1)
+            if self.number is None:
+                rows = jax.lax.dynamic_slice_in_dim(stored, first, count, axis=1)
+            else:
+                _, heads, _, size = stored.shape
+                rows = jax.lax.dynamic_slice(stored, (self.number, 0, first, 0), (1, heads, count, size))[0]
             return rows if rows.dtype == self.dtype else jax.lax.bitcast_convert_type(rows, self.dtype)
 
         return KeysValues(k=part(self.k), v=part(self.v))

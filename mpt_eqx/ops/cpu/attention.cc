@@ -62,8 +62,8 @@ inline Floats columns(const float* row, int64_t at, int64_t size) {
 
 template <typename Number>
 void head(const AttentionArgs& p, int64_t number, std::vector<float>& scores) {
-  const int64_t position = p.position[number / p.heads];
-  if (position < 0 || position >= p.capacity) {
+  const int64_t row = number / p.heads, position = p.position[row], layer = p.layer[row];
+  if (position < 0 || position >= p.capacity || layer < 0 || layer >= p.layers) {
     const int64_t numbers = p.groups * p.size;
     std::fill_n(p.y + number * numbers, numbers, std::numeric_limits<float>::quiet_NaN());
     return;
@@ -71,7 +71,7 @@ void head(const AttentionArgs& p, int64_t number, std::vector<float>& scores) {
   const int64_t first = p.window < 0 ? 0 : std::max<int64_t>(position - p.window, 0);
   const int64_t keys = position + 1 - first;
   const int64_t row_bytes = p.size * Number::kBytes;
-  const int64_t start = (number * p.capacity + first) * row_bytes;
+  const int64_t start = (((row * p.layers + layer) * p.heads + number % p.heads) * p.capacity + first) * row_bytes;
   const uint8_t* k = static_cast<const uint8_t*>(p.k) + start;
   const uint8_t* v = static_cast<const uint8_t*>(p.v) + start;
   const int64_t padded = (keys + kLanes - 1) / kLanes * kLanes;

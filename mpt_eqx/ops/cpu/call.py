@@ -57,9 +57,10 @@ def matmul(
 
 def attention(
     q: Float32[Array, "B K G H"],
-    k: Shaped[Array, "B K S H"],
-    v: Shaped[Array, "B K S H"],
+    k: Shaped[Array, "B L K S H"],
+    v: Shaped[Array, "B L K S H"],
     slopes: Float32[Array, "K G"],
+    layer: Int32[Array, " B"],
     position: Int32[Array, " B"],
     *,
     dtype: np.dtype,
@@ -70,9 +71,10 @@ def attention(
 
     Args:
         q: queries of B rows, for each of K heads of keys the G heads that read it.
-        k: keys as a `LayerCache` stores them.
+        k: keys of L layers as a `LayerCache` stores them.
         v: values, likewise.
         slopes: of ALiBi; zeros for none.
+        layer: which of the layers each row reads; another number than those, from 0, gives NaN.
         position: of each row's query; it sees the keys up to its own.
         dtype: the type of keys and values, float32, bfloat16 or float16.
         scale: as in `mpt_eqx.ops.attention`.
@@ -80,6 +82,6 @@ def attention(
     """
     call = jax.ffi.ffi_call("mpt_eqx_attention", jax.ShapeDtypeStruct(q.shape, jnp.float32))
     return call(
-        q, k, v, slopes, position, kind=np.int32(DTYPES[dtype]), scale=np.float32(scale),
+        q, k, v, slopes, layer, position, kind=np.int32(DTYPES[dtype]), scale=np.float32(scale),
         window=np.int64(-1 if window is None else window),
     )  # fmt: skip

@@ -157,13 +157,14 @@ ffi::Error product(ffi::ThreadPool pool, ffi::AnyBuffer weight, ffi::AnyBuffer s
 }
 
 ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                     ffi::Buffer<ffi::F32> slopes, ffi::Buffer<ffi::S32> position, ffi::ResultBuffer<ffi::F32> y,
-                     int32_t kind, float scale, int64_t window) {
-  MPT_EQX_EXPECT(q.dimensions().size() == 4 && k.dimensions().size() == 4);
+                     ffi::Buffer<ffi::F32> slopes, ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> position,
+                     ffi::ResultBuffer<ffi::F32> y, int32_t kind, float scale, int64_t window) {
+  MPT_EQX_EXPECT(q.dimensions().size() == 4 && k.dimensions().size() == 5);
   const int64_t batch = q.dimensions()[0], key_heads = q.dimensions()[1], groups = q.dimensions()[2];
-  const int64_t size = q.dimensions()[3], capacity = k.dimensions()[2];
-  MPT_EQX_EXPECT(has_shape(k, {batch, key_heads, capacity, size}) && has_shape(v, {batch, key_heads, capacity, size}));
-  MPT_EQX_EXPECT(has_shape(slopes, {key_heads, groups}) && has_shape(position, {batch}));
+  const int64_t size = q.dimensions()[3], layers = k.dimensions()[1], capacity = k.dimensions()[3];
+  MPT_EQX_EXPECT(has_shape(k, {batch, layers, key_heads, capacity, size}));
+  MPT_EQX_EXPECT(has_shape(v, {batch, layers, key_heads, capacity, size}));
+  MPT_EQX_EXPECT(has_shape(slopes, {key_heads, groups}) && has_shape(layer, {batch}) && has_shape(position, {batch}));
   MPT_EQX_EXPECT(has_shape(*y, {batch, key_heads, groups, size}));
   MPT_EQX_EXPECT(k.element_type() == v.element_type());
   switch (static_cast<Kind>(kind)) {
@@ -178,8 +179,10 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuff
   heads.k = k.untyped_data();
   heads.v = v.untyped_data();
   heads.slopes = slopes.typed_data();
+  heads.layer = layer.typed_data();
   heads.position = position.typed_data();
   heads.y = y->typed_data();
+  heads.layers = layers;
   heads.heads = key_heads;
   heads.groups = groups;
   heads.size = size;
@@ -207,6 +210,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mpt_eqx_attention, attention,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int32_t>("kind")

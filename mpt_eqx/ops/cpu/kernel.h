@@ -18,16 +18,17 @@ struct MatmulArgs {
 
 // Attention of one query in each of `groups` heads to the keys of a cache, from max(position − window, 0) to position.
 // As in mpt_eqx/ops/attention.py, scores are rounded to the type of the cache before the bias, and weights before they
-// meet the values. A query at no place of the cache, 0 ≤ position < capacity, gets NaN.
+// meet the values. A query at no place of the cache, 0 ≤ position < capacity and 0 ≤ layer < layers, gets NaN.
 struct AttentionArgs {
   Kind kind;              // of keys and values, and of what is rounded
   const float* q;         // [rows, heads, groups, size]
-  const void* k;          // [rows, heads, capacity, size]
+  const void* k;          // [rows, layers, heads, capacity, size]
   const void* v;          // likewise
   const float* slopes;    // [heads, groups], of ALiBi; zero for none
+  const int32_t* layer;     // [rows], which of the layers is read
   const int32_t* position;  // [rows]
   float* y;               // as q
-  int64_t heads, groups, capacity, size, window;
+  int64_t layers, heads, groups, capacity, size, window;
   float scale;
 };
 
