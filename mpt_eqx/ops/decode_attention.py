@@ -93,5 +93,5 @@ def decode_attention(
         return rows(q, k, v, arrays[3], number, position).reshape(size, -1, *q.shape[1:]), True
 
     k, v = (cache.k, cache.v) if numbered else (cache.k[None], cache.v[None])
-    number = jnp.int32(0) if cache.number is None else cache.number.astype(jnp.int32)
+    number = jnp.zeros((), jnp.int32) if cache.number is None else cache.number.astype(jnp.int32)
     return rows(q[None], k[None], v[None], slopes, number, position.astype(jnp.int32)[None])[0]
