@@ -100,6 +100,89 @@ def test_few_rows_and_many_agree(kind, way):
     ).all()
 
 
+def layer_weights(kind, out, columns, count=3):
+    """Weights of `count` layers, and the numbers that they stand for."""
+    made_layers = [made(kind, out, columns, seed) for seed in range(count)]
+    return tuple(weight for weight, _ in made_layers), [numbers for _, numbers in made_layers]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [3, 20])
+def test_the_weight_of_a_layer_is_chosen_by_its_number(kind, rows, way):
+    """In a loop, whether few positions or many; a number beside the layers means the nearest of them."""
+    from mpt_eqx.ops.matmul import LayerWeight, matmul
+
+    layers, numbers = layer_weights(kind, 40, 64)
+    x = jnp.asarray(np.random.default_rng(9).normal(size=(rows, 64)), jnp.float32)
+
+    @jax.jit
+    def found(layers, which):
+        return jax.lax.map(lambda number: matmul(LayerWeight(layers, number), x), which)
+
+    for number, y in zip([0, 1, 2, 2, 0], found(layers, jnp.asarray([0, 1, 2, 7, -5])), strict=True):
+        size = np.abs(np.asarray(x, np.float64)) @ np.abs(numbers[number]).T
+        assert (np.abs(y - np.asarray(x, np.float64) @ numbers[number].T) <= 1e-6 * size).all()
+        if way == "kernel":
+            np.testing.assert_array_equal(y, matmul(layers[number], x))
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
+def test_a_loop_over_layers_copies_no_weight(kind, way):
+    """Neither one layer's nor all layers', neither as they are nor widened, in a loop over tokens around it."""
+    from mpt_eqx.ops.matmul import LayerWeight, matmul
+
+    weight, _ = made(kind, 1024, 512)
+    layers = tuple(jax.tree.map(jnp.copy, weight) for _ in range(4))
+
+    def steps(layers, x):
+        def step(x, _):
+            def layer(x, number):
+                return matmul(LayerWeight(layers, number), x)[:, :512].astype(x.dtype), None
+
+            return jax.lax.scan(layer, x, jnp.arange(4))[0], None
+
+        return jax.lax.scan(step, x, length=3)[0]
+
+    compiled = jax.jit(steps).lower(layers, jnp.ones((1, 512), jnp.bfloat16)).compile()
+    # Without the kernel a part of one weight is widened at a time.
+    assert compiled.memory_analysis().temp_size_in_bytes <= (2e4 if way == "kernel" else 1.1 * 4 * 2**18 + 1e5)
+    if way == "kernel":
+        assert compiled.as_text().count('custom_call_target="mpt_eqx_matmul"') == 1
+
+
+def test_a_layers_weight_under_vmap_and_its_gradient(way):
+    """Rows under vmap become positions; numbers under vmap, and derivatives, go through XLA."""
+    from mpt_eqx.ops.matmul import LayerWeight, matmul
+
+    layers, numbers = layer_weights("float32", 24, 32)
+    x = jnp.asarray(np.random.default_rng(9).normal(size=(3, 2, 32)), jnp.float32)
+
+    def product(number, x):
+        return matmul(LayerWeight(layers, number), x)
+
+    for which, axis in ((jnp.int32(1), None), (jnp.asarray([2, 0, 1]), 0)):
+        exact = np.einsum("btc,boc->bto", x, np.stack(numbers)[np.broadcast_to(which, 3)])
+        np.testing.assert_allclose(jax.vmap(product, (axis, 0))(which, x), exact, atol=1e-4)
+    grad = jax.grad(lambda layers: jnp.sum(matmul(LayerWeight(layers, jnp.int32(1)), x[0])))(layers)
+    np.testing.assert_allclose(grad[1], np.broadcast_to(np.asarray(x[0]).sum(0), (24, 32)), atol=1e-5)
+    assert not grad[0].any() and not grad[2].any()
+
+
+def test_layers_that_are_not_alike_are_refused():
+    from mpt_eqx import MPTError
+    from mpt_eqx.ops.matmul import LayerWeight, matmul
+
+    layers = (jnp.ones((4, 8)), jnp.ones((4, 8)), jnp.ones((4, 8), jnp.bfloat16))
+    end = "; loop over blocks that are alike"
+    for wrong, found in (
+        (layers, "((4, 8), 'bfloat16') in layer 2 and ((4, 8), 'float32') in layer 0"),
+        ((), "no layer"),
+    ):
+        with pytest.raises(MPTError) as error:
+            matmul(LayerWeight(wrong, jnp.int32(0)), jnp.ones((1, 8)))
+        assert str(error.value) == f"weight: expected layers of one shape and type, found {found}{end}"
+
+
 def isas():
     """The instruction sets of the kernel that this processor has."""
     flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text())) if Path("/proc/cpuinfo").exists() else set()

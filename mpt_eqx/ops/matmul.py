@@ -1,11 +1,15 @@
 """Products of a weight, floating or quantised, with the positions of a sequence: y = W x."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
+from mpt_eqx.errors import MPTError
 from mpt_eqx.ops import cpu
 from mpt_eqx.ops.numerics import accum_dtype
 from mpt_eqx.ops.platform import MAX_DECODE_ROWS, by_platform, on_mesh
@@ -22,13 +26,38 @@ PART_SIZE = 2**18
 Weight = Float[Array, "out in"] | QuantizedWeight
 
 
-def matmul(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
+class LayerWeight(eqx.Module):
+    """One layer's weight among those of all layers, which stay arrays of their own: a loop over layers copies none.
+
+    Attributes:
+        layers: the weights, of one shape and type.
+        number: of the layer that is meant, from 0.
+    """
+
+    layers: tuple[Weight, ...]
+    number: Int[Array, ""]
+
+    def check(self) -> None:
+        """Raises MPTError unless there are layers, all of one shape and type."""
+        found = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), layer) for layer in self.layers]
+        other = next((number for number, layer in enumerate(found) if layer != found[0]), None)
+        if other is not None or not found:
+            described = "no layer" if other is None else f"{found[other]} in layer {other} and {found[0]} in layer 0"
+            raise MPTError(
+                f"weight: expected layers of one shape and type, found {described}; loop over blocks that are alike"
+            )
+        for layer in self.layers:
+            if isinstance(layer, QuantizedWeight):
+                layer.check()
+
+
+def matmul(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
     """Returns W x for each of T positions, summed in float32 (float64 for float64) and not rounded.
 
     In a decode step on one CPU the kernel computes it, if there is one; a position's result is then the same to the bit
     for any number of positions, and of rows under vmap. Derivatives always go through XLA.
     """
-    if isinstance(weight, QuantizedWeight):
+    if isinstance(weight, QuantizedWeight | LayerWeight):
         weight.check()
     rows = x.shape[0]
     if not at_most(rows, MAX_PREFILL_ROWS) or on_mesh(*jax.tree.leaves(weight), x):
@@ -53,8 +82,10 @@ def take_rows(weight: Weight, tokens: Int[Array, " T"]) -> Float[Array, "T in"]:
     return _decode_take_rows(weight, tokens)
 
 
-def _matmul(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
+def _matmul(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
     """Returns W x: the formula."""
+    if isinstance(weight, LayerWeight):
+        return _of_layer(_matmul, weight, x)
     if not isinstance(weight, QuantizedWeight):
         return jnp.einsum("Ti,oi->To", x, weight, preferred_element_type=accum_dtype(x.dtype))
     # Numbers of 8 bits are exact in every type of x; those of 4 bits are scaled before, and rounded to it.
@@ -62,6 +93,12 @@ def _matmul(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
         return _matmul(dequantize(weight.values, weight.scale).astype(x.dtype), x)
     y = _matmul(weight.values.astype(x.dtype), x)
     return y * weight.scale.astype(y.dtype).T
+
+
+def _of_layer(multiply: Callable[..., Array], weight: LayerWeight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
+    """Returns W x by XLA's own choice among layers."""
+    branches = [functools.partial(multiply, layer) for layer in weight.layers]
+    return jax.lax.switch(weight.number, branches, x)
 
 
 def _take_rows(weight: Weight, tokens: Int[Array, " T"]) -> Float[Array, "T in"]:
@@ -72,12 +109,12 @@ def _take_rows(weight: Weight, tokens: Int[Array, " T"]) -> Float[Array, "T in"]
 
 
 @jax.custom_jvp
-def _prefill_matmul(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
+def _prefill_matmul(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
     return by_platform(_product(weight, x), weight, x, default=_matmul, cpu=_weight_first)
 
 
 @jax.custom_jvp
-def _decode_matmul(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
+def _decode_matmul(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
     return _decode_rows(weight, x)
 
 
@@ -89,7 +126,7 @@ def _(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Float[Array,
 
 
 @jax.custom_batching.custom_vmap
-def _decode_rows(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
+def _decode_rows(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
     kernel = _by_kernel if _suits_kernel(weight, x) else None
     return by_platform(_product(weight, x), weight, x, default=_matmul, cpu=_by_xla, kernel=kernel)
 
@@ -105,39 +142,49 @@ def _(size: int, batched: list[Any], weight: Any, x: Array) -> tuple[Float[Array
     return _decode_rows(weight, x.reshape(-1, x.shape[-1])).reshape(size, x.shape[1], -1), True
 
 
-def _product(weight: Weight, x: Float[Array, "T in"]) -> jax.ShapeDtypeStruct:
+def _product(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> jax.ShapeDtypeStruct:
     """Returns shape and type of W x."""
-    rows = (weight.values if isinstance(weight, QuantizedWeight) else weight).shape[0]
+    first = _first(weight)
+    rows = (first.values if isinstance(first, QuantizedWeight) else first).shape[0]
     return jax.ShapeDtypeStruct((x.shape[0], rows), accum_dtype(x.dtype))
 
 
-def _suits_kernel(weight: Weight, x: Float[Array, "T in"]) -> bool:
+def _first(weight: Weight | LayerWeight) -> Weight:
+    """Returns a weight of the shape and type that is asked about."""
+    return weight.layers[0] if isinstance(weight, LayerWeight) else weight
+
+
+def _suits_kernel(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> bool:
     """Whether there is a kernel that reads such a weight, and scales in 4 bits would not be rounded for it."""
     if x.dtype == jnp.float64 or not cpu.available():
         return False
-    if isinstance(weight, QuantizedWeight):
-        return weight.values.dtype == jnp.int8 or weight.has_own_scale()
-    return weight.dtype in cpu.DTYPES
+    first = _first(weight)
+    if isinstance(first, QuantizedWeight):
+        return first.values.dtype == jnp.int8 or first.has_own_scale()
+    return first.dtype in cpu.DTYPES
 
 
-def _by_kernel(weight: Weight, x: Float[Array, "T in"]) -> Float32[Array, "T out"]:
-    if not isinstance(weight, QuantizedWeight):
-        return cpu.matmul(weight, None, x.astype(jnp.float32))
-    packed = weight.values.dtype == jnp.uint8
-    return cpu.matmul(
-        weight.values, weight.scale.astype(jnp.bfloat16 if packed else jnp.float32), x.astype(jnp.float32)
-    )
+def _by_kernel(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Float32[Array, "T out"]:
+    layers, number = (weight.layers, weight.number) if isinstance(weight, LayerWeight) else ((weight,), None)
+    quantized = [layer for layer in layers if isinstance(layer, QuantizedWeight)]
+    values = [layer.values if isinstance(layer, QuantizedWeight) else layer for layer in layers]
+    scales = [w.scale.astype(jnp.bfloat16 if w.values.dtype == jnp.uint8 else jnp.float32) for w in quantized]
+    return cpu.matmul(values, scales, x.astype(jnp.float32), None if number is None else number.astype(jnp.int32))
 
 
-def _by_xla(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
+def _by_xla(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
     # For a single row XLA would widen the whole weight, outside of the loop over tokens. Of two rows it does not.
+    if isinstance(weight, LayerWeight):
+        return _of_layer(_by_xla, weight, x)
     rows = x if x.shape[0] > 1 else jnp.concatenate([x, x])
     multiply = _in_parts if isinstance(weight, QuantizedWeight) or weight.dtype == jnp.float16 else _weight_first
     return multiply(weight, rows)[: x.shape[0]]
 
 
-def _weight_first(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
+def _weight_first(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
     """Returns W x with the weight as the left operand, which is up to three times as fast."""
+    if isinstance(weight, LayerWeight):
+        return _of_layer(_weight_first, weight, x)
     if isinstance(weight, QuantizedWeight):
         return _matmul(weight, x)
     y = jnp.einsum("oi,Ti->oT", weight, x, preferred_element_type=accum_dtype(x.dtype))

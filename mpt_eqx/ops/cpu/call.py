@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import os
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -39,20 +40,22 @@ def missing() -> str | None:
 
 
 def matmul(
-    weight: Float[Array, "out in"] | Int8[Array, "out in"] | UInt8[Array, "out half"],
-    scale: Float[Array, "out groups"] | None,
+    weights: Sequence[Float[Array, "out in"] | Int8[Array, "out in"] | UInt8[Array, "out half"]],
+    scales: Sequence[Float[Array, "out groups"]],
     x: Float32[Array, "B in"],
+    number: Int32[Array, ""] | None = None,
 ) -> Float32[Array, "B out"]:
     """Returns W x for each of B vectors, on the CPU. Every sum has the same order for any B.
 
     Args:
-        weight: W in float32, bfloat16 or float16; or the `values` of a `QuantizedWeight`.
-        scale: the `scale` of that.
+        weights: of each layer, W in float32, bfloat16 or float16; or the `values` of a `QuantizedWeight`.
+        scales: the `scale` of each of those; of floating weights none.
         x: the vectors.
+        number: of the layer whose weight is read; None for the first.
     """
-    result = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32)
-    none = jnp.zeros(0, jnp.float32)
-    return jax.ffi.ffi_call("mpt_eqx_matmul", result)(weight, none if scale is None else scale, x)
+    call = jax.ffi.ffi_call("mpt_eqx_matmul", jax.ShapeDtypeStruct((x.shape[0], weights[0].shape[0]), jnp.float32))
+    layer = jnp.int32(0) if number is None else number
+    return call(layer, x, *weights, *scales, layers=np.int64(len(weights)))
 
 
 def attention(

@@ -121,11 +121,20 @@ bool has_shape(const Array& array, std::initializer_list<int64_t> shape) {
   return std::equal(found.begin(), found.end(), shape.begin(), shape.end());
 }
 
-ffi::Error product(ffi::ThreadPool pool, ffi::AnyBuffer weight, ffi::AnyBuffer scale, ffi::Buffer<ffi::F32> x,
-                   ffi::ResultBuffer<ffi::F32> y) {
-  MPT_EQX_EXPECT(weight.dimensions().size() == 2 && x.dimensions().size() == 2);
+// Operands are the number of a layer, x, the weights of all layers, and their scales if they have any. One weight is read.
+ffi::Error product(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> number, ffi::AnyBuffer x, ffi::RemainingArgs rest,
+                   ffi::ResultBuffer<ffi::F32> y, int64_t layers) {
+  MPT_EQX_EXPECT(number.element_count() == 1 && layers > 0 && static_cast<int64_t>(rest.size()) >= layers);
+  // As jax.lax.switch has it, the layer before the first is the first, and that behind the last the last.
+  const int64_t layer = std::clamp<int64_t>(number.typed_data()[0], 0, layers - 1);
+  const bool scaled = static_cast<int64_t>(rest.size()) == 2 * layers;
+  MPT_EQX_EXPECT(scaled || static_cast<int64_t>(rest.size()) == layers);
+  const ffi::ErrorOr<ffi::AnyBuffer> weight = rest.get<ffi::AnyBuffer>(layer);
+  const ffi::ErrorOr<ffi::AnyBuffer> scale = rest.get<ffi::AnyBuffer>(scaled ? layers + layer : layer);
+  MPT_EQX_EXPECT(weight.has_value() && scale.has_value());
+  MPT_EQX_EXPECT(weight->dimensions().size() == 2 && x.dimensions().size() == 2);
   MatmulArgs rows;
-  switch (weight.element_type()) {
+  switch (weight->element_type()) {
     case ffi::F32: rows.kind = Kind::kFloat32; break;
     case ffi::BF16: rows.kind = Kind::kBFloat16; break;
     case ffi::F16: rows.kind = Kind::kFloat16; break;
@@ -133,25 +142,24 @@ ffi::Error product(ffi::ThreadPool pool, ffi::AnyBuffer weight, ffi::AnyBuffer s
     case ffi::U8: rows.kind = Kind::kInt4; break;
     default: return ffi::Error::InvalidArgument("mpt_eqx: no product with a weight of this type");
   }
-  rows.weight = weight.untyped_data();
-  rows.scale = scale.untyped_data();
-  rows.x = x.typed_data();
+  MPT_EQX_EXPECT(x.element_type() == ffi::F32);
+  rows.weight = weight->untyped_data();
+  rows.scale = scaled ? scale->untyped_data() : nullptr;
+  rows.x = static_cast<const float*>(x.untyped_data());
   rows.y = y->typed_data();
   rows.vectors = x.dimensions()[0];
   rows.in = x.dimensions()[1];
-  rows.out = weight.dimensions()[0];
-  MPT_EQX_EXPECT(has_shape(weight, {rows.out, rows.kind == Kind::kInt4 ? rows.in / 2 : rows.in}));
+  rows.out = weight->dimensions()[0];
+  MPT_EQX_EXPECT(has_shape(*weight, {rows.out, rows.kind == Kind::kInt4 ? rows.in / 2 : rows.in}));
   MPT_EQX_EXPECT(has_shape(*y, {rows.vectors, rows.out}));
+  MPT_EQX_EXPECT(scaled == (rows.kind == Kind::kInt8 || rows.kind == Kind::kInt4));
   if (rows.kind == Kind::kInt8) {
-    MPT_EQX_EXPECT(scale.element_type() == ffi::F32 && has_shape(scale, {rows.out, 1}));
+    MPT_EQX_EXPECT(scale->element_type() == ffi::F32 && has_shape(*scale, {rows.out, 1}));
   } else if (rows.kind == Kind::kInt4) {
     MPT_EQX_EXPECT(rows.in % 32 == 0);
-    MPT_EQX_EXPECT(scale.element_type() == ffi::BF16 && has_shape(scale, {rows.out, rows.in / 32}));
-  } else {
-    MPT_EQX_EXPECT(scale.element_count() == 0);
-    rows.scale = nullptr;
+    MPT_EQX_EXPECT(scale->element_type() == ffi::BF16 && has_shape(*scale, {rows.out, rows.in / 32}));
   }
-  const int64_t row_bytes = std::max<int64_t>(weight.size_bytes() / std::max<int64_t>(rows.out, 1), 1);
+  const int64_t row_bytes = std::max<int64_t>(weight->size_bytes() / std::max<int64_t>(rows.out, 1), 1);
   const auto function = [rows](int64_t first, int64_t last) { matmul_function(rows, first, last); };
   return shared(pool, function, rows.out, std::max<int64_t>(kShareBytes / row_bytes / 8 * 8, 8));
 }
@@ -198,10 +206,11 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuff
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mpt_eqx_matmul, product,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+                                  .RemainingArgs()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("layers"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mpt_eqx_attention, attention,
                               ffi::Ffi::Bind()
