@@ -240,6 +240,14 @@ def tiny_model(tiny_config):
 
 
 @pytest.fixture(scope="session")
+def one_block_model(tiny_config):
+    """As `tiny_model`, with one block: where more would show no more, programs compile in half of the time."""
+    from mpt_eqx import MPT, InitConfig
+
+    return MPT(tiny_config(n_layers=1, init_config=InitConfig(emb_init_std=0.5)), key=jax.random.key(3))
+
+
+@pytest.fixture(scope="session")
 def shipped():
     """The model that ships with the package."""
     from mpt_eqx import SHIPPED_MODEL, from_pretrained

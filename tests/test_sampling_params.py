@@ -8,6 +8,7 @@ import pytest
 from test_generate import counting_compiles
 
 V = 61
+ROWS_OF_ONE = [[5], [7], [8]]
 # One row each; none of them changes what the others get.
 ROWS = (
     {},
@@ -28,7 +29,7 @@ def in_one_batch(*options):
 
 
 @pytest.fixture(scope="module")
-def decoded(tiny_model):
+def decoded(one_block_model):
     """Decodes eight tokens of a prompt for each row."""
     from mpt_eqx.generation.prompts import prefill_chunk
     from mpt_eqx.generation.state import empty_state
@@ -38,9 +39,9 @@ def decoded(tiny_model):
 
     def decode(*options):
         rows = len(options)
-        state = empty_state(tiny_model, rows, 512)
-        state = prefill_chunk(tiny_model, state, jnp.asarray(np.stack([prompt] * rows)), jnp.full(rows, 32))
-        return decode_chunk((tiny_model, in_one_batch(*options), jax.random.key(4), ()), state, 8, True)[1]
+        state = empty_state(one_block_model, rows, 512)
+        state = prefill_chunk(one_block_model, state, jnp.asarray(np.stack([prompt] * rows)), jnp.full(rows, 32))
+        return decode_chunk((one_block_model, in_one_batch(*options), jax.random.key(4), ()), state, 8, True)[1]
 
     return decode
 
@@ -73,19 +74,29 @@ def test_a_row_that_asks_for_nothing_keeps_every_bit():
     assert int(sample(processed, params, jax.random.key(0), jnp.asarray(0))[0]) == int(jnp.argmax(logits[0]))
 
 
-def test_epsilon_and_eta_filter_what_is_drawn(tiny_model):
+def test_epsilon_and_eta_filter_what_is_drawn(one_block_model):
     """After temperature: no token of less probability is drawn, and without them some are."""
     from mpt_eqx import generate
 
-    options = {"max_new_tokens": 1, "temperature": 4.0, "key": jax.random.key(0), "return_logits": True}
-    free = generate(tiny_model, [[5, 6]] * 400, **options)
-    probs = np.asarray(jax.nn.softmax(free.logits[0, 0] / 4))
-    entropy = -(probs * np.log(probs)).sum()
-    eta = min(0.05, np.sqrt(0.05) * np.exp(-entropy))
-    for name, cutoff, least in (("epsilon_cutoff", 0.02, 0.02), ("eta_cutoff", 0.05, eta)):
-        drawn = generate(tiny_model, [[5, 6]] * 400, **options, **{name: cutoff}).tokens[:, 0]
-        assert probs[drawn].min() >= least > probs[free.tokens[:, 0]].min()
-        assert len(set(drawn.tolist())) > 3
+    def drawn(**options):
+        """The probability of each token that was drawn, and the entropy of what it was drawn from."""
+        result = generate(
+            one_block_model, ROWS_OF_ONE, max_new_tokens=48, temperature=4.0, key=jax.random.key(0), return_logits=True,
+            **options,
+        )  # fmt: skip
+        weights = np.exp(result.logits / 4)
+        probs = weights / weights.sum(axis=-1, keepdims=True)
+        assert len(np.unique(result.tokens)) > 8
+        return np.take_along_axis(probs, result.tokens[..., None], -1)[..., 0], -(probs * np.log(probs)).sum(axis=-1)
+
+    def eta(entropy):
+        return np.minimum(0.05, np.sqrt(0.05) * np.exp(-entropy))
+
+    probs, entropy = drawn()
+    assert probs.min() < 0.02 and (probs < eta(entropy)).any()
+    assert drawn(epsilon_cutoff=0.02)[0].min() >= 0.02
+    probs, entropy = drawn(eta_cutoff=0.05)
+    assert (probs >= eta(entropy)).all()
 
 
 def test_parameters_take_numbers_and_traced_values():
@@ -116,28 +127,32 @@ def successor(logits, tokens, length):
     return jnp.where(jnp.arange(logits.shape[0]) == (tokens[length - 1] + 1) % V, logits, -jnp.inf)
 
 
-def test_a_processor_sees_the_tokens_of_its_row(tiny_model):
+def test_a_processor_sees_the_tokens_of_its_row(one_block_model):
     """In generate, stream and beam_search, for prompts of different lengths, after a prefix, and past a chunk."""
     from mpt_eqx import beam_search, generate, prefill, stream
 
     rows, options = [[5], [9, 9, 9, 20], [1] * 40], {"max_new_tokens": 10, "logits_processors": [successor]}
+    with_logits = {**options, "return_logits": True}
     wanted = [[(row[-1] + i) % V for i in range(1, 11)] for row in rows]
-    assert generate(tiny_model, rows, **options).tokens.tolist() == wanted
+    assert generate(one_block_model, rows, **with_logits).tokens.tolist() == wanted
     assert (
-        generate(tiny_model, [[20], [20], [20]], prefix=prefill(tiny_model, [9, 9, 9]), **options).tokens.tolist()[0]
-        == (wanted[1])
+        generate(one_block_model, [[20]] * 3, prefix=prefill(one_block_model, [9, 9, 9]), **with_logits)
+        .tokens[0]
+        .tolist()
+        == wanted[1]
     )
-    assert list(stream(tiny_model, rows[1], **options)) == wanted[1]
-    assert beam_search(tiny_model, rows, num_beams=2, **options).tokens.tolist() == wanted
-    sampled = generate(tiny_model, rows, temperature=1.0, key=jax.random.key(0), **options)
+    assert list(stream(one_block_model, rows[1], **options)) == wanted[1]
+    assert beam_search(one_block_model, rows, num_beams=2, **options).tokens.tolist() == wanted
+    sampled = generate(one_block_model, rows, temperature=1.0, key=jax.random.key(0), **with_logits)
     assert sampled.tokens.tolist() == wanted
 
 
-def test_results_have_the_logits_of_the_model(tiny_model):
+def test_results_have_the_logits_of_the_model(one_block_model):
     from mpt_eqx import generate
 
-    free = generate(tiny_model, [[5], [7], [8]], max_new_tokens=10, return_logits=True)
-    forced = generate(tiny_model, [[5], [7], [8]], max_new_tokens=10, return_logits=True, logits_processors=[successor])
+    options = {"max_new_tokens": 10, "return_logits": True}
+    free = generate(one_block_model, ROWS_OF_ONE, **options)
+    forced = generate(one_block_model, ROWS_OF_ONE, logits_processors=[successor], **options)
     np.testing.assert_array_equal(forced.logits[:, 0], free.logits[:, 0])
     logprobs = jax.nn.log_softmax(forced.logits)
     np.testing.assert_allclose(forced.logprobs[0, 0], logprobs[0, 0, 6], rtol=1e-6)
@@ -151,7 +166,7 @@ def without_the_best(logits, tokens, length):
     return logits.at[jnp.argmax(logits)].set(-jnp.inf)
 
 
-def test_processors_come_after_penalties_and_before_the_temperature(tiny_model):
+def test_processors_come_after_penalties_and_before_the_temperature(one_block_model):
     from mpt_eqx import generate
     from mpt_eqx.generation.sampling import process_logits
 
@@ -162,14 +177,13 @@ def test_processors_come_after_penalties_and_before_the_temperature(tiny_model):
     for row, found in zip(np.asarray(built_in) / 2, np.asarray(both), strict=True):
         np.testing.assert_array_equal(found, np.where(np.arange(V) == row.argmax(), -np.inf, row))
 
-    rows, key = [[5], [7], [8]], jax.random.key(3)
-    options = {"max_new_tokens": 10, "key": key}
-    wanted = generate(tiny_model, rows, temperature=8.0, **options).tokens
+    rows, options = ROWS_OF_ONE, {"max_new_tokens": 10, "key": jax.random.key(3), "return_logits": True}
+    wanted = generate(one_block_model, rows, temperature=8.0, **options).tokens
     assert len(np.unique(wanted)) > 8
-    found = generate(tiny_model, rows, temperature=4.0, logits_processors=[halved], **options).tokens
+    found = generate(one_block_model, rows, temperature=4.0, logits_processors=[halved], **options).tokens
     np.testing.assert_array_equal(found, wanted)
-    second = generate(tiny_model, rows, temperature=1.0, top_k=1, logits_processors=(without_the_best,), **options)
-    greedy = generate(tiny_model, rows, max_new_tokens=10, return_logits=True, logits_processors=(without_the_best,))
+    second = generate(one_block_model, rows, temperature=1.0, top_k=1, logits_processors=(without_the_best,), **options)
+    greedy = generate(one_block_model, rows, logits_processors=(without_the_best,), **options)
     np.testing.assert_array_equal(second.tokens, greedy.tokens)
     np.testing.assert_array_equal(greedy.tokens, np.argsort(greedy.logits, axis=-1)[..., -2])
 
@@ -183,20 +197,20 @@ class Bias(eqx.Module):
         return logits + self.bias
 
 
-def test_a_processor_is_compiled_once(tiny_model):
+def test_a_processor_is_compiled_once(one_block_model):
     from mpt_eqx import beam_search, generate, stream
 
-    traced, rows = [], [[5], [7], [8]]
+    traced, rows = [], ROWS_OF_ONE
 
     def counted(logits, tokens, length):
         traced.append(1)
         return logits.at[0].set(-jnp.inf)
 
     def calls():
-        generate(tiny_model, rows, max_new_tokens=10, logits_processors=[counted])
-        generate(tiny_model, rows, max_new_tokens=12, logits_processors=(counted,), top_k=3)
-        list(stream(tiny_model, [5], max_new_tokens=10, logits_processors=[counted]))
-        beam_search(tiny_model, rows, num_beams=2, max_new_tokens=10, logits_processors=[counted])
+        generate(one_block_model, rows, max_new_tokens=10, logits_processors=[counted])
+        generate(one_block_model, rows, max_new_tokens=12, logits_processors=(counted,), top_k=3)
+        list(stream(one_block_model, [5], max_new_tokens=10, logits_processors=[counted]))
+        beam_search(one_block_model, rows, num_beams=2, max_new_tokens=10, logits_processors=[counted])
 
     calls()
     before = len(traced)
@@ -207,45 +221,48 @@ def test_a_processor_is_compiled_once(tiny_model):
     found = []
     with counting_compiles() as compiles:
         for bias in biases:
-            found.append(generate(tiny_model, rows, max_new_tokens=10, logits_processors=[bias]).tokens)
+            found.append(generate(one_block_model, rows, max_new_tokens=10, logits_processors=[bias]).tokens)
             compiles.append("end")
     assert (found[0] == 3).all() and (found[1] == 4).all()
     assert compiles[compiles.index("end") :] == ["end", "end"]
 
 
-def test_what_a_processor_may_not_leave(tiny_model):
+class After4(eqx.Module):
+    """A processor that writes a value over all logits from the fifth token on."""
+
+    value: jax.Array
+
+    def __call__(self, logits, tokens, length):
+        return jnp.where(length > 4, self.value, logits)
+
+
+def test_what_a_processor_may_not_leave(one_block_model):
     """No token at all, or NaN."""
     from mpt_eqx import GenerationError, beam_search, generate
 
-    def all_banned(logits, tokens, length):
-        return jnp.where(length > 4, -jnp.inf, logits)
-
-    def not_a_number(logits, tokens, length):
-        return jnp.where(length > 4, jnp.nan, logits)
-
-    options = {"max_new_tokens": 10, "logits_processors": [all_banned]}
+    options = {"max_new_tokens": 10, "logits_processors": [After4(jnp.asarray(-jnp.inf))]}
     with pytest.raises(GenerationError, match="no token is left to choose from for new token 3; .*logits_processors"):
-        generate(tiny_model, [[1, 2]], **options)
+        generate(one_block_model, [[1, 2]], **options)
     with pytest.raises(GenerationError, match=r"prompts\[0\]: found 0 of num_return_sequences=1 .*logits_processors"):
-        beam_search(tiny_model, [[1, 2]], num_beams=2, **options)
-    options = {"max_new_tokens": 10, "logits_processors": [not_a_number]}
+        beam_search(one_block_model, [[1, 2]], num_beams=2, **options)
+    options = {"max_new_tokens": 10, "logits_processors": [After4(jnp.asarray(jnp.nan))]}
     message = "the logits of new token 3 are not finite; look for NaN or infinity in what logits_processors return"
     with pytest.raises(GenerationError, match=message):
-        generate(tiny_model, [[1, 2]], **options)
+        generate(one_block_model, [[1, 2]], **options)
     with pytest.raises(GenerationError, match=message):
-        beam_search(tiny_model, [[1, 2]], num_beams=2, **options)
+        beam_search(one_block_model, [[1, 2]], num_beams=2, **options)
 
 
 def lowered(logits, tokens, length):
     return logits - 1
 
 
-def test_a_search_goes_by_what_a_processor_makes_of_log_probabilities(tiny_model):
+def test_a_search_goes_by_what_a_processor_makes_of_log_probabilities(one_block_model):
     from mpt_eqx import beam_search
 
     search = {"num_beams": 2, "max_new_tokens": 10, "length_penalty": 0.0, "num_return_sequences": 2}
     free, found = (
-        beam_search(tiny_model, [[5], [7], [8]], logits_processors=processors, **search)
+        beam_search(one_block_model, ROWS_OF_ONE, logits_processors=processors, **search)
         for processors in ((), (lowered,))
     )
     np.testing.assert_array_equal(found.tokens, free.tokens)
