@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -16,8 +17,7 @@ import jax
 import pytest
 from conftest import GOLDEN, asked_by_line, one_in
 
-COMMIT = "0123456789012345678901234567890123456789"
-NEXT_COMMIT = "a" * 40
+COMMITS = (f"{number:040x}" for number in itertools.count())
 # How the Hub answers for repositories that cannot be had: status, X-Error-Code.
 REFUSED = {
     "owner/private": (401, "RepoNotFound"),
@@ -127,25 +127,38 @@ def files_in(directory):
 
 @pytest.fixture(scope="module")
 def user():
-    """Runs a line of Python in a process of its own: huggingface_hub reads its environment once."""
+    """Runs a line of Python in a process of its environment: huggingface_hub reads that once."""
     with asked_by_line("test_hub.py") as ask:
         yield lambda **order: json.loads(ask(json.dumps(order)))
 
 
-@pytest.fixture
-def hub(user, tmp_path):
-    """A Hub with one repository, owner/m, and ways to load from it with a cache of its own."""
+@pytest.fixture(scope="module")
+def server():
+    """The server, and with it the users' environment, is the same for all tests."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture
+def hub(user, server, home):
+    """A Hub with one repository, owner/m, and ways to load from it with an empty cache."""
     state = SimpleNamespace(
-        files=files_in(GOLDEN / "hf_sharded"), commit=COMMIT, requests=[], sent={}, cut=False, cache=tmp_path / "home"
+        files=files_in(GOLDEN / "hf_sharded"), commit=next(COMMITS), requests=[], sent={}, cut=False, cache=home / "hf"
     )
     server.hub = state
-    threading.Thread(target=server.serve_forever, daemon=True).start()
 
     def run(line, **environment):
         environment = {
-            "HOME": str(tmp_path), "HF_HOME": str(state.cache), "HF_HUB_DISABLE_XET": "1",
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", **environment,
+            "HOME": str(home), "HF_HOME": str(state.cache), "HF_HUB_DISABLE_XET": "1",
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "TERMINAL": "", **environment,
         }  # fmt: skip
         answer = user(line=line, environment=environment)
         assert "Traceback" not in answer["error"], answer["error"]
@@ -157,8 +170,7 @@ def hub(user, tmp_path):
 
     state.run, state.load = run, load
     yield state
-    server.shutdown()
-    server.server_close()
+    shutil.rmtree(state.cache, ignore_errors=True)
 
 
 def test_download_and_offline_afterwards(hub):
@@ -191,7 +203,7 @@ def test_an_update_is_picked_up(hub):
     hub.files["config.json"] = hub.files["config.json"].replace(b'"max_seq_len": 64', b'"max_seq_len": 65')
     line = "m = from_pretrained('owner/m'); print(m.config.max_seq_len, float(m.wte.weight[-1, -1]))"
     assert hub.run(line) != "65 0.0"
-    hub.commit = NEXT_COMMIT
+    hub.commit = next(COMMITS)
     assert hub.run(line) == "65 0.0"
     assert list(hub.sent) == [shard]
     assert hub.run(line, HF_HUB_OFFLINE="1") == "65 0.0"
@@ -403,7 +415,7 @@ class Terminal(io.StringIO):
 
 def follow(order):
     """Runs a line of Python; an error of ours is its output."""
-    os.environ.update(order["environment"])
+    os.environ["TERMINAL"] = order["environment"]["TERMINAL"]
     out, error = io.StringIO(), Terminal()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
         import traceback
@@ -422,15 +434,32 @@ def follow(order):
     return {"out": out.getvalue(), "error": error.getvalue()}
 
 
+def started(environment):
+    """Returns a file to write orders to and one to read answers from, of a new process with this environment."""
+    (ordered, order), (answered, answer) = os.pipe(), os.pipe()
+    if not os.fork():
+        os.close(order)
+        os.environ.update(environment)
+        with os.fdopen(ordered) as orders, os.fdopen(answer, "w") as answers:
+            for line in orders:
+                print(json.dumps(follow(json.loads(line))), file=answers, flush=True)
+        os._exit(0)
+    os.close(ordered), os.close(answer)
+    return os.fdopen(order, "w"), os.fdopen(answered)
+
+
 if __name__ == "__main__":
     import mpt_eqx  # noqa: F401  here, once, for all the processes to come; huggingface_hub is imported in each
 
+    processes = {}
     for line in sys.stdin:
-        receive, send = os.pipe()
-        if not (child := os.fork()):
-            os.write(send, json.dumps(follow(json.loads(line))).encode())
-            os._exit(0)
-        os.close(send)
-        with os.fdopen(receive) as f:
-            print(f.read(), flush=True)
-        os.waitpid(child, 0)
+        environment = {key: value for key, value in json.loads(line)["environment"].items() if key != "TERMINAL"}
+        key = tuple(environment.items())
+        if key not in processes:
+            processes[key] = started(environment)
+        orders, answers = processes[key]
+        print(line, end="", file=orders, flush=True)
+        print(answers.readline(), end="", flush=True)
+    for orders, _ in reversed(processes.values()):  # each holds those of the processes before it open, too
+        orders.close()
+        os.wait()
