@@ -21,7 +21,7 @@ import jax  # noqa: F401
 import numpy as np
 import safetensors.numpy  # noqa: F401
 
-from mpt_eqx import MPTError, from_pretrained, save_pretrained
+from mpt_eqx import MPTError, checkpoint_info, from_pretrained, save_pretrained
 from mpt_eqx.checkpoint.names import named_leaves
 from mpt_eqx.cli import main
 
@@ -93,5 +93,7 @@ def boxed(request):
 
 
 if __name__ == "__main__":
+    # The shapes of the model that most files are made for are traced once; no thread is started for it.
+    checkpoint_info(Path(__file__).parent / "golden" / "hf_default")
     for line in sys.stdin:
         print(boxed(json.loads(line)), flush=True)

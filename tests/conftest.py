@@ -45,10 +45,13 @@ jax.config.update("jax_default_matmul_precision", "highest")
 settings.register_profile("long")  # of `just test-all`
 
 
+def is_long() -> bool:
+    return settings.get_current_profile_name() == "long"
+
+
 def examples(count: int) -> settings:
     """So many random examples in `just test-all`, a tenth of them, but three at least, in `just test`."""
-    long = settings.get_current_profile_name() == "long"
-    return settings(max_examples=count if long else max(count // 10, 3), deadline=None)
+    return settings(max_examples=count if is_long() else max(count // 10, 3), deadline=None)
 
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -111,10 +114,11 @@ def one_in(count, params):
 
 
 @contextmanager
-def asked_by_line(script: str):
+def asked_by_line(script: str, **environment: str):
     """Runs one of the helper scripts and yields a function that gives it a line and returns the line it answers."""
     command = [sys.executable, "-W", "ignore", Path(__file__).parent / script]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    with subprocess.Popen(command, env={**os.environ, **environment}, **pipes) as process:
 
         def ask(line: str) -> str:
             process.stdin.write(f"{line}\n")

@@ -140,8 +140,7 @@ def _quantized(
             stored_name(name, config), leaf.shape, leaf.dtype, lambda: np.asarray(getattr(quantize(weight), which))
         )
 
-    key = jax.random.key(0)
-    model = eqx.filter_eval_shape(lambda: with_zeros(MPT(config, key=key), quantization, dtype))
+    model = eqx.filter_eval_shape(lambda: with_zeros(MPT(config, key=jax.random.key(0)), quantization, dtype))
     leaves = named_leaves(model).items()
     return [part(name, leaf) if is_quantized(name) else to_write(name) for name, leaf in leaves]
 

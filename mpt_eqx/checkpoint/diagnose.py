@@ -111,11 +111,13 @@ def expected_tensors(config: MPTConfig, quantization: Quantization | None) -> Ma
     Raises:
         MPTError: a weight cannot be quantised as `quantization` says.
     """
-    key = jax.random.key(0)
+
+    def made(make: type, *args: Any) -> MPT | Block:
+        made: MPT | Block = make(*args, key=jax.random.key(0))
+        return with_zeros(made, quantization, np.dtype(np.float32))
 
     def shapes(make: type, *args: Any) -> dict[str, jax.ShapeDtypeStruct]:
-        dtype = np.dtype(np.float32)
-        return named_leaves(eqx.filter_eval_shape(lambda: with_zeros(make(*args, key=key), quantization, dtype)))
+        return named_leaves(eqx.filter_eval_shape(made, make, *args))
 
     first = "transformer.blocks.0."
     small = shapes(MPT, dataclasses.replace(config, n_layers=1, block_overrides=None))

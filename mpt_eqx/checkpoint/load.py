@@ -104,9 +104,11 @@ def from_pretrained(
         assert_same_mesh(mesh)
     info, tensors, target = run_or_raise_everywhere(describe) if several else describe()
     show = is_shown(progress)
-    key, outside = jax.random.key(0), target or info.weight_dtype
+    outside = target or info.weight_dtype
     assert outside is not None  # one of the two is there
-    model = eqx.filter_eval_shape(lambda: with_zeros(MPT(info.config, key=key), info.quantization, outside))
+    model = eqx.filter_eval_shape(
+        lambda: with_zeros(MPT(info.config, key=jax.random.key(0)), info.quantization, outside)
+    )
     if mesh is None or rules is None:
         arrays = _load(info, tensors, target, device, mmap, check_finite, show)
     else:

@@ -71,8 +71,8 @@ def _first_difference(model: MPT, quantization: Quantization | None) -> str | No
 @functools.lru_cache(maxsize=16)
 def _skeleton(config: MPTConfig, quantization: Quantization | None) -> MPT:
     """Returns the shapes of the model that a checkpoint of this configuration is loaded into."""
-    key = jax.random.key(0)
-    skeleton: MPT = eqx.filter_eval_shape(lambda: with_zeros(MPT(config, key=key), quantization, np.dtype(np.float32)))
+    dtype = np.dtype(np.float32)
+    skeleton: MPT = eqx.filter_eval_shape(lambda: with_zeros(MPT(config, key=jax.random.key(0)), quantization, dtype))
     return skeleton
 
 
