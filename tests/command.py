@@ -49,6 +49,7 @@ def environment():
 
 def python(script):
     """Runs a script in a Python of its own, and returns what it prints."""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240)
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment())
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -63,7 +63,9 @@ def answer() -> dict:
             "axes": refused(lambda: loaded(mesh=sharding.make_mesh(fsdp=4), rules=other)),
             "invalid": refused(lambda: generate(model, [[RANK * 99]], max_new_tokens=2)),
             "length": refused(lambda: generate(model, [[1]], max_new_tokens=2, return_logits=bool(RANK))),
-            "options": refused(lambda: generate(model, [[1]], max_new_tokens=2, temperature=1.0, key=jax.random.key(RANK))),
+            "options": refused(
+                lambda: generate(model, [[1]], max_new_tokens=2, temperature=1.0, key=jax.random.key(RANK))
+            ),
             "save": refused(lambda: save_pretrained(model, Path("/proc/nowhere"))),
         },
     }  # fmt: skip
