@@ -1,5 +1,7 @@
 """Attention of a decode step: one query to a cache, by the CPU kernel where there is one."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
@@ -77,13 +79,14 @@ def decode_attention(
 
     @rows.def_vmap
     @library_switches()
-    def _(size: int, batched: list[bool], *arrays: Array) -> tuple[Float[Array, "A B K G H"], bool]:
+    def _(size: int, batched: list[bool], *operands: Any) -> tuple[Float[Array, "A B K G H"], bool]:
         """Another axis becomes more rows, however many there are."""
 
         def flat(x: Array, there: bool) -> Array:
             x = x if there else jnp.broadcast_to(x, (size, *x.shape))
             return x.reshape(-1, *x.shape[2:])
 
+        arrays = [jnp.asarray(x) for x in operands]  # a constant is none yet
         q, k, v, position = (flat(arrays[place], batched[place]) for place in (0, 1, 2, 5))
         number = arrays[4]
         if batched[4]:  # else it stays one number, so that a layer's keys are a slice and no gather
