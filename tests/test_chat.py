@@ -6,7 +6,8 @@ import shutil
 import time
 
 import pytest
-from hypothesis import given, settings
+from conftest import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 START, END, THINK = 4096, 4097, 4098
@@ -142,7 +143,7 @@ PLAIN = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(PLAIN.map("".join), st.sampled_from(TEMPLATES))
 def test_text_without_control_tokens_is_encoded_as_the_whole_prompt(tokenizer, backend, text, template):
     if any(token in text for token in ADDED if token.strip()) or "<|endoftext|>" in text:
@@ -160,7 +161,7 @@ HOSTILE = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(HOSTILE.map("".join), HOSTILE.map("".join), st.sampled_from(TEMPLATES))
 def test_messages_make_no_control_token(tokenizer, backend, one, other, template):
     messages = [{"role": "user", "content": one}, {"role": "assistant", "content": other}]

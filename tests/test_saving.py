@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN, asked_by_line
+from command import environment
+from conftest import GOLDEN, asked_by_line, is_long
 from safetensors.numpy import load_file
 
 WAITING = ".mpt_eqx-"
@@ -34,8 +35,8 @@ def model_of(value):
         d_model=32, n_heads=4, n_layers=2, vocab_size=61, no_bias=True, max_seq_len=100 + value // 10,
         attn_config=AttnConfig(alibi=True),
     )  # fmt: skip
-    model = MPT(config, key=jax.random.key(0))
-    return jax.tree.map(lambda leaf: jnp.full_like(leaf, value), model)
+    shapes = eqx.filter_eval_shape(lambda: MPT(config, key=jax.random.key(0)))
+    return jax.tree.map(lambda leaf: jnp.full(leaf.shape, value, leaf.dtype), shapes)
 
 
 def value_of(directory):
@@ -204,7 +205,7 @@ def test_a_full_disk(tmp_path):
         pytest.skip("no mount namespaces here")
     done = subprocess.run(
         [*inside, sys.executable, "-W", "ignore", "-c", FULL, tmp_path, Path(__file__).parent],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=120, env=environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     outcomes = json.loads(done.stdout)
@@ -283,7 +284,8 @@ def test_loading_while_another_process_saves(saver, tmp_path, size):
     """The same at any time; the pause leaves room for a whole load between two saves."""
     saver(tmp_path, 3, size=size)
     with ThreadPoolExecutor(1) as pool:
-        saving = pool.submit(saver, tmp_path, 3, 1, 12, size=size, seconds=2, pause=0.05)
+        seconds = 2 if is_long() else 0.7
+        saving = pool.submit(saver, tmp_path, 3, 1, 12, size=size, seconds=seconds, pause=0.05)
         values = []
         while not saving.done():
             values.append(value_of(tmp_path))
