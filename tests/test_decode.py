@@ -43,37 +43,25 @@ def test_vmap_over_prompts_gives_the_rows_of_generate(small, prompts, dtype):
     np.testing.assert_allclose(found.logprobs, wanted.logprobs, atol=1e-5)
 
 
-def test_row_0_is_the_default_and_keys_are_independent(small, prompts):
-    from mpt_eqx import SamplingParams, decode, generate
+def test_vmap_over_models_and_keys(small, prompts):
+    """Each is as in `generate`, where the row is 0; keys are independent."""
+    from mpt_eqx import MPT, SamplingParams, decode, generate
 
-    (prompt,) = prompts(5)
-    keys = jax.random.split(KEY, 3)
+    models, (prompt,), keys = [small, MPT(small.config, key=jax.random.key(8))], prompts(6), jax.random.split(KEY, 3)
+    sampling = SamplingParams(temperature=3.0)
 
-    @jax.jit
-    def draws(keys):
-        sampling = SamplingParams(temperature=3.0)
-        return jax.vmap(
-            lambda key: decode(small, jnp.asarray(prompt), 5, max_new_tokens=NEW, sampling=sampling, key=key)
-        )(keys)
+    def draw(model, key):
+        return decode(model, jnp.asarray(prompt), 6, max_new_tokens=NEW, sampling=sampling, key=key).tokens
 
-    found = draws(keys)
-    for key, tokens in zip(keys, found.tokens, strict=True):
-        wanted = generate(small, prompt, max_new_tokens=NEW, temperature=3.0, key=key).tokens[0]
-        np.testing.assert_array_equal(tokens, wanted)
-    assert len({tuple(tokens.tolist()) for tokens in found.tokens}) == 3
-
-
-def test_vmap_over_models(small, prompts):
-    from mpt_eqx import MPT, decode, generate
-
-    models = [small, MPT(small.config, key=jax.random.key(8))]
-    ensemble = jax.tree.map(lambda *x: jnp.stack(x), *models)
-    (prompt,) = prompts(6)
-    found = eqx.filter_jit(
-        eqx.filter_vmap(lambda m: decode(m, jnp.asarray(prompt), 6, max_new_tokens=NEW), in_axes=(eqx.if_array(0),))
-    )(ensemble)
-    for tokens, model in zip(found.tokens, models, strict=True):
-        np.testing.assert_array_equal(tokens, generate(model, prompt, max_new_tokens=NEW).tokens[0])
+    of_keys = eqx.filter_vmap(draw, in_axes=(None, 0))
+    found = eqx.filter_jit(eqx.filter_vmap(of_keys, in_axes=(eqx.if_array(0), None)))(
+        jax.tree.map(lambda *x: jnp.stack(x), *models), keys
+    )
+    for model, rows in zip(models, found, strict=True):
+        for key, tokens in zip(keys, rows, strict=True):
+            wanted = generate(model, prompt, max_new_tokens=NEW, temperature=3.0, key=key).tokens[0]
+            np.testing.assert_array_equal(tokens, wanted)
+        assert len({tuple(tokens.tolist()) for tokens in rows}) == 3
 
 
 def test_a_scan_over_turns(small, prompts):
@@ -127,7 +115,6 @@ def test_derivatives_are_those_of_the_log_probabilities_of_the_tokens(small, pro
         )
 
 
-@pytest.mark.optimized
 @pytest.mark.filterwarnings("ignore:Some donated buffers")
 @pytest.mark.parametrize(
     ("dtype", "rows", "size"),
@@ -155,42 +142,34 @@ def test_memory_is_that_of_generate(tiny_config, dtype, rows, size):
     assert temporary(batch, model, ints((rows, size)), ints(rows)) <= 1.05 * theirs
 
 
-def test_other_options_never_recompile(small, prompts):
+def test_what_is_traced_and_not_valid_gives_nan(small):
+    """Lengths, weights, and options that leave no token: 0 to 13 are allowed, and 12 of them are in the prompt.
+
+    Other weights, tokens, lengths, options and keys compile nothing.
+    """
     from mpt_eqx import SamplingParams, decode
-
-    tokens, lengths = padded(prompts(9, 4), 12)
-    options = [SamplingParams(), SamplingParams(temperature=0.7, top_p=0.5, eos_token_ids=[1, 2], min_new_tokens=2)]
-    options = [jax.tree.map(jnp.asarray, o) for o in options]
-    compiled = eqx.filter_jit(lambda t, n, s, k: decode(small, t, n, max_new_tokens=3, sampling=s, key=k))
-    compiled(tokens[0], lengths[0], options[0], KEY)
-    with counting_compiles() as compiles:
-        compiled(tokens[1], lengths[1], options[1], KEY)
-    assert compiles == []
-
-
-def test_what_is_traced_and_not_valid_gives_nan(small, tiny_config):
-    """Lengths, weights, and options that leave no token: 0 to 13 are allowed, and 12 of them are in the prompt."""
-    from mpt_eqx import SamplingParams, decode
-
-    lengths = jnp.asarray([0, 1, 12, 13, -1])
-    options = {"no_repeat_ngram_size": 1, "vocab_size": 14}
 
     @jax.jit
-    def logprobs(model, sampling):
+    def logprobs(model, tokens, lengths, sampling, key):
         def one(length):
-            return decode(model, jnp.arange(12), length, max_new_tokens=4, sampling=sampling, key=KEY).logprobs
+            return decode(model, tokens, length, max_new_tokens=4, sampling=sampling, key=key).logprobs
 
         return jax.vmap(one)(lengths)
 
-    def nan(model, sampling):
-        return np.isnan(logprobs(model, sampling)).tolist()
+    def nan(model, lengths=(0, 1, 12, 13, -1), first=0, key=KEY, **options):
+        sampling = jax.tree.map(jnp.asarray, SamplingParams(**options))
+        return np.isnan(logprobs(model, first + np.arange(12), np.asarray(lengths), sampling, key)).tolist()
 
-    first, banned = (jax.tree.map(jnp.asarray, SamplingParams(**given)) for given in ({}, options))
     none, every = [False] * 4, [True] * 4
-    assert nan(small, first) == [every, none, none, every, every]
-    assert nan(small, banned) == [every, none, [False, False, True, True], every, every]
+    assert nan(small) == [every, none, none, every, every]
     broken = eqx.tree_at(lambda m: m.norm_f.weight, small, small.norm_f.weight.at[0].set(jnp.nan))
-    assert nan(broken, first) == [every] * 5
+    others = {"temperature": 0.7, "top_p": 0.5, "eos_token_ids": [1, 2], "min_new_tokens": 2}
+    with counting_compiles() as compiles:
+        banned = nan(small, no_repeat_ngram_size=1, vocab_size=14)
+        assert banned == [every, none, [False, False, True, True], every, every]
+        assert nan(broken) == [every] * 5
+        assert nan(small, (1, 5, 9, 4, 12), 3, jax.random.key(6), **others) == [none] * 5
+    assert compiles == []
 
 
 def test_no_new_tokens(small):

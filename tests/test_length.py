@@ -84,7 +84,6 @@ def test_a_growing_cache_changes_nothing(tiny_config, prompts):
     np.testing.assert_allclose(grown.logits[0], full[499:-1], atol=2e-5)
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", some(["float32", "bfloat16", "float16"], ["bfloat16"]))
 @pytest.mark.parametrize("rows", some([1, 3], [3]))
 def test_the_size_of_the_cache_does_not_count_what_a_step_costs(tiny_model, rows, dtype):

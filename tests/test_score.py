@@ -126,7 +126,6 @@ def test_prefixes_of_the_longest_sequences_share_a_cache_size(small):
     assert {_job(small.config, 0, row, prefix).capacity for prefix in range(1, len(row))} == {1024, 1024 + 32}
 
 
-@pytest.mark.optimized
 @pytest.mark.filterwarnings("ignore:Some donated buffers")
 def test_memory_is_that_of_the_cache_and_of_256_rows_of_logits(tiny_config):
     """The program's, at any length: no logits of a whole text, and no scores of all queries and keys."""
