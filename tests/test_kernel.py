@@ -500,6 +500,7 @@ def test_several_calls_at_once_end(way):
         np.testing.assert_allclose(jax.jit(all_of_them)(weights, x), expected, rtol=1e-3, atol=1)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("kind", some(KINDS, ["bfloat16"]))
 def test_a_step_makes_no_copy_of_the_weights(kind, way):
     """In no type, neither widened nor turned: what a step needs for itself is small beside the weights."""
@@ -509,7 +510,7 @@ def test_a_step_makes_no_copy_of_the_weights(kind, way):
     from mpt_eqx.generation.steps import decode_chunk
 
     config = MPTConfig(
-        d_model=1024, n_heads=16, n_layers=2, vocab_size=4096, max_seq_len=512, no_bias=True,
+        d_model=1024, n_heads=16, n_layers=6, vocab_size=4096, max_seq_len=512, no_bias=True,
         attn_config=AttnConfig(alibi=True),
     )  # fmt: skip
     dtype = "bfloat16" if kind.startswith("int") else kind

@@ -29,7 +29,7 @@ def in_one_batch(*options):
 
 
 @pytest.fixture(scope="module")
-def decoded(one_block_model):
+def decoded(tiny_model):
     """Decodes eight tokens of a prompt for each row."""
     from mpt_eqx.generation.prompts import prefill_chunk
     from mpt_eqx.generation.state import empty_state
@@ -39,9 +39,9 @@ def decoded(one_block_model):
 
     def decode(*options):
         rows = len(options)
-        state = empty_state(one_block_model, rows, 512)
-        state = prefill_chunk(one_block_model, state, jnp.asarray(np.stack([prompt] * rows)), jnp.full(rows, 32))
-        return decode_chunk((one_block_model, in_one_batch(*options), jax.random.key(4), ()), state, 8, True)[1]
+        state = empty_state(tiny_model, rows, 512)
+        state = prefill_chunk(tiny_model, state, jnp.asarray(np.stack([prompt] * rows)), jnp.full(rows, 32))
+        return decode_chunk((tiny_model, in_one_batch(*options), jax.random.key(4), ()), state, 8, True)[1]
 
     return decode
 
