@@ -49,9 +49,9 @@ def is_long() -> bool:
     return settings.get_current_profile_name() == "long"
 
 
-def examples(count: int) -> settings:
-    """So many random examples in `just test-all`, a tenth of them, but three at least, in `just test`."""
-    return settings(max_examples=count if is_long() else max(count // 10, 3), deadline=None)
+def examples(count: int, *, least: int = 3) -> settings:
+    """So many random examples in `just test-all`; in `just test` a tenth of them, but `least` at least."""
+    return settings(max_examples=count if is_long() else max(count // 10, least), deadline=None)
 
 
 GOLDEN = Path(__file__).parent / "golden"

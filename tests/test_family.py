@@ -1,6 +1,7 @@
 """The family of models: every field of the configuration counts, and any valid configuration behaves."""
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -177,7 +178,7 @@ def alike(a, b):
     )
 
 
-@pytest.mark.parametrize("field", one_in(2, CHANGES))
+@pytest.mark.parametrize("field", one_in(4, CHANGES))
 def test_every_field_counts(field):
     """Changing it changes the weights a model starts with, its logits, or else a gradient."""
     base, change = CHANGES[field]
@@ -279,7 +280,7 @@ def configs(draw):
     }  # fmt: skip
 
 
-@examples(20)
+@examples(20, least=2)
 @given(configs(), st.integers(1, 10), st.integers(1, 11))
 def test_any_valid_configuration(d, split, at):
     """Builds and counts; round trip; causality; padding changes nothing; decoding in parts equals the full forward.
@@ -470,8 +471,8 @@ def shrunk(full):
     )
 
 
-# One of those that differ in more than their sizes.
-SIBLINGS = (*("mpt-7b", "mpt-1b-redpajama-200b"),)
+# One; the others differ from it in more than their sizes.
+SIBLINGS = ("mpt-7b",)
 
 
 @pytest.mark.parametrize("name", some(presets(), SIBLINGS))
@@ -571,7 +572,7 @@ TRANSCRIBED = [
 ]
 
 
-@pytest.mark.parametrize("name", TRANSCRIBED)
+@pytest.mark.parametrize("name", one_in(2, TRANSCRIBED))
 def test_against_a_transcription_of_the_formulas(name):
     """A checkpoint's own combination of features, each of which makes a difference."""
     from mpt_eqx import MPTConfig
@@ -773,7 +774,7 @@ IN_SCORES = {
 
 
 @pytest.mark.parametrize("how", ["forward", "extend"])
-@pytest.mark.parametrize("feature", one_in(2, FEATURES))
+@pytest.mark.parametrize("feature", one_in(4, FEATURES))
 def test_what_a_model_uses_does_show(feature, how):
     base, change, per_layer, outside = FEATURES[feature]
     if how == "extend":
@@ -802,8 +803,7 @@ def test_no_table_of_size_max_seq_len(change, how):
     assert len(shapes) > 100 and max(np.prod(shape, dtype=int) for shape in shapes) < 131_072
 
 
-@pytest.mark.parametrize("bias_max", [8, 16, 4.5])
-@pytest.mark.parametrize("n_heads", [32, 12])
+@pytest.mark.parametrize(("n_heads", "bias_max"), one_in(3, [*itertools.product((32, 12), (8, 16, 4.5))]))
 def test_alibi_at_131072_tokens(n_heads, bias_max):
     """Against float64: a bias is off by at most 2⁻²³ of itself (so 0.0075 at −1.1e5), a probability by 3e-7."""
     from mpt_eqx.model.alibi import alibi_slopes
@@ -831,8 +831,7 @@ def test_alibi_at_131072_tokens(n_heads, bias_max):
     assert worst_probability < 3e-7
 
 
-@pytest.mark.parametrize("bias_max", [8, 16])
-@pytest.mark.parametrize("n_heads", [32, 12])
+@pytest.mark.parametrize(("n_heads", "bias_max"), one_in(2, [*itertools.product((32, 12), (8, 16))]))
 def test_attention_at_131072_tokens(n_heads, bias_max):
     """What keys near and far weigh with ALiBi, against float64, in both formulas: all at once, and block by block."""
     from mpt_eqx.model.alibi import alibi_slopes

@@ -1,5 +1,6 @@
 """The modules by themselves: formulas against plain numpy, shapes, initialisation, bad input."""
 
+import itertools
 import math
 
 import equinox as eqx
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import examples, some
+from conftest import examples, one_in, some
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -126,9 +127,10 @@ def test_transformer_engines_network(tiny_config):
     assert block.ffn.up_proj.bias is None
 
 
-@pytest.mark.parametrize("ffn_type", ["torch_dmoe", "mb_dmoe"])
-@pytest.mark.parametrize("mlp_type", ["mlp", "glu"])
-@pytest.mark.parametrize("norm", [None, 1, 2])
+@pytest.mark.parametrize(
+    ("norm", "mlp_type", "ffn_type"),
+    one_in(5, [*itertools.product((None, 1, 2), ("mlp", "glu"), ("torch_dmoe", "mb_dmoe"))]),
+)
 def test_mixture_of_experts(tiny_config, ffn_type, mlp_type, norm):
     """Token by token and expert by expert in numpy; megablocks has the tanh gelu and a bias on the sum."""
     from mpt_eqx import MPT, FFNConfig
@@ -232,7 +234,7 @@ RATES = ["resid_pdrop", "emb_pdrop", "attn_pdrop", "moe_jitter_eps"]
 
 
 @pytest.mark.parametrize("where", some(RATES, ["attn_pdrop"]))
-def test_randomness_in_training(tiny_config, tiny_model, where):
+def test_randomness_in_training(tiny_config, where):
     """With a key, and only then; the same key gives the same; off under inference_mode and when generating."""
     from mpt_eqx import MPT, AttnConfig, FFNConfig, MPTError, generate
 
@@ -243,7 +245,7 @@ def test_randomness_in_training(tiny_config, tiny_model, where):
             {"ffn_config": FFNConfig(**moe, moe_jitter_eps=0.5)}, {"ffn_config": FFNConfig(**moe)}
         ),
     }.get(where, ({where: 0.5}, {}))  # fmt: skip
-    model, without = (MPT(tiny_config(**c), key=jax.random.key(0)) for c in (change, plain))
+    model, without = (MPT(tiny_config(n_layers=1, **c), key=jax.random.key(0)) for c in (change, plain))
     tokens = jnp.arange(12)
     with pytest.raises(MPTError, match=r"key: expected a key, .*; switch them off with eqx.nn.inference_mode\(model\)"):
         model(tokens)
@@ -280,7 +282,7 @@ def test_dropout_of_everything_has_no_gradient_but_is_finite(tiny_config):
     assert np.all(grads.blocks[0].attn.Wqkv.weight == 0)
 
 
-@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("learned", some([True, False], [True]))
 def test_a_mask_of_ones_and_zeros(tiny_config, learned):
     """As tokenizers give it; learned and rotary positions count it."""
     from mpt_eqx import MPT, AttnConfig
@@ -318,7 +320,7 @@ def test_padding_and_holes_in_sequence_ids(tiny_config):
         np.testing.assert_allclose(packed[rows], model(tokens[rows]), atol=1e-5)
 
 
-@examples(15)
+@examples(15, least=2)
 @given(st.integers(0, 19), st.integers(0, 60))
 def test_later_tokens_do_not_change_earlier_logits(tiny_model, position, token):
     tokens = jnp.arange(20, dtype=jnp.int32)
@@ -327,18 +329,22 @@ def test_later_tokens_do_not_change_earlier_logits(tiny_model, position, token):
     np.testing.assert_array_equal(forward(tokens)[:position], changed[:position])
 
 
-@examples(15)
+@eqx.filter_jit
+def masked_logits(model, tokens, mask):
+    return model(tokens, mask=mask)
+
+
+@examples(15, least=2)
 @given(st.lists(st.booleans(), min_size=12, max_size=12).filter(lambda real: any(real)))
 def test_padding_anywhere_changes_no_real_logit_by_its_tokens(tiny_model, real):
     """Tokens at padding, in front, behind or in holes, are never seen."""
     mask = jnp.asarray(real)
     tokens = jnp.arange(12, dtype=jnp.int32)
-    forward = eqx.filter_jit(lambda t: tiny_model(t, mask=mask))
-    one, other = forward(tokens), forward(jnp.where(mask, tokens, 60))
+    one, other = (masked_logits(tiny_model, t, mask) for t in (tokens, jnp.where(mask, tokens, 60)))
     np.testing.assert_array_equal(one[mask], other[mask])
 
 
-@pytest.mark.parametrize("padding", [(3, 0), (0, 4), (2, 2)])
+@pytest.mark.parametrize("padding", some([(3, 0), (0, 4), (2, 2)], [(2, 2)]))
 def test_padded_equals_alone(tiny_model, padding):
     tokens = jnp.arange(9, dtype=jnp.int32)
     mask = jnp.pad(jnp.ones(9, bool), padding)
@@ -399,24 +405,27 @@ def test_mpt_7b_has_the_published_number_of_parameters():
 
 @pytest.mark.parametrize(
     ("init", "matrix", "residual", "embedding"),
-    [
-        ({}, math.sqrt(2 / 64), math.sqrt(2 / 64) / math.sqrt(8), math.sqrt(2 / 64)),
-        ({"init_div_is_residual": False}, math.sqrt(2 / 64), math.sqrt(2 / 64), None),
-        ({"init_div_is_residual": 3}, math.sqrt(2 / 64), math.sqrt(2 / 64) / 3, None),
-        ({"name": "kaiming_uniform_"}, math.sqrt(2 / 64), None, None),
-        ({"fan_mode": "fan_out"}, math.sqrt(2 / 16), None, math.sqrt(2 / 1009)),
-        ({"init_nonlinearity": "linear"}, math.sqrt(1 / 64), None, None),
-        ({"init_nonlinearity": "leaky_relu", "init_gain": 1.0}, math.sqrt(1 / 64), None, None),
-        ({"name": "baseline_", "init_std": 0.02}, 0.02, 0.02 / math.sqrt(8), 0.02),
-        ({"name": "small_init_"}, math.sqrt(2 / 320), None, None),
-        ({"name": "neox_init_"}, math.sqrt(2 / 320), math.sqrt(2 / 320) / (4 / math.sqrt(10)), None),
-        ({"name": "xavier_normal_", "init_gain": 0.7}, 0.7 * math.sqrt(2 / 80), None, None),
-        ({"name": "xavier_uniform_"}, 0.0, 0.0, 0.0),
-        ({"name": "default_"}, math.sqrt(1 / 192), math.sqrt(1 / 192), 1.0),
-        ({"emb_init_std": 0.3}, math.sqrt(2 / 64), None, 0.3),
-        ({"emb_init_uniform_lim": 0.6}, None, None, 0.6 / math.sqrt(3)),
-        ({"emb_init_uniform_lim": (0.0, 0.6)}, None, None, 0.3 / math.sqrt(3)),
-    ],
+    one_in(
+        2,
+        [
+            ({}, math.sqrt(2 / 64), math.sqrt(2 / 64) / math.sqrt(8), math.sqrt(2 / 64)),
+            ({"init_div_is_residual": False}, math.sqrt(2 / 64), math.sqrt(2 / 64), None),
+            ({"init_div_is_residual": 3}, math.sqrt(2 / 64), math.sqrt(2 / 64) / 3, None),
+            ({"name": "kaiming_uniform_"}, math.sqrt(2 / 64), None, None),
+            ({"fan_mode": "fan_out"}, math.sqrt(2 / 16), None, math.sqrt(2 / 1009)),
+            ({"init_nonlinearity": "linear"}, math.sqrt(1 / 64), None, None),
+            ({"init_nonlinearity": "leaky_relu", "init_gain": 1.0}, math.sqrt(1 / 64), None, None),
+            ({"name": "baseline_", "init_std": 0.02}, 0.02, 0.02 / math.sqrt(8), 0.02),
+            ({"name": "small_init_"}, math.sqrt(2 / 320), None, None),
+            ({"name": "neox_init_"}, math.sqrt(2 / 320), math.sqrt(2 / 320) / (4 / math.sqrt(10)), None),
+            ({"name": "xavier_normal_", "init_gain": 0.7}, 0.7 * math.sqrt(2 / 80), None, None),
+            ({"name": "xavier_uniform_"}, 0.0, 0.0, 0.0),
+            ({"name": "default_"}, math.sqrt(1 / 192), math.sqrt(1 / 192), 1.0),
+            ({"emb_init_std": 0.3}, math.sqrt(2 / 64), None, 0.3),
+            ({"emb_init_uniform_lim": 0.6}, None, None, 0.6 / math.sqrt(3)),
+            ({"emb_init_uniform_lim": (0.0, 0.6)}, None, None, 0.3 / math.sqrt(3)),
+        ],
+    ),
 )
 def test_initialisation_spreads_as_llm_foundrys(tiny_config, init, matrix, residual, embedding):
     """Standard deviations of Wqkv (its heads are matrices of 16 rows), of out_proj and of the embedding."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import GOLDEN, examples, some
+from conftest import GOLDEN, examples, one_in, some
 from hypothesis import given
 from hypothesis import strategies as st
 from mutate import mutant
@@ -138,7 +138,7 @@ def assert_noticed(scheme, *functions):
             check(weights_of(seed, (8, 96), 0, np.dtype(np.float32)).at[5].set(0), scheme, *functions)
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
+@pytest.mark.parametrize("name", one_in(3, MUTATIONS))
 def test_the_bounds_notice_a_mutation(name):
     from mpt_eqx.ops import quantized
     from mpt_eqx.surgery import quantization
@@ -217,7 +217,7 @@ def test_which_weights_are_quantised(golden, name, embeddings):
 
 @pytest.mark.parametrize("embeddings", some([False, True], [True]))
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("name", some(CASES, CASES[:3]))
+@pytest.mark.parametrize("name", some(CASES, CASES[:1]))
 def test_a_quantised_model_computes_what_its_weights_stand_for(golden, name, scheme, embeddings):
     from mpt_eqx import quantize
 
@@ -229,8 +229,9 @@ def test_a_quantised_model_computes_what_its_weights_stand_for(golden, name, sch
         np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    ("scheme", "dtype"), one_in(2, [*itertools.product(SCHEMES, ("float32", "bfloat16", "float16"))])
+)
 def test_the_type_of_computations_stays(tiny_model, scheme, dtype):
     from mpt_eqx import quantize
     from mpt_eqx.surgery.quantization import quantization_of
@@ -243,7 +244,7 @@ def test_the_type_of_computations_stays(tiny_model, scheme, dtype):
     assert_same(quantize(jax.tree.map(np.asarray, model), scheme, embeddings=True), made)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", some(SCHEMES, ["int4"]))
 def test_the_shipped_model_keeps_what_it_knows(shipped, scheme):
     """Its likelihood of a text changes by less than 2 % in 8 bits, 10 % in 4."""
     from mpt_eqx import SHIPPED_MODEL, quantize
@@ -292,7 +293,7 @@ def cast(model, dtype):
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, model)
 
 
-FAST_CASTS = [("int4", "float32", "float16"), ("int8", "float32", "bfloat16")]
+FAST_CASTS = [("int4", "float32", "bfloat16")]
 
 
 @pytest.mark.parametrize(
@@ -463,7 +464,7 @@ def test_saved_and_loaded(tiny_model, tmp_path, scheme, dtype, embeddings, mmap,
     assert config["quantization_config"] == {"method": "mpt_eqx", "scheme": scheme, "embeddings": embeddings}
 
 
-@pytest.mark.parametrize("name", [*CASES, "f_bf16", "hf_fp16"])
+@pytest.mark.parametrize("name", some([*CASES, "f_bf16", "hf_fp16"], [*CASES[::2], "hf_fp16"]))
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_kind_of_model_comes_back(golden, tmp_path, name, scheme):
     from mpt_eqx import from_pretrained, quantize, save_pretrained
@@ -652,15 +653,13 @@ def test_no_quantisation_is_none():
 
 @pytest.mark.parametrize("embeddings", some([False, True], [True]))
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_convert_writes_what_quantize_makes(tmp_path, scheme, embeddings):
-    from mpt_eqx import SHIPPED_MODEL, from_pretrained, quantize
+def test_convert_writes_what_quantize_makes(one_layer, tmp_path, scheme, embeddings):
+    from mpt_eqx import from_pretrained, quantize
     from mpt_eqx.checkpoint import convert
 
     for dtype in (None, "float32"):
-        convert(
-            SHIPPED_MODEL, tmp_path / "m", quantize=scheme, embeddings=embeddings, dtype=dtype, max_shard_size="1MB"
-        )
-        made = quantize(from_pretrained(SHIPPED_MODEL, dtype=dtype), scheme, embeddings=embeddings)
+        convert(one_layer, tmp_path / "m", quantize=scheme, embeddings=embeddings, dtype=dtype, max_shard_size="1MB")
+        made = quantize(from_pretrained(one_layer, dtype=dtype), scheme, embeddings=embeddings)
         assert_same(from_pretrained(tmp_path / "m"), made)
     convert(tmp_path / "m", tmp_path / "again", dtype="bfloat16")
     assert_same(from_pretrained(tmp_path / "again"), from_pretrained(tmp_path / "m", dtype="bfloat16"))
@@ -684,21 +683,20 @@ def test_what_convert_refuses(saved, tiny_config, tmp_path):
     assert not (tmp_path / "n").exists()
 
 
-def test_on_the_command_line(tmp_path, capsys):
-    from mpt_eqx import SHIPPED_MODEL
+def test_on_the_command_line(one_layer, tmp_path, capsys):
     from mpt_eqx.cli import main
 
-    assert main(["convert", str(SHIPPED_MODEL), str(tmp_path / "m"), "--quantize", "int4", "--embeddings"]) == 0
+    assert main(["convert", str(one_layer), str(tmp_path / "m"), "--quantize", "int4", "--embeddings"]) == 0
     assert main(["inspect", str(tmp_path / "m")]) == 0
     out = capsys.readouterr().out
     assert re.search(r"^quantised   int4 weights, embedding included$", out, re.MULTILINE)
     assert re.search(r"^types       bfloat16, uint8$", out, re.MULTILINE)
     assert re.search(r"transformer.wte.weight.values +uint8 +\[4096, 96\]$", out, re.MULTILINE)
-    assert main(["convert", str(SHIPPED_MODEL), str(tmp_path / "n"), "--quantize", "int8"]) == 0
+    assert main(["convert", str(one_layer), str(tmp_path / "n"), "--quantize", "int8"]) == 0
     assert main(["inspect", str(tmp_path / "n")]) == 0
     assert re.search(r"^quantised   int8 weights, embedding not quantised$", capsys.readouterr().out, re.MULTILINE)
     assert main(["generate", "The", "--model", str(tmp_path / "m"), "--max-new-tokens", "3"]) == 0
-    assert main(["convert", str(SHIPPED_MODEL), str(tmp_path / "x"), "--quantize", "int7"]) == 1
+    assert main(["convert", str(one_layer), str(tmp_path / "x"), "--quantize", "int7"]) == 1
 
 
 def test_the_pages_figures_of_quality_are_the_committed_ones():

@@ -291,7 +291,7 @@ def by_hand(model, indices):
     return model.norm_f(x)
 
 
-@examples(30)
+@examples(30, least=2)
 @given(configs(), st.lists(st.integers(0, 3), min_size=1, max_size=4), st.sampled_from([28, 31, 40]))
 def test_any_model_changed_and_put_together_again(tmp_path_factory, d, indices, n):
     """Kept blocks, another vocabulary, wrappers, stacked: it runs, generates, is saved and comes back."""

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import examples
+from conftest import examples, some
 from hypothesis import given
 from hypothesis import strategies as st
 from jax import export
@@ -59,7 +59,7 @@ CACHES = {
     ),
     "rope": ("float32", None, {"alibi": False, "rope": True}),
 }  # fmt: skip
-FAST = (("bfloat16", "kernel"), ("int4", "XLA"))
+FAST = (("bfloat16", "kernel"),)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_cache_of_another_type_is_refused(small):
         model.extend(TOKENS, KVCache.empty(model.config, 8, jnp.bfloat16))
 
 
-@pytest.mark.parametrize("way", ["kernel", "XLA"], indirect=True)
+@pytest.mark.parametrize("way", some(["kernel", "XLA"], ["kernel"]), indirect=True)
 def test_queries_outside_of_a_cache_are_nan(small, way):
     """Any length, under jit, where it cannot be seen; of a row whose end is outside, what is inside is right."""
     from mpt_eqx import KVCache
@@ -249,7 +249,7 @@ def test_a_length_that_is_known_to_be_too_large_is_refused(small):
         jax.eval_shape(small(), jax.ShapeDtypeStruct((length,), jnp.int32))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", some(["float32", "bfloat16", "float16"], ["bfloat16"]))
 def test_a_score_of_minus_infinity_has_no_weight(dtype, way):
     """The same in the kernel, in blocks and in the formula; NaN where there is nothing else."""
     from mpt_eqx.ops.attend import attend
