@@ -149,7 +149,7 @@ def keep_compiled(directory: str | None) -> None:
     """Turns on JAX's persistent compilation cache for every program compiled from here on.
 
     Args:
-        directory: where; None: where JAX was told to, else in the user's cache, bounded in size, if that can be written.
+        directory: where; None: where JAX was told to, else in the user's cache, bounded in size, if it is writable.
 
     Raises:
         GenerationError: the directory that was given cannot be created.

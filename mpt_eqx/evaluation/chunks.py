@@ -5,12 +5,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
+from mpt_eqx.generation.layers import with_blocks_once
 from mpt_eqx.generation.state import constrain_replicated, map_layers
-from mpt_eqx.generation.traced_once import with_blocks_traced_once
 from mpt_eqx.model import MPT, KVCache
 from mpt_eqx.ops.layer_cache import LayerCache
 
-Layers = tuple[LayerCache | None, ...]
+Layers = tuple[LayerCache | None, ...] | LayerCache
 
 CHUNKS = (256, 32)
 """Tokens per call. A row of logits costs as much in each, so that little padding counts for more than few calls."""
@@ -39,7 +39,7 @@ def read_chunk(
     Returns:
         The cache, and for each target its log-probability, and whether no logit is larger than its.
     """
-    model = with_blocks_traced_once(model)
+    model = with_blocks_once(model, layers)
 
     def row(layers: Layers, tokens: Int[Array, " S"], start: Int[Array, ""]) -> tuple[Layers, Float[Array, "S D"]]:
         x, cache = model.extend(tokens, KVCache(layers=layers, length=start))

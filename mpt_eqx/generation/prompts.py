@@ -12,8 +12,8 @@ from tqdm import tqdm
 from mpt_eqx.checkpoint.progress import is_shown
 from mpt_eqx.generation.buckets import prefill_buckets
 from mpt_eqx.generation.interrupts import held_interrupts
+from mpt_eqx.generation.layers import with_blocks_once
 from mpt_eqx.generation.state import DecodeState, OverRows, constrain, replicate, row_of, with_row, without_idle_edits
-from mpt_eqx.generation.traced_once import with_blocks_traced_once
 from mpt_eqx.model import MPT, KVCache
 from mpt_eqx.model.taps import Edit, editing
 from mpt_eqx.ops.platform import prefills_by_row
@@ -103,7 +103,7 @@ def read_chunk(
     over_rows: OverRows = jax.vmap,
 ) -> DecodeState:
     """Returns what `prefill_chunk` does, within another program; `over_rows` is `jax.vmap` or `one_row`."""
-    model = with_blocks_traced_once(model)
+    model = with_blocks_once(model, state.cache.layers)
 
     def row(
         cache: KVCache,

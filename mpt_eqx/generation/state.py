@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from mpt_eqx.generation.buckets import cache_bucket
+from mpt_eqx.generation.layers import has_layer_loop
 from mpt_eqx.model import MPT, KVCache
 from mpt_eqx.model.taps import Edit, stack_edits
 from mpt_eqx.ops.layout import Layout
@@ -49,16 +50,17 @@ class DecodeState(eqx.Module):
 def empty_state(model: MPT, rows: int, capacity: int) -> DecodeState:
     """Returns a state of rows without tokens, with room for `capacity` tokens in each."""
     layout = model.layout
-    state = jax.eval_shape(lambda: zero_state(model, rows, capacity, as_bits=True))
+    joined = has_layer_loop(model)
+    state = jax.eval_shape(lambda: zero_state(model, rows, capacity, as_bits=True, joined=joined))
     state = map_with_axes(state, lambda x, *names: new_array(layout, x.shape, x.dtype, 0, *names))
     nothing = tuple(new_array(layout, (), np.int32, -1) for _ in range(2))
     return eqx.tree_at(lambda s: (s.not_finite, s.nothing_left), state, nothing)
 
 
-def zero_state(model: MPT, rows: int, capacity: int, *, as_bits: bool) -> DecodeState:
-    """Returns what `empty_state` does, within a program; the cache holds bits or, for derivatives, numbers."""
+def zero_state(model: MPT, rows: int, capacity: int, *, as_bits: bool, joined: bool = False) -> DecodeState:
+    """Returns what `empty_state` does, within a program; `as_bits` and `joined` as in `KVCache.empty`."""
     dtype = model.dtype
-    one = jax.eval_shape(lambda: KVCache.empty(model.config, capacity, dtype, as_bits=as_bits))
+    one = jax.eval_shape(lambda: KVCache.empty(model.config, capacity, dtype, as_bits=as_bits, joined=joined))
     return DecodeState(
         cache=jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), one),
         tokens=jnp.zeros((rows, one.capacity), jnp.int32),

@@ -13,10 +13,10 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Key
 from mpt_eqx.errors import GenerationError
 from mpt_eqx.generation.buckets import DECODE_CHUNK
 from mpt_eqx.generation.interrupts import held_interrupts
+from mpt_eqx.generation.layers import with_blocks_once
 from mpt_eqx.generation.sampling import LogitsProcessor, log_softmax, process_logits, sample
 from mpt_eqx.generation.sampling_params import SamplingParams
 from mpt_eqx.generation.state import DecodeState, OverRows, constrain, constrain_replicated, ensure_capacity, replicate
-from mpt_eqx.generation.traced_once import with_blocks_traced_once
 from mpt_eqx.model import MPT, KVCache
 from mpt_eqx.model.taps import Edit, editing
 
@@ -51,7 +51,8 @@ def decode_chunk(
         steps: length of the scan.
         with_logits: whether to return the logits that each token was chosen from.
     """
-    model = fixed[0]
+    model = with_blocks_once(fixed[0], state.cache.layers)
+    fixed = (model, *fixed[1:])
 
     def one(state: DecodeState, _: None) -> tuple[DecodeState, StepOutput]:
         return chosen_step(fixed, state, with_logits)
@@ -108,7 +109,7 @@ def decode_step(
     model: MPT, state: DecodeState, tokens: Int[Array, " B"], over_rows: OverRows = jax.vmap
 ) -> DecodeState:
     """Returns the state with one more token in each row."""
-    model = with_blocks_traced_once(model)
+    model = with_blocks_once(model, state.cache.layers)
 
     def row(
         cache: KVCache, so_far: Int[Array, " S"], edits: dict[str, tuple[Edit, ...]], token: Int[Array, ""]

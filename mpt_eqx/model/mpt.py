@@ -193,7 +193,7 @@ class MPT(eqx.Module):
         tap = tap.at(query)
         x = self._embed(tokens, query, None, None, tap)
         _, x, written = self._run(x, positions, cache.layers, (None,) * len(self.blocks), tap)
-        layers = tuple(
+        layers = written if isinstance(written, LayerCache) else tuple(
             new if isinstance(old, LayerCache) and isinstance(new, LayerCache) else None
             for old, new in zip(cache.layers, written, strict=True)
         )
@@ -243,12 +243,12 @@ class MPT(eqx.Module):
         self,
         x: Float[Array, "T D"],
         positions: Positions,
-        cache: Sequence[LayerCache | None],
+        cache: Sequence[LayerCache | None] | LayerCache,
         keys: Shaped[Array, "L ..."] | Sequence[None],
         tap: Tap,
-    ) -> tuple[Sequence[Float[Array, "T D"]] | Float[Array, "L T D"], Float[Array, "T D"], list[Any]]:
+    ) -> tuple[Sequence[Float[Array, "T D"]] | Float[Array, "L T D"], Float[Array, "T D"], list[Any] | LayerCache]:
         """Returns the input of each block, the output of the last, and the keys and values that each block read."""
-        if isinstance(self.blocks, StackedBlocks):
+        if not isinstance(self.blocks, tuple):
             return self.blocks(x, positions, cache, keys, tap=tap, constrain=self._constrain, remat=self.remat)
         inputs: list[Float[Array, "T D"]] = []
         read: list[KeysValues | LayerCache] = []

@@ -127,9 +127,10 @@ def prefills_by_row(x: Array) -> bool:
     return cpu.available() and on_one_cpu(x)
 
 
-def on_one_cpu(x: Array) -> bool:
-    """Whether an array lies on a CPU, and on no mesh."""
-    return not on_mesh(x) and {device.platform for device in x.devices()} == {"cpu"}
+def on_one_cpu(*arrays: Array) -> bool:
+    """Whether arrays lie on a CPU, and on no mesh."""
+    devices = {device for x in arrays for device in x.devices()}
+    return not on_mesh(*arrays) and len(devices) == 1 and {device.platform for device in devices} == {"cpu"}
 
 
 def has_cudnn_attention() -> bool:
