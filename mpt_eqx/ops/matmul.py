@@ -7,7 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, DTypeLike, Float, Float32, Int
 
 from mpt_eqx.errors import MPTError
 from mpt_eqx.ops import cpu
@@ -63,6 +63,12 @@ def matmul(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Float[Array
     if not at_most(rows, MAX_PREFILL_ROWS) or on_mesh(*jax.tree.leaves(weight), x):
         return _matmul(weight, x)
     return _decode_matmul(weight, x) if at_most(rows, MAX_DECODE_ROWS) else _prefill_matmul(weight, x)
+
+
+def picks_layers(weight: Any, dtype: DTypeLike) -> bool:
+    """Whether the kernel computes products of such a weight with an x of that type; then `LayerWeight` costs nothing."""
+    known = isinstance(weight, QuantizedWeight | jax.Array)
+    return known and cpu.available() and _suits_kernel(weight, jax.ShapeDtypeStruct((1, 1), dtype))
 
 
 def expert_matmul(x: Float[Array, "T in"], w: Float[Array, "in out"]) -> Float[Array, "T out"]:
