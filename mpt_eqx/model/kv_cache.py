@@ -37,6 +37,7 @@ class KVCache(eqx.Module):
         dtype = np.dtype(dtype)
         # Made by numpy, so that no size of cache costs a compilation; each array is its own, so that it can be donated.
         stored = np.zeros(shape, np.uint16 if as_bits and dtype.itemsize == 2 else dtype)
+
         def layer(*axes: int) -> LayerCache:
             return LayerCache(*(jnp.array(np.broadcast_to(stored, (*axes, *shape))) for _ in range(2)), dtype)
 

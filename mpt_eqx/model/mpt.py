@@ -193,9 +193,13 @@ class MPT(eqx.Module):
         tap = tap.at(query)
         x = self._embed(tokens, query, None, None, tap)
         _, x, written = self._run(x, positions, cache.layers, (None,) * len(self.blocks), tap)
-        layers = written if isinstance(written, LayerCache) else tuple(
-            new if isinstance(old, LayerCache) and isinstance(new, LayerCache) else None
-            for old, new in zip(cache.layers, written, strict=True)
+        layers = (
+            written
+            if isinstance(written, LayerCache)
+            else tuple(
+                new if isinstance(old, LayerCache) and isinstance(new, LayerCache) else None
+                for old, new in zip(cache.layers, written, strict=True)
+            )
         )
         x = tap("ln_final.hook_normalized", self.norm_f(x))
         return x, KVCache(layers=layers, length=cache.length + tokens.shape[0])

@@ -7,6 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Float32, Int
 
 from mpt_eqx.errors import MPTError
@@ -68,7 +69,7 @@ def matmul(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Float[Array
 def picks_layers(weight: Any, dtype: DTypeLike) -> bool:
     """Whether the kernel computes products of such a weight with an x of that type; then `LayerWeight` costs nothing."""
     known = isinstance(weight, QuantizedWeight | jax.Array)
-    return known and cpu.available() and _suits_kernel(weight, jax.ShapeDtypeStruct((1, 1), dtype))
+    return known and cpu.available() and _suits_kernel(weight, np.dtype(dtype))
 
 
 def expert_matmul(x: Float[Array, "T in"], w: Float[Array, "in out"]) -> Float[Array, "T out"]:
@@ -133,7 +134,7 @@ def _(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Float[Array,
 
 @jax.custom_batching.custom_vmap
 def _decode_rows(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
-    kernel = _by_kernel if _suits_kernel(weight, x) else None
+    kernel = _by_kernel if _suits_kernel(weight, x.dtype) else None
     return by_platform(_product(weight, x), weight, x, default=_matmul, cpu=_by_xla, kernel=kernel)
 
 
@@ -160,9 +161,9 @@ def _first(weight: Weight | LayerWeight) -> Weight:
     return weight.layers[0] if isinstance(weight, LayerWeight) else weight
 
 
-def _suits_kernel(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> bool:
-    """Whether there is a kernel that reads such a weight, and scales in 4 bits would not be rounded for it."""
-    if x.dtype == jnp.float64 or not cpu.available():
+def _suits_kernel(weight: Weight | LayerWeight, dtype: np.dtype) -> bool:
+    """Whether there is a kernel for such a weight and an x of that type, and no scale in 4 bits would be rounded."""
+    if dtype == jnp.float64 or not cpu.available():
         return False
     first = _first(weight)
     if isinstance(first, QuantizedWeight):
