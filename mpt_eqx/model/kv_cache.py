@@ -39,7 +39,8 @@ class KVCache(eqx.Module):
         stored = np.zeros(shape, np.uint16 if as_bits and dtype.itemsize == 2 else dtype)
 
         def layer(*axes: int) -> LayerCache:
-            return LayerCache(*(jnp.array(np.broadcast_to(stored, (*axes, *shape))) for _ in range(2)), dtype)
+            one = np.broadcast_to(stored, (*axes, *shape))
+            return LayerCache(jnp.array(one), jnp.array(one), dtype)
 
         length = jnp.zeros((), jnp.int32)
         if joined:

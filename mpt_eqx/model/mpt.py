@@ -193,16 +193,11 @@ class MPT(eqx.Module):
         tap = tap.at(query)
         x = self._embed(tokens, query, None, None, tap)
         _, x, written = self._run(x, positions, cache.layers, (None,) * len(self.blocks), tap)
-        layers = (
-            written
-            if isinstance(written, LayerCache)
-            else tuple(
-                new if isinstance(old, LayerCache) and isinstance(new, LayerCache) else None
-                for old, new in zip(cache.layers, written, strict=True)
-            )
-        )
+        if not isinstance(cache.layers, LayerCache):
+            pairs = zip(cache.layers, written, strict=True)
+            written = tuple(None if own is None else read for own, read in pairs)
         x = tap("ln_final.hook_normalized", self.norm_f(x))
-        return x, KVCache(layers=layers, length=cache.length + tokens.shape[0])
+        return x, KVCache(layers=written, length=cache.length + tokens.shape[0])
 
     @library_function
     @jax.named_scope("unembed")
@@ -247,10 +242,10 @@ class MPT(eqx.Module):
         self,
         x: Float[Array, "T D"],
         positions: Positions,
-        cache: Sequence[LayerCache | None] | LayerCache,
+        cache: Any,
         keys: Shaped[Array, "L ..."] | Sequence[None],
         tap: Tap,
-    ) -> tuple[Sequence[Float[Array, "T D"]] | Float[Array, "L T D"], Float[Array, "T D"], list[Any] | LayerCache]:
+    ) -> tuple[Sequence[Float[Array, "T D"]] | Float[Array, "L T D"], Float[Array, "T D"], Any]:
         """Returns the input of each block, the output of the last, and the keys and values that each block read."""
         if not isinstance(self.blocks, tuple):
             return self.blocks(x, positions, cache, keys, tap=tap, constrain=self._constrain, remat=self.remat)

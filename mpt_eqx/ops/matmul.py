@@ -67,7 +67,7 @@ def matmul(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Float[Array
 
 
 def picks_layers(weight: Any, dtype: DTypeLike) -> bool:
-    """Whether the kernel computes products of such a weight with an x of that type; then `LayerWeight` costs nothing."""
+    """Whether the kernel computes products of such a weight with an x of that type, also among those of layers."""
     known = isinstance(weight, QuantizedWeight | jax.Array)
     return known and cpu.available() and _suits_kernel(weight, np.dtype(dtype))
 
