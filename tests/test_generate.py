@@ -42,16 +42,18 @@ def counting_compiles():
     ids=["greedy", "sampled"],
 )  # fmt: skip
 @pytest.mark.parametrize("way", ["XLA", pytest.param("kernel", marks=pytest.mark.slow)], indirect=True)
-def test_a_row_alone_equals_the_row_in_a_batch(one_block_model, prompts, sampling, way):
+@pytest.mark.parametrize("blocks", some(["one", "two"], ["one"]))
+def test_a_row_alone_equals_the_row_in_a_batch(one_block_model, tiny_model, prompts, sampling, blocks, way):
     """Its tokens, and its logits to 1e-5: in float32, with the kernel and without."""
     from mpt_eqx import generate
 
+    model = one_block_model if blocks == "one" else tiny_model
     rows, options = prompts(3, 17, 1, 40), {"max_new_tokens": 12, "return_logits": True, **sampling}
-    together, alone = generate(one_block_model, rows, **options), generate(one_block_model, rows[:1], **options)
+    together, alone = generate(model, rows, **options), generate(model, rows[:1], **options)
     np.testing.assert_array_equal(alone.tokens, together.tokens[:1])
     np.testing.assert_allclose(alone.logits, together.logits[:1], atol=1e-5)
     np.testing.assert_allclose(alone.logprobs, together.logprobs[:1], atol=1e-5)
-    others = generate(one_block_model, [rows[0], [7], [8], [9]], **options)
+    others = generate(model, [rows[0], [7], [8], [9]], **options)
     np.testing.assert_array_equal(others.tokens[0], together.tokens[0])
 
 

@@ -48,20 +48,18 @@ def test_thirty_lengths_of_prompts_compile_at_most_twelve_times(tiny_config):
     assert len(compiles) <= 12
 
 
-@pytest.mark.parametrize("batch_sizes", some([[1, 3], [3]], [[3]]), ids=str)
-def test_after_a_warmup_nothing_is_compiled(tiny_config, prompts, batch_sizes):
+def test_after_a_warmup_nothing_is_compiled(tiny_config, prompts):
     from mpt_eqx import MPT, GenerationError, generate, stream, warmup
 
     model = MPT(tiny_config(max_seq_len=1500, n_layers=1), key=jax.random.key(0))
     jax.clear_caches()
-    seconds = warmup(model, batch_sizes=batch_sizes, prompt_lengths=[10, 300], max_new_tokens=600)
-    assert set(seconds) == {(size, length) for size in batch_sizes for length in (10, 300)}
+    seconds = warmup(model, batch_sizes=[1, 3], prompt_lengths=[10, 300], max_new_tokens=600)
+    assert set(seconds) == {(1, 10), (1, 300), (3, 10), (3, 300)}
     assert all(second > 0 for second in seconds.values())
     a, b, c = prompts(40, 300, 9)
     with counting_compiles() as compiles:
         generate(model, [a, b, c], max_new_tokens=600)
-        if 1 in batch_sizes:
-            list(stream(model, c, max_new_tokens=590, temperature=1.0, key=jax.random.key(0)))
+        list(stream(model, c, max_new_tokens=590, temperature=1.0, key=jax.random.key(0)))
     assert compiles == []
     with pytest.raises(GenerationError, match="batch_sizes: expected a whole number ≥ 1, found 0"):
         warmup(model, batch_sizes=[0], prompt_lengths=[10], max_new_tokens=5)

@@ -653,13 +653,15 @@ def test_no_quantisation_is_none():
 
 @pytest.mark.parametrize("embeddings", some([False, True], [True]))
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_convert_writes_what_quantize_makes(one_layer, tmp_path, scheme, embeddings):
-    from mpt_eqx import from_pretrained, quantize
+def test_convert_writes_what_quantize_makes(tmp_path, scheme, embeddings):
+    from mpt_eqx import SHIPPED_MODEL, from_pretrained, quantize
     from mpt_eqx.checkpoint import convert
 
     for dtype in (None, "float32"):
-        convert(one_layer, tmp_path / "m", quantize=scheme, embeddings=embeddings, dtype=dtype, max_shard_size="1MB")
-        made = quantize(from_pretrained(one_layer, dtype=dtype), scheme, embeddings=embeddings)
+        convert(
+            SHIPPED_MODEL, tmp_path / "m", quantize=scheme, embeddings=embeddings, dtype=dtype, max_shard_size="1MB"
+        )
+        made = quantize(from_pretrained(SHIPPED_MODEL, dtype=dtype), scheme, embeddings=embeddings)
         assert_same(from_pretrained(tmp_path / "m"), made)
     convert(tmp_path / "m", tmp_path / "again", dtype="bfloat16")
     assert_same(from_pretrained(tmp_path / "again"), from_pretrained(tmp_path / "m", dtype="bfloat16"))
