@@ -42,26 +42,30 @@ void products(Kind kind, int64_t out, int64_t in, int64_t vectors) {
   calls++;
 }
 
-void attention(Kind kind, int64_t heads, int64_t groups, int64_t size, int64_t capacity, int64_t window) {
+void attention(Kind kind, int64_t heads, int64_t groups, int64_t queries, int64_t size, int64_t capacity,
+               int64_t window) {
   constexpr int32_t lowest = std::numeric_limits<int32_t>::min(), largest = std::numeric_limits<int32_t>::max();
   const int32_t last = static_cast<int32_t>(capacity) - 1;
   const std::vector<int32_t> positions = {0, last / 2, last, last + 1, -1, lowest, largest};
   const int64_t rows = positions.size(), number = kind == Kind::kFloat32 ? 4 : 2;
   constexpr int64_t layers = 2;
-  std::unique_ptr<int32_t[]> position(new int32_t[rows]), layer(new int32_t[rows]);
-  std::memcpy(position.get(), positions.data(), rows * sizeof(int32_t));
+  std::unique_ptr<int32_t[]> position(new int32_t[rows * queries]), layer(new int32_t[rows]);
+  for (int64_t i = 0; i < rows * queries; i++) position[i] = positions[(i / queries + i % queries / 4) % rows];
   for (int64_t row = 0; row < rows; row++) layer[row] = row % layers;
-  const auto q = bytes(rows * heads * groups * size * 4), slopes = bytes(heads * groups * 4);
+  const int64_t all = rows * heads * groups * queries;
+  const auto q = bytes(all * size * 4), slopes = bytes(heads * groups * 4);
   const int64_t numbers = rows * layers * heads * capacity * size;
   const auto k = bytes(numbers * number), v = bytes(numbers * number);
-  const auto y = bytes(rows * heads * groups * size * 4);
+  const auto y = bytes(all * size * 4);
   float* found = reinterpret_cast<float*>(y.get());
   const AttentionArgs args{kind, reinterpret_cast<float*>(q.get()), k.get(), v.get(),
                            reinterpret_cast<float*>(slopes.get()), layer.get(), position.get(), found,
-                           layers, heads, groups, capacity, size, window, 0.3f};
-  for (int64_t row = 0; row < rows * heads; row++) MPT_EQX_ATTENTION(args, row, row + 1);
-  for (int64_t i = 3 * heads * groups * size; i < rows * heads * groups * size; i++) {
-    if (!std::isnan(found[i])) {
+                           layers, heads, groups, queries, capacity, size, window, 0.3f};
+  const int64_t tiles = (groups * queries + kTile - 1) / kTile;
+  for (int64_t tile = 0; tile < rows * heads * tiles; tile++) MPT_EQX_ATTENTION(args, tile, tile + 1);
+  for (int64_t i = 0; i < all * size; i++) {
+    const int64_t query = i / size, at = position[query / (heads * groups * queries) * queries + query % queries];
+    if ((at < 0 || at >= capacity) && !std::isnan(found[i])) {
       std::fprintf(stderr, "a query outside of the cache gets %f\n", found[i]);
       std::exit(1);
     }
@@ -84,7 +88,7 @@ int main() {
     for (int64_t size : {1, 7, 16, 17, 40, 65}) {
       for (int64_t capacity : {1, 15, 16, 33}) {
         for (int64_t window : {int64_t{-1}, int64_t{0}, int64_t{5}, std::numeric_limits<int64_t>::max()}) {
-          attention(kind, 2, 3, size, capacity, window);
+          for (int64_t queries : {1, 13}) attention(kind, 2, 3, queries, size, capacity, window);
         }
       }
     }

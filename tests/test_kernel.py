@@ -292,7 +292,7 @@ def exact(q, k, v, slopes, positions, scale, window):
 def test_the_attention_of_a_step_is_the_formula(dtype, groups, size, positions, window, slopes, seed):
     """By the kernel, of rows of other lengths under vmap; in 16 bits as near as its roundings leave it."""
     from mpt_eqx.ops import cpu
-    from mpt_eqx.ops.decode_attention import decode_attention
+    from mpt_eqx.ops.attend import attend
     from mpt_eqx.ops.layer_cache import LayerCache
 
     if not cpu.available():
@@ -300,7 +300,11 @@ def test_the_attention_of_a_step_is_the_formula(dtype, groups, size, positions, 
     q, k, v, slopes, positions = step(dtype, groups, size, 512, positions, window, seed, slopes)
 
     def row(q, k, v, position):
-        return decode_attention(q, LayerCache(k, v, np.dtype(dtype)), slopes, position, size**-0.5, window)
+        cache, of_heads = LayerCache(k, v, np.dtype(dtype)), None if slopes is None else slopes.reshape(-1)
+        h = attend(
+            q.reshape(-1, 1, size), cache, position[None], scale=size**-0.5, slopes=of_heads, window=window
+        )  # fmt: skip
+        return h.reshape(q.shape)
 
     stored = [x if dtype == "float32" else jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (k, v)]
     found = jax.jit(jax.vmap(row))(q, *stored, positions)
@@ -314,19 +318,20 @@ def test_the_attention_of_a_step_is_the_formula(dtype, groups, size, positions, 
 
 def attention_by(copy, dtype):
     """What one copy of the attention makes of arrays, and what the formula makes of them."""
-    q, k, v, slopes, positions = step(dtype, 2, 40, 96, [70, 3], 33, 0)
+    positions = np.asarray([[180, 181, 182, 183, 184], [3, 150, 7, 90, 91]], np.int32)
+    q, k, v, slopes, _ = step(dtype, 10, 40, 192, [184, 150], None, 0)
+    q, slopes = q.reshape(2, 2, 2, 5, 40), slopes[:, :2]
     layers = [np.stack([np.full_like(x, np.nan), x], axis=1) for x in map(np.asarray, (k, v))]
-    arrays = [
-        np.asarray(x) for x in (np.asarray(q, np.float32), *layers, slopes, np.asarray([1, 1], np.int32), positions)
-    ]
+    numbers = np.asarray([1, 1], np.int32)
+    arrays = [np.ascontiguousarray(x) for x in (np.asarray(q, np.float32), *layers, slopes, numbers, positions)]
     y = np.zeros(q.shape, np.float32)
-    pointers, sizes = [array.ctypes.data for array in (*arrays, y)], (2, 2, 2, 96, 40, 33)
+    pointers, sizes = [array.ctypes.data for array in (*arrays, y)], (2, 2, 2, 5, 192, 40, 100)
     kind = ("float32", "bfloat16", "float16").index(dtype)
     copy(
         ctypes.byref(structure(pointers, sizes, [ctypes.c_float])(kind, *pointers, *sizes, 0.2)),
         *map(ctypes.c_int64, (0, 4)),
     )
-    return y, exact(q, k, v, slopes, positions, 0.2, 33)
+    return y, np.stack([exact(q[..., t, :], k, v, slopes, positions[:, t], 0.2, 100) for t in range(5)], axis=3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -344,11 +349,17 @@ def test_every_instruction_set_gives_the_attention(dtype):
         3,
         [
             ("attention", "p.window < 0 ? 0 : std::max<int64_t>(position - p.window, 0)", "0"),
-            ("attention", "* p.scale) + slope * distance", "* p.scale)"),
-            ("attention", "* p.scale) + slope", ") + slope"),
-            ("attention", "load<Floats>(&scores[at]) / sum", "load<Floats>(&scores[at])"),
-            ("attention", "number % p.heads * p.groups + group", "group"),
-            ("attention", "number / p.heads", "0"),
+            ("attention", "* scale) + slope * distance", "* scale)"),
+            ("attention", "* scale) + slope", ") + slope"),
+            ("attention", "load<Register>(&scores[at]) / sum", "load<Register>(&scores[at])"),
+            ("attention", "head % p.heads * p.groups + (start", "(start"),
+            ("attention", "row = head / p.heads", "row = 0"),
+            ("attention", "(start + i) % p.queries", "0"),
+            ("attention", "(start + i) / p.queries", "0"),
+            ("attention", "alone(j, high, std::min(to, last[j]))", "alone(j, high, high)"),
+            ("attention", "low >= high ? last[j] : low", "low"),
+            ("attention", "std::min(to, before)", "before"),
+            ("attention", "high - low, width, found", "high - low - kKeysTogether, width, found"),
             ("attention", "row * p.layers + layer", "row * p.layers"),
             ("attention", "distance <= 0 ? score", "distance < 0 ? score"),
             ("attention", "n * 0.693359375f", "n * 0.7f"),
@@ -404,13 +415,13 @@ def test_the_kernel_stays_inside_its_arrays(isa, tmp_path):
         pytest.skip("not this processor's")
     subprocess.run([compiler, *flags, *sources, "-o", program], check=True)
     done = subprocess.run([program], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "1038 calls\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "1326 calls\n"), done.stderr
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_no_number_stays_visible_in_a_step(bad, way):
     """In a key or in a value that is seen: never a token out of nothing."""
-    from mpt_eqx.ops.decode_attention import decode_attention
+    from mpt_eqx.ops.attend import attend
     from mpt_eqx.ops.layer_cache import LayerCache
 
     for place in ("k", "v"):
@@ -419,7 +430,7 @@ def test_what_is_no_number_stays_visible_in_a_step(bad, way):
         cache = LayerCache(
             jnp.nan_to_num(k, nan=bad, posinf=bad), jnp.nan_to_num(v, nan=bad, posinf=bad), np.dtype("float32")
         )
-        assert not np.isfinite(decode_attention(q[0], cache, slopes, positions[0], 0.25, None)).all()
+        assert not np.isfinite(attend(q[0], cache, positions, scale=0.25, slopes=slopes.reshape(-1))).all()
 
 
 KINDS_OF_MODELS = {

@@ -298,7 +298,7 @@ def test_the_kernel_refuses_operands_that_do_not_fit():
     refused("mpt_eqx_matmul", (2, 6), jnp.ones((6, 32), jnp.int32), none, x)
 
     q, k, v, slopes, positions = step("float32", 2, 16, 256, [3, 5], None, 0)
-    k, v = k[:, None], v[:, None]
+    q, k, v, positions = q[:, :, :, None], k[:, None], v[:, None], positions[:, None]
     right = {"q": q, "k": k, "v": v, "slopes": slopes, "layer": jnp.zeros(2, jnp.int32), "position": positions}
     for change in (
         {"k": k[:1]}, {"v": v[:, :, :, :255]}, {"v": v[:, :, :1]}, {"k": k[:, 0]}, {"k": k[..., :8]}, {"q": q[0]},

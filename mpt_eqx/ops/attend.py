@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 from mpt_eqx.ops.attention import Tap, alibi_bias, attention, visible
 from mpt_eqx.ops.blockwise_attention import blockwise_attention
 from mpt_eqx.ops.cudnn_attention import cudnn_attention, supports_cudnn
-from mpt_eqx.ops.decode_attention import decode_attention, supports_cpu_kernel
+from mpt_eqx.ops.kernel_attention import kernel_attention, supports_cpu_kernel
 from mpt_eqx.ops.layer_cache import KeysValues, LayerCache
 from mpt_eqx.ops.switches import library_switches
 
@@ -73,13 +73,9 @@ def attend(
     # A query that stands outside of the cache sees nothing, and gets NaN.
     query_pos = jnp.where((query_pos >= 0) & (query_pos < capacity), query_pos, -1)
 
-    @jax.custom_jvp
-    def from_cache(
+    def by_xla(
         q: Float[Array, "K GT H"], kv: LayerCache, slopes: Float32[Array, " N"] | None, query_pos: Int[Array, " T"]
     ) -> Float[Array, "K GT H"]:
-        if supports_cpu_kernel(q, kv, shape[1], softcap):
-            in_groups = None if slopes is None else slopes.reshape(q.shape[0], -1)
-            return decode_attention(q, kv, in_groups, query_pos[0], scale, window)
         made, length = functools.partial(bias_and_mask, slopes, query_pos), jnp.max(query_pos) + 1
 
         def in_blocks() -> Float[Array, "K GT H"]:
@@ -93,6 +89,14 @@ def attend(
 
         fused = supports_cudnn(q, capacity, softcap)
         return jax.lax.platform_dependent(cuda=by_cudnn, default=in_blocks) if fused else in_blocks()
+
+    @jax.custom_jvp
+    def from_cache(
+        q: Float[Array, "K GT H"], kv: LayerCache, slopes: Float32[Array, " N"] | None, query_pos: Int[Array, " T"]
+    ) -> Float[Array, "K GT H"]:
+        if supports_cpu_kernel(q, kv, softcap):
+            return kernel_attention(q, kv, slopes, query_pos, scale, window, by_xla)
+        return by_xla(q, kv, slopes, query_pos)
 
     @library_switches()
     def by_formula(

@@ -59,18 +59,20 @@ def matmul(
 
 
 def attention(
-    q: Float32[Array, "B K G H"],
+    q: Float32[Array, "B K G T H"],
     k: Shaped[Array, "B L K S H"],
     v: Shaped[Array, "B L K S H"],
     slopes: Float32[Array, "K G"],
     layer: Int32[Array, " B"],
-    position: Int32[Array, " B"],
+    position: Int32[Array, "B T"],
     *,
     dtype: np.dtype,
     scale: float,
     window: int | None,
-) -> Float32[Array, "B K G H"]:
-    """Returns the attention of one query in each head to the keys of a cache, on the CPU; no other keys are read.
+) -> Float32[Array, "B K G T H"]:
+    """Returns the attention of T queries in each head to the keys of a cache, on the CPU; no other keys are read.
+
+    Every sum has the same order for any T and any B.
 
     Args:
         q: queries of B rows, for each of K heads of keys the G heads that read it.
@@ -78,7 +80,7 @@ def attention(
         v: values, likewise.
         slopes: of ALiBi; zeros for none.
         layer: which of the layers each row reads; another number than those, from 0, gives NaN.
-        position: of each row's query; it sees the keys up to its own.
+        position: of each row's queries; each sees the keys up to its own.
         dtype: the type of keys and values, float32, bfloat16 or float16.
         scale: as in `mpt_eqx.ops.attention`.
         window: how many keys before its own a query sees; None for all.

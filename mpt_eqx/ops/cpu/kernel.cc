@@ -167,13 +167,15 @@ ffi::Error product(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> number, ffi::AnyB
 ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                      ffi::Buffer<ffi::F32> slopes, ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> position,
                      ffi::ResultBuffer<ffi::F32> y, int32_t kind, float scale, int64_t window) {
-  MPT_EQX_EXPECT(q.dimensions().size() == 4 && k.dimensions().size() == 5);
+  MPT_EQX_EXPECT(q.dimensions().size() == 5 && k.dimensions().size() == 5);
   const int64_t batch = q.dimensions()[0], key_heads = q.dimensions()[1], groups = q.dimensions()[2];
-  const int64_t size = q.dimensions()[3], layers = k.dimensions()[1], capacity = k.dimensions()[3];
+  const int64_t queries = q.dimensions()[3], size = q.dimensions()[4];
+  const int64_t layers = k.dimensions()[1], capacity = k.dimensions()[3];
   MPT_EQX_EXPECT(has_shape(k, {batch, layers, key_heads, capacity, size}));
   MPT_EQX_EXPECT(has_shape(v, {batch, layers, key_heads, capacity, size}));
-  MPT_EQX_EXPECT(has_shape(slopes, {key_heads, groups}) && has_shape(layer, {batch}) && has_shape(position, {batch}));
-  MPT_EQX_EXPECT(has_shape(*y, {batch, key_heads, groups, size}));
+  MPT_EQX_EXPECT(has_shape(slopes, {key_heads, groups}) && has_shape(layer, {batch}));
+  MPT_EQX_EXPECT(has_shape(position, {batch, queries}));
+  MPT_EQX_EXPECT(has_shape(*y, {batch, key_heads, groups, queries, size}));
   MPT_EQX_EXPECT(k.element_type() == v.element_type());
   switch (static_cast<Kind>(kind)) {
     case Kind::kFloat32: MPT_EQX_EXPECT(k.element_type() == ffi::F32); break;
@@ -193,12 +195,13 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuff
   heads.layers = layers;
   heads.heads = key_heads;
   heads.groups = groups;
+  heads.queries = queries;
   heads.size = size;
   heads.capacity = capacity;
   heads.window = window;
   heads.scale = scale;
   const auto function = [heads](int64_t first, int64_t last) { attention_function(heads, first, last); };
-  return shared(pool, function, batch * key_heads, 1);
+  return shared(pool, function, batch * key_heads * ((groups * queries + kTile - 1) / kTile), 1);
 }
 
 }  // namespace

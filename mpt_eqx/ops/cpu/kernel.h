@@ -16,23 +16,29 @@ struct MatmulArgs {
   int64_t out, in, vectors;
 };
 
-// Attention of one query in each of `groups` heads to the keys of a cache, from max(position − window, 0) to position.
-// As in mpt_eqx/ops/attention.py, scores are rounded to the type of the cache before the bias, and weights before they
-// meet the values. A query at no place of the cache, 0 ≤ position < capacity and 0 ≤ layer < layers, gets NaN.
+// Attention of some queries in each of `groups` heads to the keys of a cache, from max(position − window, 0) to
+// position. As in mpt_eqx/ops/attention.py, scores are rounded to the type of the cache before the bias, and weights
+// before they meet the values. A query at no place of the cache, 0 ≤ position < capacity and 0 ≤ layer < layers, gets
+// NaN.
 struct AttentionArgs {
   Kind kind;              // of keys and values, and of what is rounded
-  const float* q;         // [rows, heads, groups, size]
+  const float* q;         // [rows, heads, groups, queries, size]
   const void* k;          // [rows, layers, heads, capacity, size]
   const void* v;          // likewise
   const float* slopes;    // [heads, groups], of ALiBi; zero for none
   const int32_t* layer;     // [rows], which of the layers is read
-  const int32_t* position;  // [rows]
+  const int32_t* position;  // [rows, queries]
   float* y;               // as q
-  int64_t layers, heads, groups, capacity, size, window;
+  int64_t layers, heads, groups, queries, capacity, size, window;
   float scale;
 };
 
-// Computes the rows of y from `first` up to `last`; of AttentionArgs, a row stands for one head of keys of one row.
+// Queries that are computed together, of the groups · queries of one head of keys: their scores stay in the
+// second-level cache, and each key is widened once for all of them.
+constexpr int64_t kTile = 32;
+
+// Computes the rows of y from `first` up to `last`; of AttentionArgs, a row stands for one
+// tile, of the ⌈groups · queries / kTile⌉ of one head of keys of one row.
 using MatmulFunction = void(const MatmulArgs&, int64_t first, int64_t last);
 using AttentionFunction = void(const AttentionArgs&, int64_t first, int64_t last);
 extern "C" MatmulFunction matmul_default, matmul_v3, matmul_v4;

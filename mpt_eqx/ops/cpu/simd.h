@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __AVX512F__
+#ifdef __F16C__
 #include <immintrin.h>
 #endif
 
@@ -89,6 +89,11 @@ struct Float16 {
     const Halves half = load<Halves>(row + 2 * at);
 #if defined(__AVX512F__)
     return bits<Floats>(_mm512_cvtph_ps(bits<__m256i>(half)));
+#elif defined(__F16C__)
+    __m128i parts[2];
+    std::memcpy(parts, &half, sizeof(half));
+    const __m256 wide[2] = {_mm256_cvtph_ps(parts[0]), _mm256_cvtph_ps(parts[1])};
+    return load<Floats>(wide);
 #else
     const Words word = widened(half), magnitude = word & 0x7fff;
     // The exponent moves from bias 15 to bias 127, that of infinity and NaN to the largest. What is subnormal is a
