@@ -14,6 +14,8 @@
 #include "kernel.h"
 
 extern "C" MatmulFunction MPT_EQX_MATMUL;
+extern "C" PackFunction MPT_EQX_PACK;
+extern "C" GemmFunction MPT_EQX_GEMM;
 extern "C" AttentionFunction MPT_EQX_ATTENTION;
 
 namespace {
@@ -39,6 +41,22 @@ void products(Kind kind, int64_t out, int64_t in, int64_t vectors) {
                         reinterpret_cast<float*>(y.get()), out, in, vectors};
   // In shares, as threads take them.
   for (int64_t first = 0; first < out; first += 8) MPT_EQX_MATMUL(args, first, std::min(first + 8, out));
+  calls++;
+}
+
+void many(Kind kind, Kind x_kind, int64_t out, int64_t in, int64_t vectors) {
+  const int64_t sizes[] = {4, 2, 2, 1, 0}, size = sizes[static_cast<int>(kind)];
+  const int64_t panels = (vectors + 15) / 16;
+  const auto weight = bytes(kind == Kind::kInt4 ? out * in / 2 : out * in * size);
+  const auto scale = bytes(kind == Kind::kInt8 ? out * 4 : kind == Kind::kInt4 ? out * (in / 32) * 2 : 0);
+  const auto x = bytes(vectors * in * sizes[static_cast<int>(x_kind)]), y = bytes(vectors * out * 4);
+  const auto packed = bytes(panels * 16 * in * 4), buffer = bytes(kGemmRows * (kGemmBlock + 16 + panels * 16) * 4);
+  const GemmArgs args{kind, x_kind, weight.get(), scale.get(), x.get(), reinterpret_cast<float*>(packed.get()),
+                      reinterpret_cast<float*>(y.get()), out, in, vectors};
+  MPT_EQX_PACK(args, 0, panels);
+  for (int64_t first = 0; first < out; first += kGemmRows) {
+    MPT_EQX_GEMM(args, first, std::min(first + kGemmRows, out), reinterpret_cast<float*>(buffer.get()));
+  }
   calls++;
 }
 
@@ -81,6 +99,16 @@ int main() {
       for (int64_t in : {1, 15, 16, 17, 32, 63, 96}) {
         if (kind == Kind::kInt4 && in % 32) continue;
         for (int64_t vectors : {1, 2, 3, 5, 9}) products(kind, out, in, vectors);
+      }
+    }
+  }
+  for (Kind kind : {Kind::kFloat32, Kind::kBFloat16, Kind::kFloat16, Kind::kInt8, Kind::kInt4}) {
+    for (Kind x_kind : {Kind::kFloat32, Kind::kBFloat16, Kind::kFloat16}) {
+      for (int64_t out : {1, 7, 50}) {
+        for (int64_t in : {1, 31, 32, 257, 544}) {
+          if (kind == Kind::kInt4 && in % 32) continue;
+          for (int64_t vectors : {1, 16, 33}) many(kind, x_kind, out, in, vectors);
+        }
       }
     }
   }

@@ -85,6 +85,36 @@ def test_a_rows_result_does_not_depend_on_the_rest_of_the_batch(kind, dtype, way
         assert (off <= (0 if way == "kernel" else 1e-6 * size[:rows])).all()
 
 
+@pytest.mark.parametrize("kind", some(KINDS, ["bfloat16", "int4"]))
+def test_a_positions_result_does_not_depend_on_how_many_more_there_are(kind, kernel):
+    """To the bit, beyond MAX_DECODE_ROWS of them, alone and under vmap, in one piece of them or in several."""
+    from mpt_eqx.ops.matmul import matmul
+
+    weight, numbers = made(kind, 50, 288)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(1100, 288)), "bfloat16")
+    everything = matmul(weight, x)
+    size = np.abs(np.asarray(x, np.float64)) @ np.abs(numbers).T
+    assert (np.abs(everything - np.asarray(x, np.float64) @ numbers.T) <= 1e-6 * size).all()
+    for first, rows in ((0, 9), (5, 10), (100, 31), (500, 257), (3, 512), (70, 513)):
+        np.testing.assert_array_equal(matmul(weight, x[first : first + rows]), everything[first : first + rows])
+    rows = jax.vmap(matmul, (None, 0))(weight, x.reshape(100, 11, 288))
+    np.testing.assert_array_equal(rows.reshape(1100, 50), everything)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("rows", [2, 20])
+def test_what_is_no_number_stays_visible_in_a_product(bad, rows, way):
+    """In x it is seen in every output of its position, and in a weight in every position; nowhere else."""
+    from mpt_eqx.ops.matmul import matmul
+
+    weight, x = jnp.full((40, 64), 0.5), jnp.ones((rows, 64))
+    for seen, wrong in (
+        (np.arange(rows)[:, None] == 1, matmul(weight, x.at[1, 7].set(bad))),
+        (np.arange(40) == 3, matmul(weight.at[3, 63].set(bad), x)),
+    ):
+        np.testing.assert_array_equal(np.isfinite(wrong), np.broadcast_to(~seen, (rows, 40)))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_few_rows_and_many_agree(kind, way):
     """Steps of decoding and prompts are multiplied in different ways; in float32 they agree closely."""
@@ -223,6 +253,53 @@ def matmul_by(copy, kind, values, scale, x):
     return y
 
 
+def gemm_by(copy, pack, kind, values, scale, x):
+    """What one copy of the products with many vectors makes of arrays, in shares of 8 rows."""
+    rows = -(-len(x) // 16) * 16
+    panels, y = np.full((rows, x.shape[1]), np.nan, np.float32), np.full((len(x), len(values)), np.nan, np.float32)
+    buffer = np.full(48 * (256 + 16 + rows), np.nan, np.float32)
+    arrays = [None if array is None else array.ctypes.data for array in (values, scale, x, panels, y)]
+    sizes = (len(values), x.shape[1], len(x))
+    x_kind = KINDS.index(x.dtype.name)
+    # Two kinds stand in the place of one and of what fills it up.
+    both = np.array([KINDS.index(kind), x_kind], np.int32).view(np.int64)[0]
+    args = structure_of_words(both, *arrays, *sizes)
+    pack(ctypes.byref(args), *map(ctypes.c_int64, (0, rows // 16)))
+    for first in range(0, len(values), 8):
+        copy(
+            ctypes.byref(args), *map(ctypes.c_int64, (first, min(first + 8, len(values)))),
+            ctypes.c_void_p(buffer.ctypes.data),
+        )  # fmt: skip
+    return y
+
+
+def structure_of_words(*words):
+    """A structure of words of 64 bits: pointers and whole numbers."""
+    return (ctypes.c_int64 * len(words))(*(0 if word is None else int(word) for word in words))
+
+
+@examples(20)
+@given(
+    st.sampled_from(KINDS), st.integers(1, 40), st.sampled_from([1, 15, 16, 33, 100, 256, 257, 530]),
+    st.integers(1, 50), st.sampled_from(["float32", "bfloat16", "float16"]), st.integers(0, 2**31),
+)  # fmt: skip
+def test_the_product_with_many_vectors_is_the_product(kind, out, columns, rows, dtype, seed):
+    """By every instruction set, for any size; a position's sum is the same to the bit in any company."""
+    columns = -(-columns // 32) * 32 if kind == "int4" else columns
+    weight, numbers = made(kind, out, columns, seed)
+    values, scale = (weight.values, weight.scale) if kind.startswith("int") else (weight, None)
+    values, scale = np.asarray(values), None if scale is None else np.asarray(scale)
+    x = np.asarray(jnp.asarray(np.random.default_rng(seed + 1).normal(size=(rows, columns)), dtype))
+    exact = x.astype(np.float64) @ numbers.T
+    size = np.abs(x).astype(np.float64) @ np.abs(numbers).T
+    for copy, pack in zip(copies("gemm"), copies("pack"), strict=True):
+        found = gemm_by(copy, pack, kind, values, scale, x)
+        assert (np.abs(found - exact) <= 1e-6 * size).all()
+        some_rows = np.random.default_rng(seed).permutation(rows)[: -(-rows // 2)]
+        again = gemm_by(copy, pack, kind, values, scale, np.ascontiguousarray(x[some_rows]))
+        np.testing.assert_array_equal(again, found[some_rows])
+
+
 def test_every_number_of_16_bits_is_read_right():
     """Subnormal numbers, infinities and NaN too: sixteen times each, and once where a row is shorter than that."""
     bits = np.arange(2**16, dtype=np.uint16)
@@ -235,6 +312,13 @@ def test_every_number_of_16_bits_is_read_right():
                 found = matmul_by(copy, kind, weight, None, np.ones((1, columns), np.float32))[0]
                 with np.errstate(over="ignore", invalid="ignore"):
                     np.testing.assert_array_equal(found, expected * columns)
+            for copy, pack in zip(copies("gemm"), copies("pack"), strict=True):
+                ones = np.ones((columns, columns), np.float32)
+                found = gemm_by(copy, pack, kind, weight, None, ones)[0]
+                found_of_x = gemm_by(copy, pack, "float32", ones, None, weight)[:, 0]
+                with np.errstate(over="ignore", invalid="ignore"):
+                    np.testing.assert_array_equal(found, expected * columns)
+                    np.testing.assert_array_equal(found_of_x, expected * columns)
 
 
 def test_every_instruction_set_gives_the_matmul():
@@ -368,6 +452,13 @@ def test_every_instruction_set_gives_the_attention(dtype):
             ("matmul", "(0x1p23f + 8)", "0x1p23f"),
             ("matmul", "high[r] * second", "high[r] * first"),
             ("matmul", "if (whole < p.in)", "if (false)"),
+            ("gemm", "? static_cast<const float*>(p.scale)[first + r + i] : 1.0f", "? 1.0f : 1.0f"),
+            ("gemm", "(pairs[i] >> 4) - 8", "(pairs[i] >> 4) - 7"),
+            ("gemm", "(pairs[i] & 15) - 8", "(pairs[i] & 7) - 8"),
+            ("gemm", "at == 0", "true"),
+            ("gemm", "r < rows)", "r + 1 < rows)"),
+            ("gemm", "(ab, cd, 2, 3, 6, 7)", "(ab, cd, 3, 2, 6, 7)"),
+            ("gemm", "((panel + n) * p.in + at)", "((panel + n) * p.in)"),
         ],
     ),
 )
@@ -382,19 +473,24 @@ def test_a_mutation_of_the_kernel_is_noticed(file, part, other, tmp_path):
     (tmp_path / "mutated.cc").write_text(source.replace(part, other))
     flags = ["-O0", "-std=c++17", "-fPIC", "-w", "-shared", "-DMPT_EQX_ISA=default", f"-I{build.SOURCES}"]
     subprocess.run([compiler, *flags, str(tmp_path / "mutated.cc"), "-o", str(tmp_path / "mutated.so")], check=True)
-    copy = getattr(ctypes.cdll.LoadLibrary(str(tmp_path / "mutated.so")), f"{file}_default")
+    library = ctypes.cdll.LoadLibrary(str(tmp_path / "mutated.so"))
+    copy = getattr(library, f"{file}_default")
     if file == "attention":
         found, expected = attention_by(copy, "float32")
         assert not np.allclose(found, expected, atol=1e-4)
         return
     wrong = []
-    for kind, columns in (("float32", 37), ("int8", 48), ("int4", 64)):
+    for kind, columns in (("float32", 37), ("int8", 272), ("int4", 64)):
         weight, numbers = made(kind, 5, columns)
         values, scale = (weight.values, weight.scale) if kind.startswith("int") else (weight, None)
+        values, scale = np.asarray(values), None if scale is None else np.asarray(scale)
         x = np.random.default_rng(1).normal(size=(2, columns)).astype(np.float32)
-        y = matmul_by(copy, kind, np.asarray(values), None if scale is None else np.asarray(scale), x)
+        if file == "gemm":
+            y = gemm_by(copy, library.pack_default, kind, values, scale, x)
+        else:
+            y = matmul_by(copy, kind, values, scale, x)
         wrong.append(not np.allclose(y, x @ numbers.T, atol=1e-2))
-    assert sum(wrong) == 1
+    assert any(wrong) if file == "gemm" else sum(wrong) == 1
 
 
 @pytest.mark.slow
@@ -408,14 +504,15 @@ def test_the_kernel_stays_inside_its_arrays(isa, tmp_path):
         pytest.skip("no C++ compiler")
     flags = ["-O1", "-std=c++17", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     flags += [*build.X86.get(isa, ()), f"-DMPT_EQX_ISA={isa}", f"-I{build.SOURCES}"]
-    flags += [f"-DMPT_EQX_{name.upper()}={name}_{isa}" for name in ("matmul", "attention")]
-    sources = [build.SOURCES / "matmul.cc", build.SOURCES / "attention.cc", Path(__file__).parent / "sanitized.cc"]
+    flags += [f"-DMPT_EQX_{name.upper()}={name}_{isa}" for name in ("matmul", "pack", "gemm", "attention")]
+    sources = [build.SOURCES / f"{name}.cc" for name in ("matmul", "gemm", "attention")]
+    sources += [Path(__file__).parent / "sanitized.cc"]
     program = tmp_path / "sanitized"
     if isa not in isas():
         pytest.skip("not this processor's")
     subprocess.run([compiler, *flags, *sources, "-o", program], check=True)
     done = subprocess.run([program], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "1326 calls\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "1920 calls\n"), done.stderr
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

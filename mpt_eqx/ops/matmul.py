@@ -21,6 +21,9 @@ from mpt_eqx.ops.switches import library_switches
 MAX_PREFILL_ROWS = 128
 """Positions of one sequence up to which XLA's CPU product is faster with the weight as its left operand."""
 
+MAX_KERNEL_ROWS = 2**24
+"""Positions of one sequence up to which the kernel is called; a symbolic number of them it is not called for."""
+
 PART_SIZE = 2**18
 """Numbers of a weight that are widened at a time, where XLA's CPU backend has no product in its type."""
 
@@ -55,15 +58,20 @@ class LayerWeight(eqx.Module):
 def matmul(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
     """Returns W x for each of T positions, summed in float32 (float64 for float64) and not rounded.
 
-    In a decode step on one CPU the kernel computes it, if there is one; a position's result is then the same to the bit
-    for any number of positions, and of rows under vmap. Derivatives always go through XLA.
+    On one CPU the kernel computes it, if there is one. A position's result is then the same to the bit for any number
+    of positions up to MAX_DECODE_ROWS, for any larger number, and for any number of rows under vmap. Derivatives always
+    go through XLA.
     """
     if isinstance(weight, QuantizedWeight | LayerWeight):
         weight.check()
     rows = x.shape[0]
-    if not at_most(rows, MAX_PREFILL_ROWS) or on_mesh(*jax.tree.leaves(weight), x):
+    if on_mesh(*jax.tree.leaves(weight), x):
         return _matmul(weight, x)
-    return _decode_matmul(weight, x) if at_most(rows, MAX_DECODE_ROWS) else _prefill_matmul(weight, x)
+    if at_most(rows, MAX_DECODE_ROWS):
+        return _decode_matmul(weight, x)
+    if at_most(rows, MAX_KERNEL_ROWS) and _suits_kernel(weight, x.dtype):
+        return _kernel_matmul(weight, x)
+    return _prefill_matmul(weight, x) if at_most(rows, MAX_PREFILL_ROWS) else _matmul(weight, x)
 
 
 def picks_layers(weight: Any, dtype: DTypeLike) -> bool:
@@ -120,33 +128,36 @@ def _prefill_matmul(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Fl
     return by_platform(_product(weight, x), weight, x, default=_matmul, cpu=_weight_first)
 
 
-@jax.custom_jvp
-def _decode_matmul(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
-    return _decode_rows(weight, x)
+def _rows(
+    kernel: Callable[..., Array], cpu: Callable[..., Array]
+) -> Callable[[Weight | LayerWeight, Float[Array, "T in"]], Float[Array, "T out"]]:
+    """Returns a function that multiplies the rows under vmap as if they were more positions."""
+
+    @jax.custom_batching.custom_vmap
+    def multiply(weight: Any, x: Array) -> Array:
+        suits = kernel if _suits_kernel(weight, x.dtype) else None
+        return by_platform(_product(weight, x), weight, x, default=_matmul, cpu=cpu, kernel=suits)
+
+    @multiply.def_vmap
+    @library_switches()
+    def _(size: int, batched: list[Any], weight: Any, x: Array) -> tuple[Array, bool]:
+        weight_batched, x_batched = batched
+        if any(jax.tree.leaves(weight_batched)):  # with a weight for each row, XLA has the product
+            axes = (jax.tree.map(lambda there: 0 if there else None, weight_batched), 0 if x_batched else None)
+            return jax.vmap(_matmul, in_axes=axes)(weight, x), True
+        return multiply(weight, x.reshape(-1, x.shape[-1])).reshape(size, x.shape[1], -1), True
+
+    @jax.custom_jvp
+    def differentiated_as_formula(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
+        return multiply(weight, x)
+
+    differentiated_as_formula.defjvp(_jvp)
+    return differentiated_as_formula
 
 
-@_prefill_matmul.defjvp
-@_decode_matmul.defjvp
 @library_switches()
-def _(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Float[Array, "T out"], Float[Array, "T out"]]:
+def _jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Float[Array, "T out"], Float[Array, "T out"]]:
     return jax.jvp(_matmul, primals, tangents)
-
-
-@jax.custom_batching.custom_vmap
-def _decode_rows(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
-    kernel = _by_kernel if _suits_kernel(weight, x.dtype) else None
-    return by_platform(_product(weight, x), weight, x, default=_matmul, cpu=_by_xla, kernel=kernel)
-
-
-@_decode_rows.def_vmap
-@library_switches()
-def _(size: int, batched: list[Any], weight: Any, x: Array) -> tuple[Float[Array, "B T out"], bool]:
-    """The rows of a batch become more positions; with a weight for each row, XLA has the product."""
-    weight_batched, x_batched = batched
-    if any(jax.tree.leaves(weight_batched)):
-        axes = (jax.tree.map(lambda there: 0 if there else None, weight_batched), 0 if x_batched else None)
-        return jax.vmap(_matmul, in_axes=axes)(weight, x), True
-    return _decode_rows(weight, x.reshape(-1, x.shape[-1])).reshape(size, x.shape[1], -1), True
 
 
 def _product(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> jax.ShapeDtypeStruct:
@@ -171,12 +182,13 @@ def _suits_kernel(weight: Weight | LayerWeight, dtype: np.dtype) -> bool:
     return first.dtype in cpu.DTYPES
 
 
-def _by_kernel(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Float32[Array, "T out"]:
+def _by_kernel(many: bool, weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Float32[Array, "T out"]:
     layers, number = (weight.layers, weight.number) if isinstance(weight, LayerWeight) else ((weight,), None)
     quantized = [layer for layer in layers if isinstance(layer, QuantizedWeight)]
     values = [layer.values if isinstance(layer, QuantizedWeight) else layer for layer in layers]
     scales = [w.scale.astype(jnp.bfloat16 if w.values.dtype == jnp.uint8 else jnp.float32) for w in quantized]
-    return cpu.matmul(values, scales, x.astype(jnp.float32), None if number is None else number.astype(jnp.int32))
+    x = x if many and x.dtype in cpu.DTYPES else x.astype(jnp.float32)
+    return cpu.matmul(values, scales, x, None if number is None else number.astype(jnp.int32), many=many)
 
 
 def _by_xla(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
@@ -217,6 +229,15 @@ def _in_parts(weight: Weight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
         return jax.lax.dynamic_update_slice_in_dim(y, jnp.einsum("oi,Ti->oT", widened.astype(x.dtype), x), first, 0)
 
     return jax.lax.fori_loop(0, -(-rows // count), part, jnp.zeros((rows, x.shape[0]), x.dtype)).T
+
+
+def _prefill_by_xla(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
+    return (_weight_first if at_most(x.shape[0], MAX_PREFILL_ROWS) else _matmul)(weight, x)
+
+
+_prefill_matmul.defjvp(_jvp)
+_decode_matmul = _rows(functools.partial(_by_kernel, False), _by_xla)
+_kernel_matmul = _rows(functools.partial(_by_kernel, True), _prefill_by_xla)
 
 
 @jax.custom_jvp

@@ -38,7 +38,7 @@ def compile_kernel(library: Path = LIBRARY) -> str | None:
 
         jobs = [start("kernel.cc", "kernel", "-isystem", str(headers), *["-DMPT_EQX_X86"] * x86)]
         for isa, flags in {"default": (), **(X86 if x86 else {})}.items():
-            for name in ("matmul", "attention"):
+            for name in ("matmul", "gemm", "attention"):
                 jobs.append(start(f"{name}.cc", f"{name}_{isa}", f"-DMPT_EQX_ISA={isa}", *flags))
         outputs = [job.communicate()[0] for _, job in jobs]
         for (command, job), output in zip(jobs, outputs, strict=True):

@@ -42,20 +42,24 @@ def missing() -> str | None:
 def matmul(
     weights: Sequence[Float[Array, "out in"] | Int8[Array, "out in"] | UInt8[Array, "out half"]],
     scales: Sequence[Float[Array, "out groups"]],
-    x: Float32[Array, "B in"],
+    x: Float[Array, "B in"],
     number: Int32[Array, ""] | None = None,
+    *,
+    many: bool,
 ) -> Float32[Array, "B out"]:
-    """Returns W x for each of B vectors, on the CPU. Every sum has the same order for any B.
+    """Returns W x for each of B vectors, on the CPU, summed in float32. Every sum has the same order for any B.
 
     Args:
         weights: of each layer, W in float32, bfloat16 or float16; or the `values` of a `QuantizedWeight`.
         scales: the `scale` of each of those; of floating weights none.
         x: the vectors.
         number: of the layer whose weight is read; None for the first.
+        many: whether the weight is widened once for all vectors, rather than with each few of them; sums then have
+            another order. x may be of 16 bits if so, else it is float32.
     """
     call = jax.ffi.ffi_call("mpt_eqx_matmul", jax.ShapeDtypeStruct((x.shape[0], weights[0].shape[0]), jnp.float32))
     layer = jnp.int32(0) if number is None else number
-    return call(layer, x, *weights, *scales, layers=np.int64(len(weights)))
+    return call(layer, x, *weights, *scales, layers=np.int64(len(weights)), many=many)
 
 
 def attention(

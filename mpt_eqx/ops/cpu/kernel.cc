@@ -7,6 +7,7 @@
 #include <initializer_list>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <thread>
 #include <utility>
 
@@ -29,9 +30,13 @@ bool has_v4() {
 }
 bool has_v3() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 MatmulFunction* const matmul_function = has_v4() ? matmul_v4 : has_v3() ? matmul_v3 : matmul_default;
+PackFunction* const pack_function = has_v4() ? pack_v4 : has_v3() ? pack_v3 : pack_default;
+GemmFunction* const gemm_function = has_v4() ? gemm_v4 : has_v3() ? gemm_v3 : gemm_default;
 AttentionFunction* const attention_function = has_v4() ? attention_v4 : has_v3() ? attention_v3 : attention_default;
 #else
 MatmulFunction* const matmul_function = matmul_default;
+PackFunction* const pack_function = pack_default;
+GemmFunction* const gemm_function = gemm_default;
 AttentionFunction* const attention_function = attention_default;
 #endif
 
@@ -121,47 +126,85 @@ bool has_shape(const Array& array, std::initializer_list<int64_t> shape) {
   return std::equal(found.begin(), found.end(), shape.begin(), shape.end());
 }
 
+bool kind_of(const ffi::AnyBuffer& numbers, Kind& kind) {
+  switch (numbers.element_type()) {
+    case ffi::F32: kind = Kind::kFloat32; return true;
+    case ffi::BF16: kind = Kind::kBFloat16; return true;
+    case ffi::F16: kind = Kind::kFloat16; return true;
+    case ffi::S8: kind = Kind::kInt8; return true;
+    case ffi::U8: kind = Kind::kInt4; return true;
+    default: return false;
+  }
+}
+
+struct Aligned {
+  void operator()(float* numbers) const { ::operator delete[](numbers, std::align_val_t(64)); }
+};
+std::unique_ptr<float[], Aligned> floats(int64_t count) {
+  return std::unique_ptr<float[], Aligned>(
+      static_cast<float*>(::operator new[](count * sizeof(float), std::align_val_t(64))));
+}
+
+// Vectors that are multiplied at a time: with more, panels and sums would take much memory; with fewer, widening would
+// take much of the time.
+constexpr int64_t kGemmVectors = 512;
+
+ffi::Error gemm(ffi::ThreadPool& pool, GemmArgs all, int64_t x_bytes) {
+  const int64_t most = std::min(kGemmVectors, all.vectors), threads = std::max<int64_t>(pool.num_threads(), 1);
+  const int64_t padded = (most + 15) / 16 * 16;
+  const auto panels = floats(padded * all.in);
+  all.panels = panels.get();
+  // Several shares for each thread, so that all end together.
+  const int64_t rows = std::clamp<int64_t>(all.out / (threads * 8) / 12 * 12, 12, kGemmRows);
+  const int64_t end = all.vectors;
+  for (int64_t first = 0; first < end; first += kGemmVectors) {
+    GemmArgs some = all;
+    some.x = static_cast<const uint8_t*>(all.x) + first * all.in * x_bytes;
+    some.y = all.y + first * all.out;
+    some.vectors = std::min(kGemmVectors, end - first);
+    shared(pool, [some](int64_t first, int64_t last) { pack_function(some, first, last); }, (some.vectors + 15) / 16, 1);
+    shared(pool, [some, padded](int64_t first, int64_t last) {
+      const auto buffer = floats(kGemmRows * (kGemmBlock + 16 + padded));
+      gemm_function(some, first, last, buffer.get());
+    }, all.out, rows);
+  }
+  return ffi::Error::Success();
+}
+
 // Operands are the number of a layer, x, the weights of all layers, and their scales if they have any. One weight is read.
 ffi::Error product(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> number, ffi::AnyBuffer x, ffi::RemainingArgs rest,
-                   ffi::ResultBuffer<ffi::F32> y, int64_t layers) {
-  MPT_EQX_EXPECT(number.element_count() == 1 && layers > 0 && static_cast<int64_t>(rest.size()) >= layers);
+                   ffi::ResultBuffer<ffi::F32> y, int64_t layers, bool many) {
+  const int64_t operands = rest.size();
+  MPT_EQX_EXPECT(number.element_count() == 1 && layers > 0 && (operands == layers || operands == 2 * layers));
   // As jax.lax.switch has it, the layer before the first is the first, and that behind the last the last.
   const int64_t layer = std::clamp<int64_t>(number.typed_data()[0], 0, layers - 1);
-  const bool scaled = static_cast<int64_t>(rest.size()) == 2 * layers;
-  MPT_EQX_EXPECT(scaled || static_cast<int64_t>(rest.size()) == layers);
-  const ffi::ErrorOr<ffi::AnyBuffer> weight = rest.get<ffi::AnyBuffer>(layer);
-  const ffi::ErrorOr<ffi::AnyBuffer> scale = rest.get<ffi::AnyBuffer>(scaled ? layers + layer : layer);
+  const auto weight = rest.get<ffi::AnyBuffer>(layer), scale = rest.get<ffi::AnyBuffer>(operands - layers + layer);
   MPT_EQX_EXPECT(weight.has_value() && scale.has_value());
   MPT_EQX_EXPECT(weight->dimensions().size() == 2 && x.dimensions().size() == 2);
-  MatmulArgs rows;
-  switch (weight->element_type()) {
-    case ffi::F32: rows.kind = Kind::kFloat32; break;
-    case ffi::BF16: rows.kind = Kind::kBFloat16; break;
-    case ffi::F16: rows.kind = Kind::kFloat16; break;
-    case ffi::S8: rows.kind = Kind::kInt8; break;
-    case ffi::U8: rows.kind = Kind::kInt4; break;
-    default: return ffi::Error::InvalidArgument("mpt_eqx: no product with a weight of this type");
+  const int64_t out = weight->dimensions()[0], vectors = x.dimensions()[0], in = x.dimensions()[1];
+  Kind kind, x_kind;
+  if (!kind_of(*weight, kind)) {
+    return ffi::Error::InvalidArgument("mpt_eqx: no product with a weight of this type");
   }
-  MPT_EQX_EXPECT(x.element_type() == ffi::F32);
-  rows.weight = weight->untyped_data();
-  rows.scale = scaled ? scale->untyped_data() : nullptr;
-  rows.x = static_cast<const float*>(x.untyped_data());
-  rows.y = y->typed_data();
-  rows.vectors = x.dimensions()[0];
-  rows.in = x.dimensions()[1];
-  rows.out = weight->dimensions()[0];
-  MPT_EQX_EXPECT(has_shape(*weight, {rows.out, rows.kind == Kind::kInt4 ? rows.in / 2 : rows.in}));
-  MPT_EQX_EXPECT(has_shape(*y, {rows.vectors, rows.out}));
-  MPT_EQX_EXPECT(scaled == (rows.kind == Kind::kInt8 || rows.kind == Kind::kInt4));
-  if (rows.kind == Kind::kInt8) {
-    MPT_EQX_EXPECT(scale->element_type() == ffi::F32 && has_shape(*scale, {rows.out, 1}));
-  } else if (rows.kind == Kind::kInt4) {
-    MPT_EQX_EXPECT(rows.in % 32 == 0);
-    MPT_EQX_EXPECT(scale->element_type() == ffi::BF16 && has_shape(*scale, {rows.out, rows.in / 32}));
+  MPT_EQX_EXPECT(kind_of(x, x_kind) && x_kind <= (many ? Kind::kFloat16 : Kind::kFloat32));
+  MPT_EQX_EXPECT(has_shape(*weight, {out, kind == Kind::kInt4 ? in / 2 : in}) && has_shape(*y, {vectors, out}));
+  MPT_EQX_EXPECT((operands == layers) == (kind != Kind::kInt8 && kind != Kind::kInt4));
+  if (kind == Kind::kInt8) {
+    MPT_EQX_EXPECT(scale->element_type() == ffi::F32 && has_shape(*scale, {out, 1}));
+  } else if (kind == Kind::kInt4) {
+    MPT_EQX_EXPECT(in % 32 == 0);
+    MPT_EQX_EXPECT(scale->element_type() == ffi::BF16 && has_shape(*scale, {out, in / 32}));
   }
-  const int64_t row_bytes = std::max<int64_t>(weight->size_bytes() / std::max<int64_t>(rows.out, 1), 1);
+  const void* const scales = operands == layers ? nullptr : scale->untyped_data();
+  if (many) {
+    return gemm(pool, {kind, x_kind, weight->untyped_data(), scales, x.untyped_data(), nullptr, y->typed_data(), out,
+                       in, vectors}, x_kind == Kind::kFloat32 ? 4 : 2);
+  }
+  const MatmulArgs rows{kind, weight->untyped_data(), scales, static_cast<const float*>(x.untyped_data()),
+                        y->typed_data(), out, in, vectors};
+  const int64_t row_bytes = std::max<int64_t>(weight->size_bytes() / std::max<int64_t>(out, 1), 1);
   const auto function = [rows](int64_t first, int64_t last) { matmul_function(rows, first, last); };
-  return shared(pool, function, rows.out, std::max<int64_t>(kShareBytes / row_bytes / 8 * 8, 8));
+  return shared(pool, function, out, std::max<int64_t>(kShareBytes / row_bytes / 8 * 8, 8));
 }
 
 ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
@@ -213,7 +256,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mpt_eqx_matmul, product,
                                   .Arg<ffi::AnyBuffer>()
                                   .RemainingArgs()
                                   .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<int64_t>("layers"));
+                                  .Attr<int64_t>("layers")
+                                  .Attr<bool>("many"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mpt_eqx_attention, attention,
                               ffi::Ffi::Bind()

@@ -16,6 +16,21 @@ struct MatmulArgs {
   int64_t out, in, vectors;
 };
 
+// The same for many vectors.
+struct GemmArgs {
+  Kind kind;
+  Kind x_kind;  // a floating type
+  const void* weight;
+  const void* scale;
+  const void* x;
+  float* panels;  // [vectors / 16, in, 16], made of x
+  float* y;
+  int64_t out, in, vectors;
+};
+
+constexpr int64_t kGemmRows = 48;    // most rows of a share
+constexpr int64_t kGemmBlock = 256;  // columns that are widened at a time
+
 // Attention of some queries in each of `groups` heads to the keys of a cache, from max(position − window, 0) to
 // position. As in mpt_eqx/ops/attention.py, scores are rounded to the type of the cache before the bias, and weights
 // before they meet the values. A query at no place of the cache, 0 ≤ position < capacity and 0 ≤ layer < layers, gets
@@ -40,6 +55,12 @@ constexpr int64_t kTile = 32;
 // Computes the rows of y from `first` up to `last`; of AttentionArgs, a row stands for one
 // tile, of the ⌈groups · queries / kTile⌉ of one head of keys of one row.
 using MatmulFunction = void(const MatmulArgs&, int64_t first, int64_t last);
+// `pack` makes panels from `first` up to `last`, all of which `gemm` needs; it has for itself a buffer of
+// kGemmRows · (kGemmBlock + 16 + vectors), rounded up to 16 vectors.
+using PackFunction = void(const GemmArgs&, int64_t first, int64_t last);
+using GemmFunction = void(const GemmArgs&, int64_t first, int64_t last, float* buffer);
 using AttentionFunction = void(const AttentionArgs&, int64_t first, int64_t last);
 extern "C" MatmulFunction matmul_default, matmul_v3, matmul_v4;
+extern "C" PackFunction pack_default, pack_v3, pack_v4;
+extern "C" GemmFunction gemm_default, gemm_v3, gemm_v4;
 extern "C" AttentionFunction attention_default, attention_v3, attention_v4;

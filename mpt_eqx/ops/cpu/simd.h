@@ -41,6 +41,13 @@ inline To bits(From from) {
   return to;
 }
 
+#if defined(__clang__)
+#define MPT_EQX_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t FourInts __attribute__((vector_size(kLanes)));
+#define MPT_EQX_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, FourInts{__VA_ARGS__})
+#endif
+
 // GCC makes two halves of these conversions, or takes single numbers out of the vector, if it is not told.
 inline Ints widened(Bytes numbers) {
 #ifdef __AVX512F__
@@ -70,14 +77,16 @@ inline float total(Floats v) {
   return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
 
-// How sixteen numbers from column `at` on of a row that begins at `row` become float32.
+// How sixteen numbers from column `at` on of a row that begins at `row` become float32, and how one does.
 struct Float32 {
   static constexpr int kBytes = 4;
+  static float one(const uint8_t* from) { return load<float>(from); }
   static Floats read(const uint8_t* row, int64_t at) { return load<Floats>(row + 4 * at); }
 };
 
 struct BFloat16 {
   static constexpr int kBytes = 2;
+  static float one(const uint8_t* from) { return bits<float>(static_cast<uint32_t>(load<uint16_t>(from)) << 16); }
   static Floats read(const uint8_t* row, int64_t at) {
     return bits<Floats>(widened(load<Halves>(row + 2 * at)) << 16);
   }
@@ -85,6 +94,13 @@ struct BFloat16 {
 
 struct Float16 {
   static constexpr int kBytes = 2;
+  static float one(const uint8_t* from) {
+    const uint32_t word = load<uint16_t>(from), magnitude = word & 0x7fff;
+    // As below.
+    const uint32_t normal = (magnitude << 13) + 0x38000000u + (magnitude >= 0x7c00 ? 0x38000000u : 0);
+    const uint32_t subnormal = bits<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+    return bits<float>((magnitude < 0x400 ? subnormal : normal) | ((word & 0x8000) << 16));
+  }
   static Floats read(const uint8_t* row, int64_t at) {
     const Halves half = load<Halves>(row + 2 * at);
 #if defined(__AVX512F__)
@@ -108,6 +124,7 @@ struct Float16 {
 
 struct Int8 {
   static constexpr int kBytes = 1;
+  static float one(const uint8_t* from) { return static_cast<float>(load<int8_t>(from)); }
   static Floats read(const uint8_t* row, int64_t at) {
     return __builtin_convertvector(widened(load<Bytes>(row + at)), Floats);
   }
