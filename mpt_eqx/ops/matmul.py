@@ -59,8 +59,8 @@ def matmul(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Float[Array
     """Returns W x for each of T positions, summed in float32 (float64 for float64) and not rounded.
 
     On one CPU the kernel computes it, if there is one. A position's result is then the same to the bit for any number
-    of positions up to MAX_DECODE_ROWS, for any larger number, and for any number of rows under vmap. Derivatives always
-    go through XLA.
+    of positions up to MAX_DECODE_ROWS, for any larger number, and for any number of rows under vmap. Many positions
+    times a bfloat16 weight XLA multiplies, where the processor does so itself. Derivatives always go through XLA.
     """
     if isinstance(weight, QuantizedWeight | LayerWeight):
         weight.check()
@@ -69,7 +69,7 @@ def matmul(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Float[Array
         return _matmul(weight, x)
     if at_most(rows, MAX_DECODE_ROWS):
         return _decode_matmul(weight, x)
-    if at_most(rows, MAX_KERNEL_ROWS) and _suits_kernel(weight, x.dtype):
+    if at_most(rows, MAX_KERNEL_ROWS) and _suits_kernel(weight, x.dtype) and not _suits_xla(weight, x):
         return _kernel_matmul(weight, x)
     return _prefill_matmul(weight, x) if at_most(rows, MAX_PREFILL_ROWS) else _matmul(weight, x)
 
@@ -180,6 +180,12 @@ def _suits_kernel(weight: Weight | LayerWeight, dtype: np.dtype) -> bool:
     if isinstance(first, QuantizedWeight):
         return first.values.dtype == jnp.int8 or first.has_own_scale()
     return first.dtype in cpu.DTYPES
+
+
+def _suits_xla(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> bool:
+    """Whether XLA multiplies many positions faster than the kernel: where bfloat16 need not be widened for it."""
+    plain = isinstance(weight, jax.Array) and weight.dtype == x.dtype == jnp.bfloat16
+    return plain and cpu.has_bfloat16_dot()
 
 
 def _by_kernel(many: bool, weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Float32[Array, "T out"]:

@@ -4,6 +4,7 @@ import ctypes
 import functools
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,14 @@ def missing() -> str | None:
     except Exception as error:  # another machine's file, or another JAX's interface: all works without it
         return f"{LIBRARY} cannot be used ({error}); make it anew with {BUILD}"
     return None
+
+
+@functools.cache
+def has_bfloat16_dot() -> bool:
+    """Tells whether the processor multiplies bfloat16 itself, as the kernel does not and XLA does."""
+    file = Path("/proc/cpuinfo")
+    flags = set(file.read_text().split()) if file.exists() else set[str]()
+    return not flags.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def matmul(
