@@ -23,10 +23,10 @@ def made(**kwargs) -> MPT:
     return MPT(config, key=jax.random.key(0))
 
 
-def lowered(model: MPT):
+def lowered(model: MPT, capacity: int = 256):
     """A step of decoding, before XLA."""
     fixed = (model, SamplingParams().of_rows(1), jax.random.key(0), ())
-    return decode_chunk.lower(fixed, state.empty_state(model, 1, 256), 2, False)
+    return decode_chunk.lower(fixed, state.empty_state(model, 1, capacity), 2, False)
 
 
 @pytest.mark.parametrize("form", some(["float32", "bfloat16", "int8", "int4"], ["float32", "int4"]))
@@ -100,3 +100,11 @@ def test_alike_blocks_are_traced_once(loops, kernel, monkeypatch):
     lowered(made(n_layers=5, d_model=36))
     # A scan traces its body, and the scan around it its own, more than once: what counts is that layers do not.
     assert len(traced) <= 2
+
+
+@pytest.mark.parametrize("loops", [True, False])
+def test_a_cache_is_written_in_place(loops, kernel, monkeypatch):
+    monkeypatch.setattr(state, "has_layer_loop", lambda _: loops)
+    compiled = lowered(made(n_layers=2), 4096).compile().compiled
+    cache = 2 * 2 * 4096 * 32 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < cache / 4

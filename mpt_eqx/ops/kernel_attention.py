@@ -46,13 +46,13 @@ def kernel_attention(
     heads, size = q.shape[0], q.shape[-1]
 
     def one(q: Array, k: Array, v: Array, slopes: Array | None, number: Array, query_pos: Array) -> Array:
-        cache = LayerCache(k, v, dtype, number) if numbered else LayerCache(k[0], v[0], dtype)
+        cache = LayerCache(k, v, dtype, number if numbered else None)
         return by_xla(q, cache, slopes, query_pos)
 
     def on_cpu(
         q: Float[Array, "B K GT H"],
-        k: Shaped[Array, "B L K S H"],
-        v: Shaped[Array, "B L K S H"],
+        k: Shaped[Array, "B *L K S H"],
+        v: Shaped[Array, "B *L K S H"],
         slopes: Float32[Array, " N"] | None,
         number: Int[Array, "*B"],
         query_pos: Int[Array, "B T"],
@@ -70,8 +70,8 @@ def kernel_attention(
     @jax.custom_batching.custom_vmap
     def rows(
         q: Float[Array, "B K GT H"],
-        k: Shaped[Array, "B L K S H"],
-        v: Shaped[Array, "B L K S H"],
+        k: Shaped[Array, "B *L K S H"],
+        v: Shaped[Array, "B *L K S H"],
         slopes: Float32[Array, " N"] | None,
         number: Int[Array, "*B"],
         query_pos: Int[Array, "B T"],
@@ -97,6 +97,6 @@ def kernel_attention(
             number = jnp.tile(number, size)
         return rows(q, k, v, slopes, number, query_pos).reshape(size, -1, *q.shape[1:]), True
 
-    k, v = (cache.k, cache.v) if numbered else (cache.k[None], cache.v[None])
+    # Without a number the arrays have no axis of layers: XLA would not write into them in place if they got one here.
     number = jnp.zeros((), jnp.int32) if cache.number is None else cache.number.astype(jnp.int32)
-    return rows(q[None], k[None], v[None], slopes, number, query_pos.astype(jnp.int32)[None])[0]
+    return rows(q[None], cache.k[None], cache.v[None], slopes, number, query_pos.astype(jnp.int32)[None])[0]

@@ -73,8 +73,8 @@ def matmul(
 
 def attention(
     q: Float32[Array, "B K G T H"],
-    k: Shaped[Array, "B L K S H"],
-    v: Shaped[Array, "B L K S H"],
+    k: Shaped[Array, "B *L K S H"],
+    v: Shaped[Array, "B *L K S H"],
     slopes: Float32[Array, "K G"],
     layer: Int32[Array, " B"],
     position: Int32[Array, "B T"],
@@ -89,7 +89,7 @@ def attention(
 
     Args:
         q: queries of B rows, for each of K heads of keys the G heads that read it.
-        k: keys of L layers as a `LayerCache` stores them.
+        k: keys of one layer, or of L, as a `LayerCache` stores them.
         v: values, likewise.
         slopes: of ALiBi; zeros for none.
         layer: which of the layers each row reads; another number than those, from 0, gives NaN.

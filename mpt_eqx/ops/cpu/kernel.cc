@@ -210,12 +210,15 @@ ffi::Error product(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> number, ffi::AnyB
 ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                      ffi::Buffer<ffi::F32> slopes, ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> position,
                      ffi::ResultBuffer<ffi::F32> y, int32_t kind, float scale, int64_t window) {
-  MPT_EQX_EXPECT(q.dimensions().size() == 5 && k.dimensions().size() == 5);
+  const auto keys = k.dimensions();
+  MPT_EQX_EXPECT(q.dimensions().size() == 5 && (keys.size() == 4 || keys.size() == 5));
   const int64_t batch = q.dimensions()[0], key_heads = q.dimensions()[1], groups = q.dimensions()[2];
   const int64_t queries = q.dimensions()[3], size = q.dimensions()[4];
-  const int64_t layers = k.dimensions()[1], capacity = k.dimensions()[3];
-  MPT_EQX_EXPECT(has_shape(k, {batch, layers, key_heads, capacity, size}));
-  MPT_EQX_EXPECT(has_shape(v, {batch, layers, key_heads, capacity, size}));
+  const bool one_layer = keys.size() == 4;
+  const int64_t layers = one_layer ? 1 : keys[1], capacity = keys[keys.size() - 2];
+  MPT_EQX_EXPECT(one_layer ? has_shape(k, {batch, key_heads, capacity, size})
+                           : has_shape(k, {batch, layers, key_heads, capacity, size}));
+  MPT_EQX_EXPECT(std::equal(keys.begin(), keys.end(), v.dimensions().begin(), v.dimensions().end()));
   MPT_EQX_EXPECT(has_shape(slopes, {key_heads, groups}) && has_shape(layer, {batch}));
   MPT_EQX_EXPECT(has_shape(position, {batch, queries}));
   MPT_EQX_EXPECT(has_shape(*y, {batch, key_heads, groups, queries, size}));
