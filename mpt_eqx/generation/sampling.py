@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from mpt_eqx.generation.sampling_params import SamplingParams
-from mpt_eqx.ops.numerics import accum_dtype
+from mpt_eqx.ops.numerics import accum_dtype, tree_sum
 from mpt_eqx.ops.platform import varying_as
 
 
@@ -265,25 +265,20 @@ def _where(
 
 def _entropy(log_probs: Float32[Array, " V"]) -> Float32[Array, ""]:
     """Returns −Σ P log P in nats; what has no probability adds nothing."""
-    return -_tree_sum(jnp.where(jnp.isneginf(log_probs), 0, jnp.exp(log_probs) * log_probs))
+    return -_sum(jnp.where(jnp.isneginf(log_probs), 0, jnp.exp(log_probs) * log_probs))
 
 
 def log_softmax(logits: Float[Array, " V"]) -> Float32[Array, " V"]:
     """Returns the logarithms of the probabilities, as `jax.nn.log_softmax` does but for the order of the sum."""
     h = logits.astype(jnp.float32)
     h = h - h.max()
-    return h - jnp.log(_tree_sum(jnp.exp(h)))
+    return h - jnp.log(_sum(jnp.exp(h)))
 
 
 @jax.jit
-def _tree_sum(x: Float32[Array, " V"]) -> Float32[Array, ""]:
-    """Returns the sum, sixteenth by sixteenth: the same order for any number of rows, which XLA's sum does not keep.
-
-    `numerics.tree_sum` halves instead, which for a vocabulary takes four times as many passes.
-    """
-    while x.shape[0] > 1:
-        x = functools.reduce(jnp.add, jnp.pad(x, (0, -x.shape[0] % 16)).reshape(16, -1))
-    return x[0]
+def _sum(x: Float32[Array, " V"]) -> Float32[Array, ""]:
+    """Returns the sum, in an order that XLA's own sum does not keep: the same for any number of rows."""
+    return tree_sum(x)[0]
 
 
 def _ordered(x: Float32[Array, " V"]) -> Int[Array, " V"]:
@@ -317,7 +312,7 @@ def _highest(
     ) -> tuple[Int[Array, ""], Int[Array, ""]]:
         bit = jnp.left_shift(jnp.asarray(1, jnp.int32), jnp.asarray(31 - i % 32, jnp.int32))
         higher = border[0] ^ jnp.where(i < 32, bit, 0), border[1] ^ jnp.where(i < 32, 0, bit)
-        fits = _tree_sum(jnp.where(at_least(higher), weights, 0)) >= enough
+        fits = _sum(jnp.where(at_least(higher), weights, 0)) >= enough
         return jnp.where(fits, higher[0], border[0]), jnp.where(fits, higher[1], border[1])
 
     lowest = varying_as((least, least), keys, weights, enough)

@@ -3,6 +3,8 @@
 Under jit XLA may leave a rounding out and keep more precision.
 """
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -51,12 +53,13 @@ def mean(x: Float[Array, "*T D"]) -> Float[Array, "*T 1"]:
 
 
 def tree_sum(x: Float[Array, "*T D"]) -> Float[Array, "*T 1"]:
-    """Returns the sum over the last axis, half upon half: the same order for any number of rows."""
+    """Returns the sum over the last axis, sixteenth by sixteenth: the same order for any number of rows."""
+    *rows, _ = x.shape
     while x.shape[-1] > 1:
-        if x.shape[-1] % 2:
-            x = jnp.concatenate([x, jnp.zeros_like(x[..., :1])], axis=-1)
-        half = x.shape[-1] // 2
-        x = x[..., :half] + x[..., half:]
+        missing = -x.shape[-1] % 16
+        whole = jnp.concatenate([x, jnp.zeros((*rows, missing), x.dtype)], axis=-1) if missing else x
+        parts = whole.reshape(*rows, 16, -1)
+        x = functools.reduce(jnp.add, [parts[..., i, :] for i in range(16)])
     return x
 
 
