@@ -13,19 +13,12 @@
 
 namespace {
 
-// A register of the instruction set, since GCC keeps arrays of wider vectors in memory; and the rows of the weight whose
-// sums, for kPanels panels, fill the registers there are.
+// Rows of the weight whose sums, for kPanels panels, fill the registers there are.
 #if defined(__AVX512F__)
-typedef Floats Register;
 constexpr int kRows = 12, kPanels = 2;
-#elif defined(__AVX2__)
-typedef Half Register;
-constexpr int kRows = 6, kPanels = 1;
-#elif defined(__aarch64__)
-typedef Quarter Register;
+#elif defined(__AVX2__) || defined(__aarch64__)
 constexpr int kRows = 6, kPanels = 1;
 #else
-typedef Quarter Register;
 constexpr int kRows = 3, kPanels = 1;
 #endif
 constexpr int kRegisters = sizeof(Floats) / sizeof(Register);

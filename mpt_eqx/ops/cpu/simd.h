@@ -26,6 +26,15 @@ typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 typedef int16_t Shorts __attribute__((vector_size(2 * kLanes)));
 typedef int8_t Bytes __attribute__((vector_size(kLanes)));
 
+// A register of the instruction set: GCC keeps arrays of wider vectors in memory, and fills them number by number.
+#if defined(__AVX512F__)
+typedef Floats Register;
+#elif defined(__AVX2__)
+typedef Half Register;
+#else
+typedef Quarter Register;
+#endif
+
 template <typename T>
 inline T load(const void* from) {
   T vector;
@@ -72,10 +81,9 @@ inline Part folded(Vector v) {
   return halves[0] + halves[1];
 }
 
-inline float total(Floats v) {
-  const Quarter quarter = folded<Quarter>(folded<Half>(v));
-  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
-}
+inline float total(Quarter v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+inline float total(Half v) { return total(folded<Quarter>(v)); }
+inline float total(Floats v) { return total(folded<Half>(v)); }
 
 // How sixteen numbers from column `at` on of a row that begins at `row` become float32, and how one does.
 struct Float32 {
