@@ -42,7 +42,10 @@ def check_key(key: PRNGKeyArray | None, temperature: float) -> Key[Array, ""]:
     if key is None and temperature > 0:
         raise GenerationError(f"key: expected a key, such as jax.random.key(0), with temperature={temperature}")
     if key is None:
-        return jax.random.key(0)
+        # Not by jax.random.key(0), which compiles two programs.
+        like = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+        numbers: Any = np.zeros(like.shape, like.dtype)
+        return jax.random.wrap_key_data(numbers)
     if isinstance(key, jax.Array):
         if key.dtype == np.uint32 and key.ndim == 1:
             key = jax.random.wrap_key_data(key)
