@@ -13,6 +13,7 @@ from jaxtyping import DTypeLike
 from mpt_eqx.checkpoint.companions import read_companions, read_text_keys
 from mpt_eqx.checkpoint.diagnose import stored_types
 from mpt_eqx.checkpoint.formats.safetensors import TensorToWrite
+from mpt_eqx.checkpoint.formats.tensors import release_pages
 from mpt_eqx.checkpoint.host_arrays import is_finite, loaded_dtype
 from mpt_eqx.checkpoint.hub import find_checkpoint
 from mpt_eqx.checkpoint.info import CheckpointInfo, raise_if_blocked, read_checkpoint
@@ -90,6 +91,8 @@ def convert(
             array = view.astype(loaded_dtype(name, tensor, target), copy=False)
         if array is not view and not is_finite(array):
             raise CheckpointError(f"{info.directory / tensor.file}: {tensor.name} does not fit into {array.dtype.name}")
+        if array is not view:
+            release_pages(view)
         return array
 
     def to_write(name: str) -> TensorToWrite:
@@ -132,7 +135,10 @@ def _quantized(
 
     @functools.lru_cache(maxsize=1)  # because the two arrays of a weight are written one after the other
     def quantize(name: str) -> QuantizedWeight:
-        return quantize_weight(name, read(name), quantization.scheme)
+        array = read(name)
+        weight = quantize_weight(name, array, quantization.scheme)
+        release_pages(array)
+        return weight
 
     def part(name: str, leaf: jax.ShapeDtypeStruct) -> TensorToWrite:
         weight, _, which = name.rpartition(".")

@@ -5,10 +5,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mpt_eqx.checkpoint.formats.safetensors import ALIGNMENT
-from mpt_eqx.checkpoint.formats.tensors import TensorInfo
+from mpt_eqx.checkpoint.formats.tensors import TensorInfo, release_pages
 from mpt_eqx.checkpoint.names import is_quantized
 
 CHUNK = 2**24  # elements that are compared or checked at once
+COPIED = 2**21  # bytes of a mapped file that are copied before their pages are released
 
 
 def is_finite(array: np.ndarray) -> bool:
@@ -34,12 +35,22 @@ def is_zero_copy(view: np.ndarray, dtype: np.dtype) -> bool:
 
 
 def aligned_copy(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Returns a copy in another type, at an address that JAX uses without copying once more."""
+    """Returns a copy in another type, at an address that JAX uses without copying once more.
+
+    Of a mapped file it releases the pages as it goes, so that memory does not hold the tensor twice.
+    """
     size = view.size * dtype.itemsize
     room = np.empty(size + ALIGNMENT, np.uint8)
     start = -room.ctypes.data % ALIGNMENT
     copy = room[start : start + size].view(dtype).reshape(view.shape)
-    np.copyto(copy, view, casting="unsafe")
+    if view.flags.c_contiguous:
+        flat, step = view.reshape(-1), COPIED // view.itemsize
+        for at in range(0, view.size, step):
+            np.copyto(copy.reshape(-1)[at : at + step], flat[at : at + step], casting="unsafe")
+            release_pages(flat[at : at + step])
+    else:
+        np.copyto(copy, view, casting="unsafe")
+    release_pages(view)
     return copy
 
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import DTypeLike
 
 from mpt_eqx.checkpoint.diagnose import has_float64, stored_types
-from mpt_eqx.checkpoint.formats.tensors import FLOAT_NAMES, TensorInfo
+from mpt_eqx.checkpoint.formats.tensors import FLOAT_NAMES, TensorInfo, release_pages
 from mpt_eqx.checkpoint.host_arrays import aligned_copy, is_equal, is_finite, is_zero_copy, loaded_dtype
 from mpt_eqx.checkpoint.hub import find_checkpoint
 from mpt_eqx.checkpoint.info import CheckpointInfo, raise_if_blocked, read_checkpoint
@@ -137,11 +137,13 @@ def weights(info: CheckpointInfo) -> dict[str, TensorInfo]:
     """
     named = {name: tensor for tensor in info.tensors if (name := canonical_name(tensor.name)) is not None}
     if info.config.tie_word_embeddings and HEAD in named:
-        if not is_equal(named[HEAD].read(), named[EMBEDDING].read()):
+        head = named[HEAD].read()
+        if not is_equal(head, named[EMBEDDING].read()):
             raise CheckpointError(
                 f"{info.directory}: {HEAD} differs from {EMBEDDING}, although config.json ties them; "
                 f"load with config_overrides={{'tie_word_embeddings': False}} to use both"
             )
+        release_pages(head)
         del named[HEAD]
     return named
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from mpt_eqx.checkpoint.formats.tensors import FLOATS, MAX_TENSORS, TensorInfo
+from mpt_eqx.checkpoint.formats.tensors import FLOATS, MAX_TENSORS, TensorInfo, release_pages
 from mpt_eqx.config.keys import TEXT_PADDING
 from mpt_eqx.errors import CheckpointError, printable
 
@@ -88,6 +88,7 @@ def _tensor_info(tensor: Any, file: Path, gguf: Any) -> TensorInfo:
     def read() -> np.ndarray:
         if dtype is None:
             values: np.ndarray = gguf.quants.dequantize(tensor.data, kind)
+            release_pages(tensor.data)
         else:
             values = tensor.data.reshape(-1).view(np.uint8).view(dtype)
         return values.reshape(shape)

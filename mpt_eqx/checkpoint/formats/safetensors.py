@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpt_eqx.checkpoint.formats.tensors import FLOATS, TensorInfo
+from mpt_eqx.checkpoint.formats.tensors import FLOATS, TensorInfo, release_pages
 from mpt_eqx.config.json_file import unique_keys
 from mpt_eqx.errors import CheckpointError, printable
 
@@ -105,6 +105,7 @@ def write_safetensors(
             # Contiguous, because a transposed view would be written in the order of its memory.
             array = np.ascontiguousarray(tensor.read()).astype(tensor.dtype, copy=False)
             f.write(array.reshape(-1).view(np.uint8).data)
+            release_pages(array)
             progress(tensor.nbytes)
         f.flush()
         os.fsync(f.fileno())

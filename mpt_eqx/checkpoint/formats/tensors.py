@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import mmap
 from collections.abc import Callable
 
 import ml_dtypes
@@ -44,3 +45,21 @@ class TensorInfo:
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+
+def release_pages(view: np.ndarray) -> None:
+    """Takes the pages of a read-only view of a mapped file out of this process's memory.
+
+    What is used again is read again. Other arrays stay as they are, and so does everything on systems without the call.
+    """
+    mapping: object = view
+    while mapping is not None and not isinstance(mapping, mmap.mmap):
+        mapping = getattr(mapping, "base", None)
+    if mapping is None or view.flags.writeable or view.size == 0 or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    start = np.frombuffer(mapping, np.uint8).ctypes.data
+    low, high = (at - start for at in np.lib.array_utils.byte_bounds(view))
+    # Whole pages inside it: the first and the last may be another tensor's as well.
+    low, high = -(-low // mmap.PAGESIZE) * mmap.PAGESIZE, high // mmap.PAGESIZE * mmap.PAGESIZE
+    if low < high:
+        mapping.madvise(mmap.MADV_DONTNEED, low, high - low)
