@@ -29,6 +29,7 @@ CHECKED = (
     "interp.edits",
     "checkpoint",
     "surgery",
+    "generation.layers",
     "generation.steps",
     "generation.prompts",
     "generation.state",

@@ -285,17 +285,28 @@ def test_the_kernel_refuses_operands_that_do_not_fit():
         with pytest.raises(jax.errors.JaxRuntimeError, match="mpt_eqx: "):
             jax.block_until_ready(call(*operands, **attributes))
 
-    x, none = jnp.ones((2, 32)), jnp.zeros(0)
+    def refused_product(shape, values, scale, x, layers=1, many=False, number=0):
+        operands = (jnp.int32(number), x, *[values] * layers, *[scale for _ in range(layers) if scale is not None])
+        refused("mpt_eqx_matmul", shape, *operands, layers=np.int64(layers), many=many)
+
+    x, none = jnp.ones((2, 32)), None
     for kind in KINDS:
         weight, _ = made(kind, 6, 32)
-        values, scale = (weight.values, weight.scale) if kind.startswith("int") else (weight, none)
-        other = scale.astype(jnp.bfloat16 if kind == "int8" else jnp.float32)
-        wrong = [(values, none, x), (values, other, x), (values, scale[:5], x), (values, scale.reshape(-1), x)]
-        wrong = wrong if kind.startswith("int") else [(values, jnp.ones((6, 1)), x)]
+        values, scale, wrong = weight, none, [(weight, jnp.ones((6, 1)), x)]
+        if kind.startswith("int"):
+            values, scale = weight.values, weight.scale
+            other = scale.astype(jnp.bfloat16 if kind == "int8" else jnp.float32)
+            wrong = [(values, none, x), (values, other, x), (values, scale[:5], x), (values, scale.reshape(-1), x)]
         for operands in (*wrong, (values, scale, x[:, :16]), (values, scale, jnp.ones((2, 33))), (values[0], scale, x)):
-            refused("mpt_eqx_matmul", (2, 6), *operands)
-        refused("mpt_eqx_matmul", (2, 5), values, scale, x)
-    refused("mpt_eqx_matmul", (2, 6), jnp.ones((6, 32), jnp.int32), none, x)
+            for many in (False, True):
+                refused_product((2, 6), *operands, many=many)
+        refused_product((2, 5), values, scale, x, layers=2)
+    refused_product((2, 6), jnp.ones((6, 32), jnp.int32), none, x)
+    refused("mpt_eqx_matmul", (2, 6), jnp.int32(0), x, jnp.ones((6, 32)), layers=np.int64(2), many=False)
+    refused(
+        "mpt_eqx_matmul", (2, 6), jnp.int32(1), x, jnp.ones((6, 32)), jnp.ones((6, 31)), layers=np.int64(2), many=False
+    )
+    refused("mpt_eqx_matmul", (2, 6), jnp.int32(0), x, layers=np.int64(0), many=False)
 
     q, k, v, slopes, positions = step("float32", 2, 16, 256, [3, 5], None, 0)
     q, k, v, positions = q[:, :, :, None], k[:, None], v[:, None], positions[:, None]

@@ -118,9 +118,9 @@ def has_layer_loop(model: MPT) -> bool:
     weights = [leaf.weight for leaf in leaves if _is_linear(leaf)]
     others = [leaf for leaf in leaves if not _is_linear(leaf)]
     return (
-        on_one_cpu(*jax.tree.leaves(model))
+        on_one_cpu(*[leaf for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.Array)])
         and all(picks_layers(weight, model.dtype) for weight in weights)
-        and all(is_array(leaf) and leaf.ndim < 2 for leaf in others)
+        and not any(is_array(leaf) and leaf.ndim > 1 for leaf in others)
     )
 
 
