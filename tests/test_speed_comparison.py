@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # where the benchmarks ar
 ROWS = (1, 2)
 KEYS = {
     "format", "date", "git_commit", "hardware", "load_average", "versions", "model", "settings", "machine", "kernel",
-    "greedy_tokens", "results", "ratios", "start", "skipped",
+    "greedy_tokens", "results", "ratios", "start", "training", "skipped",
 }  # fmt: skip
 RESULT = {
-    "implementation", "dtype", "their_dtype", "prefill", "decode", "load_seconds", "start_seconds", "threads",
-    "peak_bytes_after_load", "peak_bytes", "agreement", "compile_seconds", "weight_bytes", "step_bytes",
+    "implementation", "dtype", "their_dtype", "first", "prefill", "decode", "score", "load_seconds", "start_seconds",
+    "threads", "first_token_seconds", "cached", "peak_bytes_after_load", "peak_bytes", "agreement", "compile_seconds", "weight_bytes", "step_bytes",
     "temporary_bytes", "temporary_over_weights", "kernel",
 }  # fmt: skip
 RUN = {"seconds", "first_seconds", "median_seconds", "tokens_per_s"}
@@ -51,7 +51,7 @@ def settings_of(place, **changes):
 
     return Settings(
         source=str(place), dtypes=("int8",), baselines=(), prompt=16, new_tokens=8, batch_sizes=ROWS,
-        prefill_lengths=(16,), rounds=2, machine_size="small", **changes,
+        prefill_lengths=(16,), rounds=2, machine_size="small", score=(2, 16), **changes,
     )  # fmt: skip
 
 
@@ -90,7 +90,9 @@ def canned():
         return {
             "implementation": name, "dtype": form, "their_dtype": theirs, "load_seconds": 0.5, "start_seconds": 1.5,
             "peak_bytes_after_load": 10**9, "peak_bytes": 2 * 10**9, "weight_bytes": 10**9, "step_bytes": 10**9,
+            "first_token_seconds": 2.5,
             "prefill": {"128": {"tokens_per_s": 300.0 * times, "median_seconds": 1.0}},
+            "score": {} if name == "llama.cpp" else {"4": {"tokens_per_s": 100.0 * times}},
             "decode": {
                 "1": {"tokens_per_s": 10.0 * times, "share_of_bandwidth": 0.5},
                 "16": {"tokens_per_s": 80.0 * times, "share_of_bandwidth": 0.25},
@@ -103,23 +105,37 @@ def canned():
     from benchmarks.speed.compare import ratios
 
     results = [
-        result("mpt_eqx", "float32", "float32", 3, compile_seconds=4.0, temporary_over_weights=0.02),
+        result(
+            "mpt_eqx",
+            "float32",
+            "float32",
+            3,
+            compile_seconds=4.0,
+            temporary_over_weights=0.02,
+            cached={"first_token_seconds": 2.0, "compile_seconds": 0.5, "peak_bytes": 1.75e9},
+        ),
         result("llama.cpp", "float32", "F32", 2),
         result("transformers", "float32", "float32", 1),
     ]
     return {
-        "format": 2, "date": "2026-01-02T03:04:05+00:00", "git_commit": "abc", "load_average": [0.1, 0.2],
+        "format": 3, "date": "2026-01-02T03:04:05+00:00", "git_commit": "abc", "load_average": [0.1, 0.2],
         "hardware": {"cpu": "A Processor", "cores": 2, "memory_GB": 24.0, "system": "Linux 6", "backend": "cpu",
                      "device": "cpu"},
         "versions": {"jax": "0.10.0"},
         "model": {"name": "m", "parameters": 354_000_000, "d_model": 1024, "n_layers": 24, "n_heads": 16,
                   "vocab_size": 50368, "max_seq_len": 4096},
         "settings": {"threads": 2, "prompt": 128, "new_tokens": 64, "batch_sizes": [1, 16], "prefill_lengths": [128],
-                     "rounds": 3},
+                     "rounds": 3, "score": [4, 512]},
         "machine": {"read_GB_per_s": {"jax": 20.0, "numpy": 19.0},
                     "matmul_GFLOP_per_s": {"float32": {"jax": 100.0}, "bfloat16": {"jax": 150.0}}},
         "kernel": True, "greedy_tokens": 8, "results": results, "ratios": ratios(results),
         "start": {"model": "pydoc-3m", "first_start_seconds": 5.0, "seconds": [2.0], "median_seconds": 2.0},
+        "training": {
+            "model": {"d_model": 768, "n_layers": 12, "vocab_size": 50368},
+            "results": [{"dtype": "bfloat16", "rows": 2, "length": 512,
+                         "tokens per second": {"mpt_eqx": 300.0, "transformers": 200.0},
+                         "peak GB": {"mpt_eqx": 3.5, "transformers": 4.0}}],
+        },
         "skipped": ["a line"],
     }  # fmt: skip
 
@@ -135,6 +151,9 @@ def test_a_run_is_complete(measured):
     for result in report["results"]:
         assert set(result) == RESULT
         assert set(result["prefill"]) == {"16"} and set(result["decode"]) == {"1", "2"}
+        assert set(result["first"]["16"]) == set(result["score"]["2"]) == RUN
+        assert set(result["cached"]) == {"first_token_seconds", "compile_seconds", "peak_bytes"}
+        assert result["first_token_seconds"] > result["load_seconds"] + result["first"]["16"]["first_seconds"]
         assert set(result["prefill"]["16"]) == RUN | {"GFLOP_per_s", "share_of_peak"}
         for size, run in result["decode"].items():
             assert set(run) - {"over_one_row"} == RUN | {"weights_GB_per_s", "share_of_bandwidth"}
@@ -142,7 +161,7 @@ def test_a_run_is_complete(measured):
         assert result["agreement"]["agrees"] and result["agreement"]["greedy_tokens"] == 8
         assert 10**7 < result["peak_bytes_after_load"] <= result["peak_bytes"]
     assert set(report["versions"]) >= {"python", "jax", "equinox", "numpy"} and report["hardware"]["cores"] >= 1
-    assert report["start"]["seconds"] and report["skipped"] == []
+    assert report["start"]["seconds"] and report["skipped"] == [] and report["training"] is None
     assert warned == [f"the optional CPU kernel is {'used' if report['kernel'] else 'not used'}"]
     assert "preparing the weights" in said and any("round 2 of 2" in line for line in said)
 
@@ -205,7 +224,7 @@ def test_all_files_are_written(measured, tmp_path):
     from benchmarks.speed.report import write_report
 
     assert write_report(measured[0], tmp_path) == []
-    assert json.loads((tmp_path / "speed.json").read_text())["format"] == 2
+    assert json.loads((tmp_path / "speed.json").read_text())["format"] == 3
     assert (tmp_path / "speed.md").read_text().startswith("# Speed\n")
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
@@ -232,7 +251,8 @@ def test_ratios(canned):
 
     found = {(r["over"], r["what"], r["size"]): r["ratio"] for r in ratios(canned["results"])}
     assert found["llama.cpp", "decode", "1"] == 1.5 and found["transformers", "prefill", "128"] == 3
-    assert len(found) == 6 and canned["results"][0]["decode"]["16"]["over_one_row"] == 8
+    assert found["transformers", "score", "4"] == 3
+    assert len(found) == 7 and canned["results"][0]["decode"]["16"]["over_one_row"] == 8
 
 
 def test_the_tables(canned):
@@ -243,8 +263,14 @@ def test_the_tables(canned):
         "| dtype |  | batch 1 | batch 16 | bandwidth | batch 16 / 1 |",
         "| float32 | mpt_eqx | 30 | 240 | 50 % | 8.0× |",
         "| float32 | llama.cpp, F32 | 20 (1.50×) | 160 (1.50×) | 50 % | 8.0× |",
-        "| float32 | mpt_eqx | 1.5 | 0.5 | 1 | 2 | 1 | 4 | 0.02 |",
-        "| float32 | transformers | 1.5 | 0.5 | 1 | 2 | 1 | – | – |",
+        "| float32 | transformers | 100 (3.00×) |",
+        "| float32 | llama.cpp, F32 | – |",
+        "| bfloat16 | mpt_eqx | 300 | 3.5 |",
+        "| bfloat16 | transformers | 200 (1.50×) | 4 |",
+        "| float32 | mpt_eqx | 1.5 | 0.5 | 2.5 | 2 | 4 | 0.5 |",
+        "| float32 | transformers | 1.5 | 0.5 | 2.5 | – | – | – |",
+        "| float32 | mpt_eqx | 1 | 1 | 2 | 0.25 | 0.02 |",
+        "| float32 | transformers | 1 | 1 | 2 | – | – |",
         "| float32 | llama.cpp F32 | 0.01 | 0.1 | 0.2 | 8 |  |",
         "* a line",
     ):
@@ -254,6 +280,31 @@ def test_the_tables(canned):
         "20.0 GB/s", "100 GFLOP/s in float32", "2.00 s, 5.00 s with", "CPU kernel: used",
     ):  # fmt: skip
         assert words in text
+
+
+def test_a_run_of_other_weights_has_no_training(canned):
+    from benchmarks.speed.report import markdown
+
+    assert "## Training" not in markdown({**canned, "training": None})
+    assert "`benchmarks/training.py`: ended with code 1" in markdown(
+        {**canned, "training": {"error": "ended with code 1"}}
+    )
+
+
+def test_steps_of_training_are_measured_by_their_own_benchmark(monkeypatch):
+    from benchmarks.speed import run
+
+    asked, code = [], 0
+
+    def answer(command, **_):
+        asked.append(command[2:])
+        return SimpleNamespace(returncode=code, stdout='{"results": []}')
+
+    monkeypatch.setattr(run.subprocess, "run", answer)
+    assert run.measure_training(True, 2) == {"results": []}
+    code = 1
+    assert run.measure_training(False, 3) == {"error": "ended with code 1"}
+    assert asked == [["--rounds", "2"], ["--rounds", "3", "--no-torch"]]
 
 
 def test_what_disagrees_is_marked(canned):
@@ -329,7 +380,7 @@ def test_a_baseline_computes_the_same(name, checkpoint, tmp_path):
     from benchmarks.speed.gguf_writer import write_gguf
     from benchmarks.speed.process import worker
     from benchmarks.speed.run import make_prompts
-    from mpt_eqx import from_pretrained, generate
+    from mpt_eqx import from_pretrained, generate, score
     from mpt_eqx.cli._measure import step_bytes
 
     if line := baselines.missing(name):
@@ -344,12 +395,16 @@ def test_a_baseline_computes_the_same(name, checkpoint, tmp_path):
         assert answer["threads"] == 2, answer
         assert one.ask("logits", prompt=prompts[0], file=str(tmp_path / "logits.npy")) == {}
         made = one.ask("decode", prompts=prompts, steps=6)
-        assert one.ask("again")["tokens"] == made["tokens"]  # from the same place every time
+        assert one.ask("again")["found"] == made["found"]  # from the same place every time
+        assert one.ask("first", prompt=prompts[0])["seconds"] > 0
+        scored = one.ask("score", sequences=prompts) if name == "transformers" else None
         sizes = one.ask("facts")["sizes"]
     expected = np.asarray(model(jnp.asarray(prompts[0]))[-1])
     found = agreement(expected, np.load(tmp_path / "logits.npy"), "float32")
     assert found["agrees"] and (found["difference"] < 1e-5 or name == "llama.cpp")
-    assert made["tokens"] == generate(model, prompts, max_new_tokens=6).tokens[0].tolist()
+    if scored is not None:
+        assert scored["found"] == pytest.approx([one.total for one in score(model, prompts)], rel=1e-5)
+    assert made["found"] == generate(model, prompts, max_new_tokens=6).tokens[0].tolist()
     assert sum(sizes.values()) == step_bytes(model.config, sizes) == 4 * model.config.num_parameters()
 
 

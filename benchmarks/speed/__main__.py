@@ -21,6 +21,8 @@ EPILOG = """examples:
   python -m benchmarks.speed --baselines '' --batch-sizes 1         mpt_eqx alone, with and without its kernel
   python -m benchmarks.speed --reference-size --output results      354 million random weights, as published
 
+--reference-size also measures steps of training (benchmarks/training.py).
+
 (1.50×) in a table: mpt_eqx makes 1.5 times the tokens per second of this row. llama.cpp's dtypes are F32, BF16, Q8_0
 and Q4_0, its embedding quantised too, as in our int8 and int4. The logits of all are compared: a large difference means
 that something else was computed, and its speed is worth nothing. Run nothing else meanwhile; medians of alternating

@@ -123,6 +123,18 @@ def open_transformers(place: str, dtype: str, threads: int) -> Implementation:
 
         return run
 
+    def score(sequences: list[list[int]]) -> Any:
+        tokens = as_tensor(sequences)
+
+        @torch.inference_mode()
+        def run() -> tuple[float, list[float]]:
+            started = time.perf_counter()
+            log_probs = torch.log_softmax(model(input_ids=tokens, use_cache=False).logits[:, :-1].float(), -1)
+            totals = log_probs.gather(-1, tokens[:, 1:, None])[..., 0].sum(1).tolist()
+            return time.perf_counter() - started, totals
+
+        return run
+
     def logits(prompt: list[int]) -> np.ndarray:
         _, cache = forward(as_tensor([prompt[:-SINGLE_STEPS]]), None)
         for token in prompt[-SINGLE_STEPS:]:
@@ -136,7 +148,7 @@ def open_transformers(place: str, dtype: str, threads: int) -> Implementation:
             "device": device,
         }
 
-    return Implementation(prefill, make, logits, facts)
+    return Implementation(prefill, prefill, make, score, logits, facts)
 
 
 def open_llama_cpp(place: str, dtype: str, threads: int, vocab_size: int) -> Implementation:
@@ -247,4 +259,4 @@ def open_llama_cpp(place: str, dtype: str, threads: int, vocab_size: int) -> Imp
             "device": "gpu" if options.n_gpu_layers else "cpu",
         }
 
-    return Implementation(prefill, make, logits, facts)
+    return Implementation(prefill, prefill, make, None, logits, facts)

@@ -7,6 +7,9 @@ import numpy as np
 
 OURS, OURS_XLA = "mpt_eqx", "mpt_eqx (plain XLA)"
 
+FIRST_CALLS = ("first", "prefill", "decode")
+"""What is called once and again, so that seconds of compilation follow."""
+
 TOLERANCE = {"float32": 0.005, "bfloat16": 0.03, "int8": 0.06, "int4": 0.5}
 """How far logits may be from mpt_eqx in the widest dtype: the root mean square of the difference over their deviation.
 
@@ -39,8 +42,8 @@ def disagreement(result: dict[str, Any]) -> str:
 
 
 def compile_seconds(result: dict[str, Any]) -> float | None:
-    """Returns how much longer the first calls took than the median of later ones, all sizes together."""
-    runs = [run for what in ("prefill", "decode") for run in result[what].values() if "median_seconds" in run]
+    """Returns how much longer the first calls of `FIRST_CALLS` took than the median of later ones, all together."""
+    runs = [run for what in FIRST_CALLS for run in result.get(what, {}).values() if "median_seconds" in run]
     return sum(max(0.0, run["first_seconds"] - run["median_seconds"]) for run in runs) if runs else None
 
 
@@ -50,9 +53,9 @@ def ratios(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for (name, dtype), result in by.items():
         ours = by.get((OURS, dtype))
-        for what in ("prefill", "decode"):
-            for size, run in result[what].items():
-                mine = ours[what].get(size, {}).get("tokens_per_s") if ours else None
+        for what in ("prefill", "decode", "score"):
+            for size, run in result.get(what, {}).items():
+                mine = ours.get(what, {}).get(size, {}).get("tokens_per_s") if ours else None
                 if name != OURS and mine and "tokens_per_s" in run:
                     ratio = mine / run["tokens_per_s"]
                     found.append({"over": name, "dtype": dtype, "what": what, "size": size, "ratio": ratio})

@@ -1,6 +1,7 @@
 """mpt_eqx as it is measured, the reference for all others, and the weights that all implementations load."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ REFERENCE = MPTConfig(
     attn_config=AttnConfig(alibi=True),
 )  # fmt: skip
 """The model of random weights that published figures are of."""
+
+STREAMED = 8
+"""Tokens that are asked for where the first is waited for."""
 
 
 @eqx.filter_jit(donate="all-except-first")
@@ -56,9 +60,27 @@ def open_mpt_eqx(place: str) -> Implementation:
             out, cache = decode_step(model, cache, jnp.asarray([token]))
         return np.asarray(out.astype(jnp.float32))[0]
 
+    def first(prompt: list[int]) -> Callable[[], float]:
+        def run() -> float:
+            started = time.perf_counter()
+            next(mpt_eqx.stream(model, prompt, max_new_tokens=STREAMED))
+            return time.perf_counter() - started
+
+        return run
+
+    def score(sequences: list[list[int]]) -> Callable[[], tuple[float, list[float]]]:
+        def run() -> tuple[float, list[float]]:
+            started = time.perf_counter()
+            found = mpt_eqx.score(model, sequences, progress=False)
+            return time.perf_counter() - started, [one.total for one in found]
+
+        return run
+
     return Implementation(
+        first=first,
         prefill=lambda prompt: prefill_run(model, prompt),
         decode=lambda prompts, steps: decode_run(model, prompts[0], len(prompts), steps),
+        score=score,
         logits=logits,
         facts=lambda: {**model_facts(model), "temporary_bytes": temporary_bytes(model)},
     )

@@ -18,6 +18,12 @@ NO_KERNEL = {"MPT_EQX_KERNEL": "0"}
 """The environment that switches the CPU kernel off."""
 
 
+def keeping_programs(directory: Path) -> dict[str, str]:
+    """Returns the environment in which JAX keeps every compiled program in a directory, and takes it from there."""
+    times = {f"JAX_PERSISTENT_CACHE_MIN_{what}": "-1" for what in ("COMPILE_TIME_SECS", "ENTRY_SIZE_BYTES")}
+    return {"JAX_COMPILATION_CACHE_DIR": str(directory), **times}
+
+
 class Worker:
     """A process that measures; it ends with the block that it was made for."""
 

@@ -65,27 +65,27 @@ def markdown(report: dict[str, Any]) -> str:
         "One row. Peak FLOP/s: at the longest prompt, operations per second over those of the fastest matrix product "
         "measured.",
         _speeds(report, "prefill", settings["prefill_lengths"], "tokens"),
-        "## Loading and memory",
-        "Each in a process of its own, files in the page cache; peaks include mapped files. Start: until the process "
-        "has imported its library and found its devices. Compile: what the first calls of all sizes above took longer "
-        "than later ones. Temporary: buffers of the compiled decode step of one row, over the weights.",
-        table(
-            ["dtype", "", "start, s", "load, s", "peak after load, GB", "peak, GB", "weights, GB", "compile, s",
-             "temporary"],
-            [
-                [
-                    result["dtype"], result["implementation"], *(
-                        _number(result.get(key), scale)
-                        for key, scale in (
-                            ("start_seconds", 1), ("load_seconds", 1), ("peak_bytes_after_load", 1e9),
-                            ("peak_bytes", 1e9), ("weight_bytes", 1e9), ("compile_seconds", 1),
-                            ("temporary_over_weights", 1),
-                        )
-                    ),
-                ]
-                for result in results
-            ],
-        ),
+        *_scoring(report),
+        *_training(report),
+        "## Start",
+        "Each in a process of its own, files in the page cache. Start: until the process has imported its library and "
+        "found its devices. First token: from the start of the process, loading included, until the first token after "
+        f"a prompt of {prompt} is there. Compile: what the first calls of all sizes above took longer than later "
+        "ones. Kept: the same in another process, which finds the programs that the first one compiled.",
+        _columns(results, {
+            "start, s": ("start_seconds", 1), "load, s": ("load_seconds", 1),
+            "first token, s": ("first_token_seconds", 1), "kept, s": ("cached.first_token_seconds", 1),
+            "compile, s": ("compile_seconds", 1), "compile, kept, s": ("cached.compile_seconds", 1),
+        }),
+        "## Memory",
+        "Of the same processes, mapped files included. Peak: of start, prefill and decode. Compiling takes: how much "
+        "lower the peak is where the programs are kept. Temporary: buffers of the compiled decode step of one row, "
+        "over the weights.",
+        _columns(results, {
+            "weights, GB": ("weight_bytes", 1e9), "peak after load, GB": ("peak_bytes_after_load", 1e9),
+            "peak, GB": ("peak_bytes", 1e9), "compiling takes, GB": ("compile_bytes", 1e9),
+            "temporary": ("temporary_over_weights", 1),
+        }),
         "## Numerical agreement",
         f"Logits after the prompt, its last four tokens decoded one by one, against the full forward pass of mpt_eqx "
         f"in the widest dtype measured: root mean square of the difference over the standard deviation of the logits, "
@@ -137,25 +137,79 @@ def _about(report: dict[str, Any]) -> str:
     return "\n".join(f"* {line}" for line in lines)
 
 
+def _scoring(report: dict[str, Any]) -> list[str]:
+    """Returns the section on scoring; none of a run without it."""
+    if (size := report["settings"].get("score")) is None:
+        return []
+    return [
+        f"## Scoring: tokens per second, {size[0]} sequences of {size[1]} tokens",
+        "The log-likelihood of every sequence: by `score`; by log_softmax of transformers' logits; llama.cpp has no "
+        "such function.",
+        _speeds(report, "score", size[:1], "rows"),
+    ]
+
+
+def _training(report: dict[str, Any]) -> list[str]:
+    """Returns the section on training; none of a run without it."""
+    if not (found := report.get("training")):
+        return []
+    if "error" in found:
+        return ["## Training", f"`benchmarks/training.py`: {found['error']}"]
+    rows = []
+    for result in found["results"]:
+        ours = result["tokens per second"][OURS]
+        for name, rate in result["tokens per second"].items():
+            ratio = "" if name == OURS else f" ({ours / rate:.2f}×)"
+            rows.append([result["dtype"], name, f"{_number(rate)}{ratio}", _number(result["peak GB"][name])])
+    model, one = found["model"], found["results"][0]
+    return [
+        f"## Training: tokens per second of steps with AdamW, {one['rows']} rows of {one['length']} tokens",
+        f"Width {model['d_model']}, {model['n_layers']} layers, vocabulary {model['vocab_size']:,}; float32 weights, "
+        "the dtype is that of computations (`python benchmarks/training.py`). Peak: of the whole process.",
+        table(["dtype", "", "tokens/s", "peak, GB"], rows),
+    ]
+
+
+def _columns(results: Sequence[dict[str, Any]], columns: dict[str, tuple[str, float]]) -> str:
+    """Returns a table with a row for each result, and columns by their heads: a key of it and the unit."""
+
+    def value(result: dict[str, Any], key: str) -> float | None:
+        if key == "compile_bytes":
+            peaks = result.get("peak_bytes"), result.get("cached", {}).get("peak_bytes")
+            return None if None in peaks else max(0, peaks[0] - peaks[1])
+        outer, _, inner = key.rpartition(".")
+        return (result.get(outer, {}) if outer else result).get(inner)
+
+    rows = [
+        [
+            result["dtype"],
+            result["implementation"],
+            *(_number(value(result, key), unit) for key, unit in columns.values()),
+        ]
+        for result in results
+    ]
+    return table(["dtype", "", *columns], rows)
+
+
 def _speeds(report: dict[str, Any], what: str, sizes: Sequence[int], unit: str) -> str:
     """Returns the table of tokens per second, with the speedup of mpt_eqx over each other row."""
     ratios = {(r["dtype"], r["over"], r["what"], r["size"]): r["ratio"] for r in report["ratios"]}
     by_batch = what == "decode"
     header = ["dtype", "", *(f"{unit} {size}" if by_batch else f"{size} {unit}" for size in sizes)]
-    last = ["bandwidth", f"batch {max(sizes, default=1)} / 1"] if by_batch else ["peak FLOP/s"]
+    last = {"decode": ["bandwidth", f"batch {max(sizes, default=1)} / 1"], "prefill": ["peak FLOP/s"]}.get(what, [])
     rows = []
     for result in report["results"]:
         cells = []
         for size in map(str, sizes):
-            run = result[what].get(size)
+            run = result.get(what, {}).get(size)
             ratio = ratios.get((result["dtype"], result["implementation"], what, size))
             cells.append("–" if run is None else _number(run["tokens_per_s"]) + (f" ({ratio:.2f}×)" if ratio else ""))
-        runs = result[what]
+        runs = result.get(what, {})
         if by_batch:
             cells.append(_percent(runs.get("1", {}).get("share_of_bandwidth")))
             times = runs.get(str(max(sizes)), {}).get("over_one_row")
             cells.append("–" if times is None else f"{times:.1f}×")
-        else:
+        elif what == "prefill":
             cells.append(_percent(runs.get(str(max(sizes, default=0)), {}).get("share_of_peak")))
         rows.append([result["dtype"], _label(result), *cells])
     return table([*header, *last], rows)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import json
 import os
 import statistics
 import subprocess
@@ -16,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.speed import baselines
-from benchmarks.speed.compare import OURS, OURS_XLA, agreement, compile_seconds, disagreement, ratios
+from benchmarks.speed.compare import FIRST_CALLS, OURS, OURS_XLA, agreement, compile_seconds, disagreement, ratios
 from benchmarks.speed.machine import add_shares, commit, hardware, num_threads, versions
-from benchmarks.speed.process import NO_KERNEL, Worker, child_environment, worker
+from benchmarks.speed.process import NO_KERNEL, ROOT, Worker, child_environment, keeping_programs, worker
 from mpt_eqx import SHIPPED_MODEL, MPTConfig, MPTError
 from mpt_eqx.cli._measure import EXTRA_TOKENS, peak_bytes, step_bytes
 
@@ -48,6 +49,7 @@ class Settings:
         new_tokens: how many are decoded, a multiple of 8.
         batch_sizes: rows that are decoded together.
         prefill_lengths: tokens of the prompts; None for those of 128, 512 and 2048 that the model takes.
+        score: rows and tokens of each that are scored together; fewer tokens where the model takes fewer.
         rounds: how often each is measured; the median counts.
         machine_size: "large", or "small" where the machine's own figures do not matter.
     """
@@ -59,6 +61,7 @@ class Settings:
     new_tokens: int = 64
     batch_sizes: Sequence[int] = (1, 4, 16)
     prefill_lengths: Sequence[int] | None = None
+    score: tuple[int, int] = (4, 512)
     rounds: int = 3
     machine_size: str = "large"
 
@@ -134,10 +137,14 @@ def run_benchmark(settings: Settings, say: Say, warn: Say) -> dict[str, Any]:
                 results += measure_dtype(job, dtype, names, stack)
         say("measuring the time to the first text")
         start = measure_start(directory, settings.rounds)
+    training = None
+    if settings.source is None:
+        say("measuring steps of training")
+        training = measure_training(with_torch, settings.rounds)
     for result in results:
         add_shares(result, machine, config)
     return {
-        "format": 2,
+        "format": 3,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "git_commit": head,
         "hardware": {**hardware(), "backend": machine["backend"], "device": machine["device"]},
@@ -155,6 +162,7 @@ def run_benchmark(settings: Settings, say: Say, warn: Say) -> dict[str, Any]:
             "batch_sizes": list(settings.batch_sizes),
             "prefill_lengths": list(lengths),
             "rounds": settings.rounds,
+            "score": score_size(settings, config),
         },
         "machine": machine,
         "kernel": kernel,
@@ -162,6 +170,7 @@ def run_benchmark(settings: Settings, say: Say, warn: Say) -> dict[str, Any]:
         "results": results,
         "ratios": ratios(results),
         "start": start,
+        "training": training,
         "skipped": skipped,
     }
 
@@ -186,6 +195,12 @@ def check_lengths(settings: Settings, config: MPTConfig) -> Sequence[int]:
             f"give shorter ones"
         )
     return settings.prefill_lengths
+
+
+def score_size(settings: Settings, config: MPTConfig) -> list[int]:
+    """Returns the rows to score, and the tokens of each."""
+    rows, length = settings.score
+    return [rows, min(length, config.max_seq_len)]
 
 
 class Job(NamedTuple):
@@ -225,8 +240,7 @@ def measure_dtype(job: Job, dtype: str, names: Sequence[str], stack: ExitStack) 
             "implementation": name,
             "dtype": dtype,
             "their_dtype": baselines.THEIR_DTYPES.get(name, {}).get(dtype, dtype),
-            "prefill": {},
-            "decode": {},
+            **{what: {} for what in (*FIRST_CALLS, "score")},
         }
         for name in names
     }
@@ -246,25 +260,26 @@ def measure_dtype(job: Job, dtype: str, names: Sequence[str], stack: ExitStack) 
     for name, result in results.items():
         place = str(_place(job, name, dtype))
         # Started when it is its turn, so that nothing else starts meanwhile.
-        workers[name] = stack.enter_context(worker(NO_KERNEL if name == OURS_XLA else {}))
-        request = {"place": place, "dtype": dtype, "vocab_size": job.config.vocab_size, "threads": num_threads()}
-        if (answer := ask(name, "loading", "load", implementation=name, **request)) is not None:
+        workers[name] = stack.enter_context(worker(_environment(job, name)))
+        if (answer := ask(name, "loading", "load", **_load_request(job, name, dtype, place))) is not None:
             seconds = time.perf_counter() - workers[name].started
             result |= {**answer, "start_seconds": seconds - answer["load_seconds"]}
             result["peak_bytes_after_load"] = peak_bytes(workers[name].process.pid)
     steps = job.settings.new_tokens
-    longest = make_prompts(job.config.vocab_size, 1, max(job.lengths, default=1))[0]
-    for length in job.lengths:
-        runs = in_turn(names, ask, "prefill", length, job.settings.rounds, {"prompt": longest[:length]})
-        for name, run in runs.items():
-            results[name]["prefill"][str(length)] = {**run, "tokens_per_s": length / run["median_seconds"]}
-    for rows in job.settings.batch_sizes:
-        request = {"prompts": job.prompts[:rows], "steps": steps}
-        runs = in_turn(names, ask, "decode", rows, job.settings.rounds, request)
-        for name, run in runs.items():
-            same = [a == b for a, b in zip(job.greedy, run.pop("tokens"), strict=False)]
-            same_tokens[name] = min(same_tokens[name], [*same, False].index(False))
-            results[name]["decode"][str(rows)] = {**run, "tokens_per_s": rows * steps / run["median_seconds"]}
+    for what, size, request in _requests(job):
+        for name, run in in_turn(names, ask, what, size, job.settings.rounds, request).items():
+            if what == "decode":
+                same = [a == b for a, b in zip(job.greedy, run.pop("found"), strict=False)]
+                same_tokens[name] = min(same_tokens[name], [*same, False].index(False))
+            tokens = {"first": 1, "prefill": size, "decode": size * steps}[what]
+            results[name][what][str(size)] = {**run, "tokens_per_s": tokens / run["median_seconds"]}
+    peaks = {name: peak_bytes(workers[name].process.pid) for name in names}
+    rows, length = score_size(job.settings, job.config)
+    request = {"sequences": make_prompts(job.config.vocab_size, rows, length)}
+    scoring = [name for name in names if name != "llama.cpp"]
+    for name, run in in_turn(scoring, ask, "score", rows, job.settings.rounds, request).items():
+        del run["found"]
+        results[name]["score"][str(rows)] = {**run, "tokens_per_s": rows * length / run["median_seconds"]}
     file = job.directory / "logits.npy"
     for name, result in results.items():
         # After the measurements, because it would compile what the first prompt is to be compiled for.
@@ -273,17 +288,70 @@ def measure_dtype(job: Job, dtype: str, names: Sequence[str], stack: ExitStack) 
             result["agreement"] = {**found, "greedy_tokens": same_tokens[name]}
             if not found["agrees"]:
                 job.warn(disagreement(result))
-        peak = peak_bytes(workers[name].process.pid)
         if (facts := ask(name, "looking at its memory", "facts")) is not None:
-            result["peak_bytes"] = peak
+            result["peak_bytes"] = peaks[name]
             if (sizes := facts.pop("sizes", None)) is not None:
                 result |= {"weight_bytes": sum(sizes.values()), "step_bytes": step_bytes(job.config, sizes)}
             result |= facts
+        first = result["first"].get(str(job.settings.prompt))
+        if first is not None:
+            result["first_token_seconds"] = result["start_seconds"] + result["load_seconds"] + first["first_seconds"]
         if name in (OURS, OURS_XLA):
             result["compile_seconds"] = compile_seconds(result)
+            if "error" not in result:
+                job.say(f"{dtype}: again with what was compiled, {name}")
+                result["cached"] = measure_cached(job, name, dtype, result)
     for path in job.directory.glob("*.gguf"):
         path.unlink()
     return list(results.values())
+
+
+def measure_cached(job: Job, name: str, dtype: str, result: dict[str, Any]) -> dict[str, Any]:
+    """Returns what another process needs that does the same, but finds the programs compiled."""
+    with worker(_environment(job, name)) as one:
+        answer = one.ask("load", **_load_request(job, name, dtype, str(_place(job, name, dtype))))
+        start, compiling = time.perf_counter() - one.started, 0.0
+        for what, size, request in _requests(job):
+            for do, more in ((what, request), ("again", {}), ("forget", {})):
+                if "error" not in answer:
+                    answer = one.ask(do, **more)
+                if "error" in answer:
+                    return {"error": answer["error"]}
+                if do == what:
+                    if what == "first":
+                        first_token = start + answer["seconds"]
+                    compiling += max(0.0, answer["seconds"] - result[what][str(size)]["median_seconds"])
+        return {
+            "first_token_seconds": first_token,
+            "compile_seconds": compiling,
+            "peak_bytes": peak_bytes(one.process.pid),
+        }
+
+
+def _requests(job: Job) -> list[tuple[str, int, dict[str, Any]]]:
+    """Returns what is measured before scoring, in this order: the request, its size and its arguments."""
+    longest = make_prompts(job.config.vocab_size, 1, max(job.lengths, default=1))[0]
+    return [
+        ("first", job.settings.prompt, {"prompt": job.prompts[0]}),
+        *(("prefill", length, {"prompt": longest[:length]}) for length in job.lengths),
+        *(
+            ("decode", rows, {"prompts": job.prompts[:rows], "steps": job.settings.new_tokens})
+            for rows in job.settings.batch_sizes
+        ),
+    ]
+
+
+def _environment(job: Job, name: str) -> dict[str, str]:
+    """Returns the environment of an implementation's process."""
+    kept = keeping_programs(job.directory / "compiled") if name in (OURS, OURS_XLA) else {}
+    return {**kept, **(NO_KERNEL if name == OURS_XLA else {})}
+
+
+def _load_request(job: Job, name: str, dtype: str, place: str) -> dict[str, Any]:
+    return {
+        "implementation": name, "place": place, "dtype": dtype, "vocab_size": job.config.vocab_size,
+        "threads": num_threads(),
+    }  # fmt: skip
 
 
 def _place(job: Job, name: str, dtype: str) -> Path:
@@ -308,7 +376,7 @@ def in_turn(
     What changes meanwhile on the machine then changes for all of them.
     """
     runs: dict[str, dict[str, Any]] = {}
-    shown = f"{what} of {size} {'tokens' if what == 'prefill' else 'rows'}"
+    shown = f"{what} of {size} {'tokens' if what in ('first', 'prefill') else 'rows'}"
     for name in names:
         if answer := ask(name, f"{shown}, for the first time", what, **request):
             runs[name] = {**answer, "first_seconds": answer["seconds"], "seconds": []}
@@ -343,6 +411,16 @@ def measure_start(directory: Path, rounds: int) -> dict[str, Any]:
         "model": _shown(str(SHIPPED_MODEL)), "first_start_seconds": seconds[0], "seconds": seconds[1:],
         "median_seconds": statistics.median(seconds[1:]),
     }  # fmt: skip
+
+
+def measure_training(with_torch: bool, rounds: int) -> dict[str, Any]:
+    """Returns what `benchmarks/training.py` measures."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "training.py"), "--rounds", str(rounds)]
+    done = subprocess.run(
+        [*command, *(() if with_torch else ("--no-torch",))], stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        env=child_environment({}),
+    )  # fmt: skip
+    return json.loads(done.stdout) if done.returncode == 0 else {"error": f"ended with code {done.returncode}"}
 
 
 def _needed(answer: dict[str, Any], directory: Path) -> dict[str, Any]:

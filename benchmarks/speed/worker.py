@@ -113,6 +113,12 @@ def logits(kept: dict[str, Any], prompt: list[int], file: str) -> dict[str, Any]
     return {}
 
 
+def first(kept: dict[str, Any], prompt: list[int]) -> dict[str, Any]:
+    """Waits for the first token after a prompt."""
+    kept["run"] = kept["implementation"].first(prompt)
+    return again(kept)
+
+
 def prefill(kept: dict[str, Any], prompt: list[int]) -> dict[str, Any]:
     """Prepares the prefill of a prompt, and runs it for the first time."""
     kept["run"] = kept["implementation"].prefill(prompt)
@@ -125,14 +131,20 @@ def decode(kept: dict[str, Any], prompts: list[list[int]], steps: int) -> dict[s
     return again(kept)
 
 
+def score(kept: dict[str, Any], sequences: list[list[int]]) -> dict[str, Any]:
+    """Scores sequences for the first time."""
+    kept["run"] = kept["implementation"].score(sequences)
+    return again(kept)
+
+
 def again(kept: dict[str, Any]) -> dict[str, Any]:
-    """Repeats the last prefill or decode."""
+    """Repeats the last of these."""
     result = kept["run"]()
-    return {"seconds": result} if isinstance(result, float) else {"seconds": result[0], "tokens": result[1]}
+    return {"seconds": result} if isinstance(result, float) else {"seconds": result[0], "found": result[1]}
 
 
 def forget(kept: dict[str, Any]) -> dict[str, Any]:
-    """Frees what the last prefill or decode keeps."""
+    """Frees what the last of these keeps."""
     kept.pop("run", None)
     return {}
 
@@ -145,7 +157,8 @@ def facts(kept: dict[str, Any]) -> dict[str, Any]:
 REQUESTS: dict[str, Callable[..., dict[str, Any]]] = {
     function.__name__: function
     for function in (
-        prepare, reference, write_gguf, machine, probe, load, logits, prefill, decode, again, forget, facts,
+        prepare, reference, write_gguf, machine, probe, load, logits, first, prefill, decode, score, again, forget,
+        facts,
     )
 }  # fmt: skip
 
