@@ -26,8 +26,8 @@ KEYS = {
 }  # fmt: skip
 RESULT = {
     "implementation", "dtype", "their_dtype", "first", "prefill", "decode", "score", "load_seconds", "start_seconds",
-    "threads", "first_token_seconds", "cached", "peak_bytes_after_load", "peak_bytes", "agreement", "compile_seconds", "weight_bytes", "step_bytes",
-    "temporary_bytes", "temporary_over_weights", "kernel",
+    "threads", "first_token_seconds", "cached", "peak_bytes_after_load", "peak_bytes", "agreement", "compile_seconds",
+    "weight_bytes", "step_bytes", "temporary_bytes", "temporary_over_weights", "kernel",
 }  # fmt: skip
 RUN = {"seconds", "first_seconds", "median_seconds", "tokens_per_s"}
 
