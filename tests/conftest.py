@@ -36,7 +36,8 @@ CHECKED = (
     "generation.sampling",
     "generation.beam_step",
     "evaluation.chunks",
-    "train",
+    "train.loss",
+    "train.schedules",
 )
 install_import_hook([f"mpt_eqx.{room}" for room in CHECKED], "annotations.check")
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float32, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Bool, Float32, Int, PRNGKeyArray, Shaped
 
 from mpt_eqx.model import MPT
 from mpt_eqx.model.arguments import as_batch
@@ -56,16 +56,27 @@ def next_token_loss(
     logits = jax.vmap(
         lambda tokens, mask, sequence_ids, key: model(tokens, mask=mask, sequence_ids=sequence_ids, key=key)
     )(tokens, mask, sequence_ids, keys)
-    targets, real = (tokens if labels is None else labels)[:, 1:], jnp.ones_like(tokens, bool)
+    targets = (tokens if labels is None else labels)[:, 1:]
+    counted = counted_tokens(tokens, mask=mask, labels=labels, sequence_ids=sequence_ids)
+    log_probs = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32), axis=-1)
+    picked = jnp.take_along_axis(log_probs, jnp.where(counted, targets, 0)[..., None], axis=-1)[..., 0]
+    return -jnp.sum(jnp.where(counted, picked, 0.0)) / jnp.maximum(jnp.sum(counted), 1).astype(jnp.float32)
+
+
+def counted_tokens(
+    tokens: Int[Array, "B T"],
+    *,
+    mask: Shaped[Array, "B T"] | None = None,
+    labels: Int[Array, "B T"] | None = None,
+    sequence_ids: Int[Array, "B T"] | None = None,
+) -> Bool[Array, "B T-1"]:
+    """Tells of each token but the first of a row whether `next_token_loss` counts it."""
+    real = jnp.ones_like(tokens, bool)
     if mask is not None:
         real &= mask.astype(bool)
     if sequence_ids is not None:
         real &= sequence_ids >= 0
-    counted = (targets != IGNORED) & real[:, :-1]
-    if labels is None:
-        counted &= real[:, 1:]
-        if sequence_ids is not None:
-            counted &= sequence_ids[:, :-1] == sequence_ids[:, 1:]
-    log_probs = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32), axis=-1)
-    picked = jnp.take_along_axis(log_probs, jnp.where(counted, targets, 0)[..., None], axis=-1)[..., 0]
-    return -jnp.sum(jnp.where(counted, picked, 0.0)) / jnp.maximum(jnp.sum(counted), 1).astype(jnp.float32)
+    if labels is not None:
+        return (labels[:, 1:] != IGNORED) & real[:, :-1]
+    counted = real[:, :-1] & real[:, 1:]
+    return counted if sequence_ids is None else counted & (sequence_ids[:, :-1] == sequence_ids[:, 1:])
