@@ -40,6 +40,7 @@ BORDER = (
     "beam.py",
     "score.py",
     "optimizers.py",
+    "packing.py",
     "step.py",
     "state.py",
 )  # they check their arguments themselves
