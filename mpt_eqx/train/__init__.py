@@ -5,6 +5,7 @@ from mpt_eqx.train.optimizers import decoupled_adamw as decoupled_adamw
 from mpt_eqx.train.optimizers import decoupled_lionw as decoupled_lionw
 from mpt_eqx.train.optimizers import named as named
 from mpt_eqx.train.optimizers import not_named as not_named
+from mpt_eqx.train.packing import Packed as Packed
 from mpt_eqx.train.packing import pack as pack
 from mpt_eqx.train.schedules import cosine_with_warmup as cosine_with_warmup
 from mpt_eqx.train.schedules import linear_with_warmup as linear_with_warmup
