@@ -496,37 +496,6 @@ def test_a_mutation_of_the_kernel_is_noticed(file, part, other, tmp_path):
     assert any(wrong) if file == "gemm" else sum(wrong) == 1
 
 
-@pytest.mark.parametrize("dtype", ["uint16", "float32"])
-def test_rows_of_a_cache_are_repeated_up_to_their_lengths(dtype):
-    from mpt_eqx.ops import cpu
-    from mpt_eqx.ops.repeat_rows import repeat_rows
-
-    stored, lengths = jnp.asarray(np.random.default_rng(0).integers(1, 9, (3, 2, 2, 256, 4)), dtype), [5, 0, 300]
-    made = jax.jit(lambda x, n: repeat_rows(x, n, copies=2, capacity=512))(stored, jnp.asarray(lengths))
-    for number, row in enumerate(np.asarray(made)):
-        length = min(lengths[number // 2], 256)
-        np.testing.assert_array_equal(row[:, :, :length], stored[number // 2, :, :, :length])
-        assert not row[:, :, length:].any() or not cpu.available()
-
-
-def test_room_in_a_cache_takes_memory_where_it_is_used():
-    """Of 0.27 GB of keys the first 100 tokens of 4,096: a page in each of 256 heads."""
-    from mpt_eqx.ops import cpu
-    from mpt_eqx.ops.repeat_rows import repeat_rows
-
-    if not cpu.available() or sys.platform != "linux":
-        pytest.skip("needs the kernel, and Linux")
-
-    def resident():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-
-    stored, lengths = jnp.ones((1, 2, 8, 256, 64), jnp.uint16), jnp.full(1, 100)
-    repeat = jax.jit(lambda x, n: repeat_rows(x, n, copies=32, capacity=4096)).lower(stored, lengths).compile()
-    before = resident()
-    made = jax.block_until_ready(repeat(stored, lengths))
-    assert made.nbytes > 2.6e8 and resident() - before < 0.1 * made.nbytes
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ["default", "v3", "v4"])
 def test_the_kernel_stays_inside_its_arrays(isa, tmp_path):

@@ -15,9 +15,7 @@ from mpt_eqx.generation.buckets import cache_bucket
 from mpt_eqx.generation.layers import has_layer_loop
 from mpt_eqx.model import MPT, KVCache
 from mpt_eqx.model.taps import Edit, stack_edits
-from mpt_eqx.ops.layer_cache import BLOCK, LayerCache
 from mpt_eqx.ops.layout import Layout
-from mpt_eqx.ops.repeat_rows import repeat_rows
 
 T = TypeVar("T")
 
@@ -79,9 +77,7 @@ def new_array(
 ) -> Array:
     """Returns a new array, by numpy so that no shape costs a compilation, and copied so that it can be donated."""
     if layout is None:
-        # Zeros of numpy take no memory before they are copied.
-        made = np.full(shape, value, dtype) if value else np.zeros(shape, dtype)
-        return jax.device_put(made, may_alias=False)
+        return jax.device_put(np.full(shape, value, dtype), may_alias=False)
     sharding = layout.sharding(shape, *names)
     part = sharding.shard_shape(shape)
     return jax.make_array_from_callback(shape, sharding, lambda _: np.full(part, value, dtype))
@@ -179,17 +175,10 @@ def repeat_and_resize(state: DecodeState, copies: int, capacity: int) -> DecodeS
         # The copy is for the case that nothing changes: what is returned will be donated, what came in will not.
         return jnp.repeat(x, copies, axis=0) if copies > 1 else jnp.copy(x)
 
-    old = state.cache
-    if isinstance(old.layers, LayerCache):
-        size = max(old.capacity, -(-capacity // BLOCK) * BLOCK)
-        layers = jax.tree.map(lambda x: repeat_rows(x, old.length, copies=copies, capacity=size), old.layers)
-        cache = eqx.tree_at(lambda c: (c.layers, c.length), old, (layers, repeated(old.length)))
-    else:
-        cache = jax.vmap(lambda row: row.resized(capacity))(jax.tree.map(repeated, old))
-    tokens = jnp.pad(repeated(state.tokens), ((0, 0), (0, cache.capacity - state.tokens.shape[1])))
-    hidden, done, edits = jax.tree.map(repeated, (state.hidden, state.done, state.edits))
-    step, not_finite, nothing_left = map(jnp.copy, (state.step, state.not_finite, state.nothing_left))
-    return DecodeState(cache, tokens, hidden, done, step, not_finite, nothing_left, edits)
+    state = map_rows(repeated, jnp.copy, state)
+    cache = jax.vmap(lambda row: row.resized(capacity))(state.cache)
+    tokens = jnp.pad(state.tokens, ((0, 0), (0, cache.capacity - state.tokens.shape[1])))
+    return eqx.tree_at(lambda s: (s.cache, s.tokens), state, (cache, tokens))
 
 
 @eqx.filter_jit

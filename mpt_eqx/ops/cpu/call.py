@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float32, Int8, Int32, Shaped, UInt8
 
 from mpt_eqx.ops.cpu.build import LIBRARY
 
-TARGETS = ("mpt_eqx_matmul", "mpt_eqx_attention", "mpt_eqx_repeat_rows")
+TARGETS = ("mpt_eqx_matmul", "mpt_eqx_attention")
 SWITCH = "MPT_EQX_KERNEL"
 BUILD = "python -m mpt_eqx.ops.cpu.build"
 DTYPES = {np.dtype(np.float32): 0, np.dtype(jnp.bfloat16): 1, np.dtype(np.float16): 2}  # as in kernel.h
@@ -103,18 +103,3 @@ def attention(
         q, k, v, slopes, layer, position, kind=np.int32(DTYPES[dtype]), scale=np.float32(scale),
         window=np.int64(-1 if window is None else window),
     )  # fmt: skip
-
-
-def repeat_rows(
-    stored: Shaped[Array, "B *L K S H"], length: Int32[Array, " B"], *, result: jax.ShapeDtypeStruct
-) -> Shaped[Array, "R *L K capacity H"]:
-    """Returns rows of a cache, each several times in succession and with more room, on the CPU.
-
-    Zeros stand behind the tokens; memory is taken for whole pages of them when they are written.
-
-    Args:
-        stored: keys or values, as a `LayerCache` stores them.
-        length: how many tokens of each row are copied.
-        result: shape and type of what is returned.
-    """
-    return jax.ffi.ffi_call("mpt_eqx_repeat_rows", result)(stored, length)

@@ -1,9 +1,8 @@
-// The custom calls. Their work is shared among the threads of XLA's own pool.
+// The two custom calls. Their work is shared among the threads of XLA's own pool.
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cstring>
 #include <functional>
 #include <initializer_list>
 #include <memory>
@@ -11,11 +10,6 @@
 #include <new>
 #include <thread>
 #include <utility>
-
-#ifdef __linux__
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
 
 #include "kernel.h"
 #include "xla/ffi/api/ffi.h"
@@ -256,53 +250,7 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuff
   return shared(pool, function, batch * key_heads * ((groups * queries + kTile - 1) / kTile), 1);
 }
 
-// Zeros. Whole pages are given back to Linux, which makes zeros of them when they are next used, so that what is never
-// used takes no memory. XLA's buffers are private memory of the process, of which this holds.
-void clear(uint8_t* start, int64_t bytes) {
-#ifdef __linux__
-  const uintptr_t page = sysconf(_SC_PAGESIZE), first = reinterpret_cast<uintptr_t>(start);
-  const uintptr_t begin = (first + page - 1) / page * page, end = (first + bytes) / page * page;
-  if (begin < end && madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED) == 0) {
-    std::memset(start, 0, begin - first);
-    std::memset(reinterpret_cast<void*>(end), 0, first + bytes - end);
-    return;
-  }
-#endif
-  std::memset(start, 0, bytes);
-}
-
-ffi::Error repeat_rows(ffi::ThreadPool pool, ffi::AnyBuffer stored, ffi::Buffer<ffi::S32> length,
-                       ffi::Result<ffi::AnyBuffer> result) {
-  const auto from = stored.dimensions(), to = result->dimensions();
-  MPT_EQX_EXPECT(from.size() >= 3 && from.size() == to.size() && stored.element_type() == result->element_type());
-  const size_t axis = from.size() - 2;
-  const int64_t batch = from[0], rows = to[0], had = from[axis], has = to[axis];
-  MPT_EQX_EXPECT(has_shape(length, {batch}) && batch > 0 && rows % batch == 0 && had <= has);
-  MPT_EQX_EXPECT(std::equal(from.begin() + 1, from.begin() + axis, to.begin() + 1) && from[axis + 1] == to[axis + 1]);
-  int64_t heads = 1;
-  for (size_t i = 1; i < axis; i++) heads *= from[i];
-  if (result->size_bytes() == 0) return ffi::Error::Success();
-  const int64_t token = result->size_bytes() / (rows * heads * has);
-  auto* const target = static_cast<uint8_t*>(result->untyped_data());
-  const auto* const source = static_cast<const uint8_t*>(stored.untyped_data());
-  const int32_t* const lengths = length.typed_data();
-  clear(target, result->size_bytes());
-  return shared(pool, [=](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; i++) {
-      const int64_t row = i / heads / (rows / batch), kept = std::clamp<int64_t>(lengths[row], 0, had);
-      std::memcpy(target + i * has * token, source + (row * heads + i % heads) * had * token, kept * token);
-    }
-  }, rows * heads, 16);
-}
-
 }  // namespace
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(mpt_eqx_repeat_rows, repeat_rows,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Ret<ffi::AnyBuffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mpt_eqx_matmul, product,
                               ffi::Ffi::Bind()
