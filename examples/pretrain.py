@@ -306,6 +306,8 @@ def main() -> None:
 
     texts = documents(args.documents)
     train, validation, test = split(texts)
+    if not validation or not test:
+        parser.error(f"--documents: expected enough to hold some of them out, found {args.documents}; take 100")
     tokenizer = train_tokenizer(train, args.vocab_size)
     rows, val_rows, test_rows = (
         [[*e.ids, 0] for e in tokenizer.encode_batch(part)] for part in (train, validation, test)

@@ -100,7 +100,7 @@ def test_two_processes(one_layer, tmp_path):
     ("args", "parameters"),
     [
         pytest.param(
-            ["--documents", 40, "--layers", 1, "--width", 32, "--vocab-size", 300, "--length", 32, "--epochs", 0.015],
+            ["--documents", 60, "--layers", 1, "--width", 32, "--vocab-size", 300, "--length", 32, "--epochs", 0.015],
             (10_000, 100_000),
             id="small",
         ),
