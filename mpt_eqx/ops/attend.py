@@ -12,6 +12,7 @@ from mpt_eqx.ops.blockwise_attention import blockwise_attention
 from mpt_eqx.ops.cudnn_attention import cudnn_attention, supports_cudnn
 from mpt_eqx.ops.kernel_attention import kernel_attention, supports_cpu_kernel
 from mpt_eqx.ops.layer_cache import KeysValues, LayerCache
+from mpt_eqx.ops.query_blocks import in_query_blocks
 from mpt_eqx.ops.switches import library_switches
 
 
@@ -49,7 +50,10 @@ def attend(
     grouped = q.reshape(key_heads, -1, q.shape[-1])
 
     def bias_and_mask(
-        slopes: Float32[Array, " N"] | None, query_pos: Int[Array, " T"], key_pos: Int[Array, " S"]
+        slopes: Float32[Array, " N"] | None,
+        query_pos: Int[Array, " T"],
+        key_pos: Int[Array, " S"],
+        allowed: Bool[Array, "T S"] | None = None,
     ) -> tuple[Float32[Array, "K GT S"] | None, Bool[Array, "GT S"]]:
         bias = None if slopes is None else alibi_bias(slopes, query_pos, key_pos)
         mask = visible(query_pos, key_pos, window)
@@ -66,9 +70,18 @@ def attend(
 
     tapped = None if tap is None else of_groups
     if isinstance(kv, KeysValues):
-        bias, mask = bias_and_mask(slopes, query_pos, query_pos)
-        h = attention(grouped, kv.k, kv.v, bias, mask, scale, softcap=softcap, dropout=dropout, key=key, tap=tapped)
-        return h.reshape(shape)
+
+        def formula(
+            q: Float[Array, "N T H"], k: Array, v: Array, query_pos: Array, key_pos: Array, allowed: Array | None
+        ) -> Float[Array, "N T H"]:
+            bias, mask = bias_and_mask(slopes, query_pos, key_pos, allowed)
+            grouped = q.reshape(key_heads, -1, q.shape[-1])
+            h = attention(grouped, k, v, bias, mask, scale, softcap=softcap, dropout=dropout, key=key, tap=tapped)
+            return h.reshape(q.shape)
+
+        if tap is not None or (dropout is not None and key is not None):
+            return formula(q, kv.k, kv.v, query_pos, query_pos, allowed)
+        return in_query_blocks(formula, q, kv.k, kv.v, query_pos, allowed, window)
     capacity = kv.k.shape[-2]
     # A query that stands outside of the cache sees nothing, and gets NaN.
     query_pos = jnp.where((query_pos >= 0) & (query_pos < capacity), query_pos, -1)

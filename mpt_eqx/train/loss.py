@@ -1,17 +1,25 @@
 """The loss of next-token prediction."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float32, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, ArrayLike, Bool, Float, Float32, Int, PRNGKeyArray, Shaped
 
 from mpt_eqx.model import MPT
 from mpt_eqx.model.arguments import as_batch
+from mpt_eqx.ops.layout import axes_size
+from mpt_eqx.ops.numerics import accum_dtype
 from mpt_eqx.ops.switches import library_function
+from mpt_eqx.train.cross_entropy import cross_entropy
 
 IGNORED = -100
+CHUNK = 512
+"""Tokens whose logits are held at a time: enough that the weight's gradient is added up a few times only."""
+
 Rows = Sequence[Sequence[int]]
 
 
@@ -24,8 +32,12 @@ def next_token_loss(
     labels: Int[Array, "B T"] | np.ndarray | Rows | None = None,
     sequence_ids: Int[Array, "B T"] | np.ndarray | Rows | None = None,
     key: PRNGKeyArray | None = None,
+    z_loss: float = 0.0,
+    chunk: int = CHUNK,
 ) -> Float32[Array, ""]:
     """Returns the mean cross-entropy, in nats, of each token given those before it in its sequence.
+
+    Logits are float32 (float64 for float64) and are never held for more than `chunk` tokens, nor computed twice.
 
     A token counts only where it is real and the position before it is a real token of the same sequence: padding,
     wherever it stands, neither is predicted nor predicts, and the first token of a packed sequence is not predicted.
@@ -39,6 +51,8 @@ def next_token_loss(
             the loss is 0.
         sequence_ids: as in `MPT.__call__`; −1 counts as padding.
         key: as in `MPT.__call__`; every row gets its own.
+        z_loss: factor of the mean of (log Σ exp logits)², which is added, ≥ 0.
+        chunk: for how many tokens logits are held at a time, on each device; at least one of every row.
 
     Raises:
         MPTError: tokens are no batch, another array has not their shape, or as in `MPT.__call__`.
@@ -53,14 +67,31 @@ def next_token_loss(
         tokens = model.layout.constrain(tokens, "batch", None)
     keys = None if key is None else jax.random.split(key, tokens.shape[0])
     # Arguments that are None have no leaf to be mapped over.
-    logits = jax.vmap(
-        lambda tokens, mask, sequence_ids, key: model(tokens, mask=mask, sequence_ids=sequence_ids, key=key)
+    states = jax.vmap(
+        lambda tokens, mask, sequence_ids, key: model.hidden_states(
+            tokens, mask=mask, sequence_ids=sequence_ids, key=key
+        )[-1]
     )(tokens, mask, sequence_ids, keys)
     targets = (tokens if labels is None else labels)[:, 1:]
     counted = counted_tokens(tokens, mask=mask, labels=labels, sequence_ids=sequence_ids)
-    log_probs = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32), axis=-1)
-    picked = jnp.take_along_axis(log_probs, jnp.where(counted, targets, 0)[..., None], axis=-1)[..., 0]
-    return -jnp.sum(jnp.where(counted, picked, 0.0)) / jnp.maximum(jnp.sum(counted), 1).astype(jnp.float32)
+    sums = accum_dtype(states.dtype)
+    where = "wte" if model.lm_head is None else "lm_head"
+
+    def head(module: Any, x: Float[Array, "T D"]) -> Float[Array, "T V"]:
+        return eqx.tree_at(lambda m: getattr(m, where), model, module).unembed(x).astype(sums)
+
+    devices = 1 if model.layout is None else axes_size(model.layout.mesh, model.layout.rules.axes("batch"))
+    # The last position is read as well, because a length such as 512 has more divisors than the one before it.
+    last = ((0, 0), (0, 1))
+    return cross_entropy(
+        head,
+        getattr(model, where),
+        states,
+        jnp.pad(jnp.where(counted, targets, 0), last),
+        jnp.pad(counted.astype(sums) / jnp.maximum(jnp.sum(counted), 1).astype(sums), last),
+        z_loss=z_loss,
+        piece=max(chunk * devices // tokens.shape[0], 1),
+    ).astype(jnp.float32)
 
 
 def counted_tokens(

@@ -1,0 +1,163 @@
+"""Speed and peak memory of a training step on a CPU, beside transformers on torch, or beside another checkout.
+
+    python benchmarks/training.py --torch PYTHON        a Python that has torch and transformers (default: this one)
+    python benchmarks/training.py --package ../before   another checkout of this library as well
+
+A step is forward, loss, backward and AdamW on random tokens and weights: in float32, and with bfloat16 compute over
+float32 weights (`torch.autocast` in torch). Each (implementation, type, length) is a process; those of a type and a
+length take turns, step by step, so that what else the machine does slows all of them. Speed is that of the fastest
+step of each. Memory is the peak of the whole process, compiling included; Linux only. The results go to stdout as
+JSON, progress to stderr.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+LEARNING_RATE = 1e-4
+
+
+def open_transformers(sizes: dict[str, int], dtype: str, rows: int, length: int) -> Callable[[], float]:
+    """Returns a function that takes a step and returns its loss."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    model = transformers.MptForCausalLM(transformers.MptConfig(**sizes, no_bias=True, use_cache=False)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE)
+    tokens = torch.randint(1, sizes["vocab_size"], (rows, length))
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        return float(loss)
+
+    return step
+
+
+def open_mpt_eqx(sizes: dict[str, int], dtype: str, rows: int, length: int) -> Callable[[], float]:
+    """Returns a function that takes a step and returns its loss."""
+    import equinox as eqx
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from mpt_eqx import MPT, AttnConfig, MPTConfig
+    from mpt_eqx.train import next_token_loss
+
+    config = MPTConfig(**sizes, no_bias=True, attn_config=AttnConfig(alibi=True))
+    optimizer = optax.adamw(LEARNING_RATE)
+    tokens = jax.random.randint(jax.random.key(1), (rows, length), 1, sizes["vocab_size"])
+
+    def loss_of(model: Any, tokens: Any) -> Any:
+        return next_token_loss(jax.tree.map(lambda x: x.astype(dtype), model), tokens)
+
+    @eqx.filter_jit(donate="all")
+    def update(model: Any, state: Any, tokens: Any) -> Any:
+        loss, grads = eqx.filter_value_and_grad(loss_of)(model, tokens)
+        updates, state = optimizer.update(grads, state, model)
+        return eqx.apply_updates(model, updates), state, loss
+
+    model = MPT(config, key=jax.random.key(0))
+    kept = [model, optimizer.init(model)]
+    del model
+
+    def step() -> float:
+        *kept[:], loss = update(*kept, jnp.array(tokens))
+        return float(loss)
+
+    return step
+
+
+def child(which: str, request: str) -> None:
+    """Takes a step for each line on stdin; answers with its seconds, its loss and the peak memory so far."""
+    step = (open_transformers if which == "transformers" else open_mpt_eqx)(**json.loads(request))
+    for _ in sys.stdin:
+        started = time.perf_counter()
+        loss = step()
+        seconds = time.perf_counter() - started
+        lines = Path("/proc/self/status").read_text().splitlines()
+        peak = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+        print(json.dumps({"seconds": seconds, "loss": loss, "peak": peak}), flush=True)
+
+
+class Child:
+    """A process of `child`."""
+
+    def __init__(self, python: str, which: str, package: Path, request: dict[str, Any]):
+        self.process = subprocess.Popen(
+            [python, __file__, "--child", which, json.dumps(request)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True, cwd=package, env={**os.environ, "PYTHONPATH": str(package)},
+        )  # fmt: skip
+
+    def step(self) -> dict[str, float]:
+        """Takes a step."""
+        print(file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+    def close(self) -> None:
+        """Ends the process."""
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--torch", default=sys.executable, metavar="PYTHON", help="has torch and transformers")
+    parser.add_argument("--package", type=Path, help="another checkout, measured as well")
+    parser.add_argument("--no-torch", action="store_true", help="leave transformers out")
+    for flag, default in (("layers", 12), ("width", 768), ("heads", 12), ("vocab", 50368), ("rows", 2), ("rounds", 5)):
+        parser.add_argument(f"--{flag}", type=int, default=default, metavar="N")
+    parser.add_argument("--lengths", default="512", metavar="T,…", help="tokens in a row")
+    parser.add_argument("--dtypes", default="float32,bfloat16", metavar="TYPE,…")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        return child(*args.child)
+
+    sizes = {"d_model": args.width, "n_layers": args.layers, "n_heads": args.heads, "vocab_size": args.vocab}
+    rivals = {"mpt_eqx": (sys.executable, ROOT)}
+    if not args.no_torch:
+        rivals["transformers"] = (args.torch, ROOT)
+    if args.package:
+        rivals["other checkout"] = (sys.executable, args.package.absolute())
+    results = []
+    for length in map(int, args.lengths.split(",")):
+        for dtype in args.dtypes.split(","):
+            request = {"dtype": dtype, "rows": args.rows, "length": length, "sizes": {**sizes, "max_seq_len": length}}
+            children = {name: Child(python, name, package, request) for name, (python, package) in rivals.items()}
+            found = {name: [one.step()] for name, one in children.items()}  # compiles
+            for number in range(args.rounds):
+                for name in list(children)[:: -1 if number % 2 else 1]:
+                    found[name].append(children[name].step())
+                print(dtype, length, {n: round(steps[-1]["seconds"], 2) for n, steps in found.items()}, file=sys.stderr)
+            for one in children.values():
+                one.close()
+            tokens = args.rows * length
+            rates = {name: tokens / min(one["seconds"] for one in steps[1:]) for name, steps in found.items()}
+            peaks = {name: steps[-1]["peak"] for name, steps in found.items()}
+            results.append({
+                "dtype": dtype, "rows": args.rows, "length": length,
+                "tokens per second": {name: round(rate, 1) for name, rate in rates.items()},
+                "peak GB": {name: round(peak / 1e9, 2) for name, peak in peaks.items()},
+                "first and last loss": {n: [round(s[0]["loss"], 3), round(s[-1]["loss"], 3)] for n, s in found.items()},
+                "times as fast as": {n: round(rates["mpt_eqx"] / rate, 2) for n, rate in rates.items()},
+                "part of the memory of": {n: round(peaks["mpt_eqx"] / peak, 2) for n, peak in peaks.items()},
+            })  # fmt: skip
+            print(results[-1], file=sys.stderr)
+    print(json.dumps({"model": sizes, "rounds": args.rounds, "results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

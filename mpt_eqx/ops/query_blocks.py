@@ -1,0 +1,71 @@
+"""Attention without a cache, some queries after the other, so that memory grows with the number of positions only."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from mpt_eqx.ops.sizes import at_most
+
+BLOCK = 128
+"""Queries whose scores are held at a time."""
+
+PARTS = 4
+"""Parts of the queries that have keys of their own number, because those after a part are hidden from all of it."""
+
+Formula = Callable[
+    [Float[Array, "N T H"], Float[Array, "K S H"], Float[Array, "K S H"], Int[Array, " T"], Int[Array, " S"], Array],
+    Float[Array, "N T H"],
+]
+
+
+def in_query_blocks(
+    formula: Formula,
+    q: Float[Array, "N T H"],
+    k: Float[Array, "K T H"],
+    v: Float[Array, "K T H"],
+    positions: Int[Array, " T"],
+    allowed: Bool[Array, "T T"] | None,
+    window: int | None,
+) -> Float[Array, "N T H"]:
+    """Returns `formula(q, k, v, positions, positions, allowed)`, computed for a block of queries after the other.
+
+    No scores are kept for the gradient: those of a block are computed again. A query that sees nothing may get the mean
+    of fewer values than the formula's. With few queries, or a symbolic number of them, the formula is called once.
+
+    Args:
+        formula: attention of queries to keys, given both, the values, the positions of both, and which may be seen.
+        q: queries.
+        k: keys.
+        v: values.
+        positions: where all of them stand; they increase.
+        allowed: True where a query may see a key, causality apart; None for all.
+        window: how many keys before its own a query sees; None for all.
+    """
+    length = q.shape[1]
+    if not isinstance(length, int) or at_most(length, 2 * BLOCK):
+        return formula(q, k, v, positions, positions, allowed)
+
+    def part(start: int, stop: int) -> Float[Array, "N P H"]:
+        """Returns the result for the queries from `start` to `stop`, which are one block or whole blocks."""
+        first = 0 if window is None else max(start - window, 0)
+        keys = slice(first, stop)
+
+        def block(q: Array, here: Array, allowed: Array | None) -> Array:
+            return formula(q, k[:, keys], v[:, keys], here, positions[keys], allowed)
+
+        rows = (q[:, start:stop], positions[start:stop], None if allowed is None else allowed[start:stop, keys])
+        if stop - start <= BLOCK:
+            return jax.checkpoint(block)(*rows)
+        axes = (1, 0, 0)
+        split = tuple(
+            None if x is None else jnp.moveaxis(x.reshape(*x.shape[:axis], -1, BLOCK, *x.shape[axis + 1 :]), axis, 0)
+            for x, axis in zip(rows, axes, strict=True)
+        )
+        found = jax.lax.map(lambda rows: jax.checkpoint(block, prevent_cse=False)(*rows), split)
+        return jnp.moveaxis(found, 0, 1).reshape(rows[0].shape)
+
+    size = -(-length // (PARTS * BLOCK)) * BLOCK
+    edges = {*range(0, length, size), length // BLOCK * BLOCK, length}
+    return jnp.concatenate([part(*ends) for ends in zip(sorted(edges)[:-1], sorted(edges)[1:], strict=True)], axis=1)
