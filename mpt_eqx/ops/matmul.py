@@ -14,6 +14,7 @@ from mpt_eqx.errors import MPTError
 from mpt_eqx.ops import cpu
 from mpt_eqx.ops.numerics import accum_dtype
 from mpt_eqx.ops.platform import MAX_DECODE_ROWS, by_platform, on_mesh
+from mpt_eqx.ops.product import product
 from mpt_eqx.ops.quantized import QuantizedWeight, dequantize
 from mpt_eqx.ops.sizes import at_most
 from mpt_eqx.ops.switches import library_switches
@@ -71,7 +72,7 @@ def matmul(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Float[Array
         return _decode_matmul(weight, x)
     if at_most(rows, MAX_KERNEL_ROWS) and _suits_kernel(weight, x.dtype) and not _suits_xla(weight, x):
         return _kernel_matmul(weight, x)
-    return _prefill_matmul(weight, x) if at_most(rows, MAX_PREFILL_ROWS) else _matmul(weight, x)
+    return _prefill_matmul(weight, x) if at_most(rows, MAX_PREFILL_ROWS) else _long_matmul(weight, x)
 
 
 def picks_layers(weight: Any, dtype: DTypeLike) -> bool:
@@ -97,16 +98,22 @@ def take_rows(weight: Weight, tokens: Int[Array, " T"]) -> Float[Array, "T in"]:
     return _decode_take_rows(weight, tokens)
 
 
-def _matmul(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
+def _plain(weight: Float[Array, "out in"], x: Float[Array, "T in"]) -> Float[Array, "T out"]:
+    return jnp.einsum("Ti,oi->To", x, weight, preferred_element_type=accum_dtype(x.dtype))
+
+
+def _matmul(
+    weight: Weight | LayerWeight, x: Float[Array, "T in"], multiply: Callable[..., Array] = _plain
+) -> Float[Array, "T out"]:
     """Returns W x: the formula."""
     if isinstance(weight, LayerWeight):
-        return _of_layer(_matmul, weight, x)
+        return _of_layer(functools.partial(_matmul, multiply=multiply), weight, x)
     if not isinstance(weight, QuantizedWeight):
-        return jnp.einsum("Ti,oi->To", x, weight, preferred_element_type=accum_dtype(x.dtype))
+        return multiply(weight, x)
     # Numbers of 8 bits are exact in every type of x; those of 4 bits are scaled before, and rounded to it.
     if weight.values.dtype != jnp.int8:
-        return _matmul(dequantize(weight.values, weight.scale).astype(x.dtype), x)
-    y = _matmul(weight.values.astype(x.dtype), x)
+        return multiply(dequantize(weight.values, weight.scale).astype(x.dtype), x)
+    y = multiply(weight.values.astype(x.dtype), x)
     return y * weight.scale.astype(y.dtype).T
 
 
@@ -121,6 +128,9 @@ def _take_rows(weight: Weight, tokens: Int[Array, " T"]) -> Float[Array, "T in"]
 
 
 # From here on: what CPUs need. Each function computes one of the formulas above, and is differentiated as that.
+
+
+_long_matmul = jax.custom_jvp(_matmul)
 
 
 @jax.custom_jvp
@@ -157,7 +167,10 @@ def _rows(
 
 @library_switches()
 def _jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Float[Array, "T out"], Float[Array, "T out"]]:
-    return jax.jvp(_matmul, primals, tangents)
+    def formula(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
+        return _matmul(weight, x, _plain if on_mesh(*jax.tree.leaves(weight), x) else product)
+
+    return jax.jvp(formula, primals, tangents)
 
 
 def _product(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> jax.ShapeDtypeStruct:
@@ -242,6 +255,7 @@ def _prefill_by_xla(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Fl
 
 
 _prefill_matmul.defjvp(_jvp)
+_long_matmul.defjvp(_jvp)
 _decode_matmul = _rows(functools.partial(_by_kernel, False), _by_xla)
 _kernel_matmul = _rows(functools.partial(_by_kernel, True), _prefill_by_xla)
 

@@ -46,6 +46,8 @@ def in_query_blocks(
     length = q.shape[1]
     if not isinstance(length, int) or at_most(length, 2 * BLOCK):
         return formula(q, k, v, positions, positions, allowed)
+    # Otherwise XLA would copy all of the three, which are transposed, for each block.
+    q, k, v = jax.lax.optimization_barrier((q, k, v))
 
     def part(start: int, stop: int) -> Float[Array, "N P H"]:
         """Returns the result for the queries from `start` to `stop`, which are one block or whole blocks."""

@@ -48,7 +48,7 @@ def cross_entropy(
 
     def value(logits: Array, targets: Array, counts: Array) -> tuple[Array, Array, Array]:
         """Returns the sum, the logarithms of the sums of exponentials, and where the targets are."""
-        is_target = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[..., None]
+        is_target = jnp.arange(logits.shape[-1], dtype=targets.dtype) == targets[..., None]
         log_sums = jax.nn.logsumexp(logits, axis=-1)
         picked = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
         each = log_sums - picked + z_loss * log_sums**2
