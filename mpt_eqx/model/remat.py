@@ -9,15 +9,18 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from mpt_eqx.model.positions import Positions
 from mpt_eqx.model.taps import Tap
 from mpt_eqx.ops.layer_cache import KeysValues, LayerCache
+from mpt_eqx.ops.product import is_product
+
+save = jax.checkpoint_policies
 
 POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": save.nothing_saveable,
+    "dots": save.save_from_both_policies(save.dots_with_no_batch_dims_saveable, is_product),
 }
 """Which results within a block are kept; None for what XLA chooses."""
 
-IN_SCAN = jax.checkpoint_policies.dots_saveable
+IN_SCAN = save.save_from_both_policies(save.dots_saveable, is_product)
 """In place of None within a scan, all of whose results would be kept otherwise. Products are not computed again."""
 
 

@@ -130,7 +130,9 @@ def _take_rows(weight: Weight, tokens: Int[Array, " T"]) -> Float[Array, "T in"]
 # From here on: what CPUs need. Each function computes one of the formulas above, and is differentiated as that.
 
 
-_long_matmul = jax.custom_jvp(_matmul)
+@jax.custom_jvp
+def _long_matmul(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
+    return _matmul(weight, x)
 
 
 @jax.custom_jvp

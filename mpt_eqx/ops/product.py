@@ -26,6 +26,11 @@ def product(weight: Float[Array, "out in"], x: Float[Array, "T in"]) -> Float[Ar
     return _product.bind(x, weight, precision=precision)
 
 
+def is_product(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Tells whether an operation is a `product`: a policy of `jax.checkpoint`."""
+    return primitive is _product
+
+
 def _einsum(formula: str, a: Array, b: Array, precision: Any) -> Array:
     return jnp.einsum(formula, a, b, precision=precision, preferred_element_type=accum_dtype(a.dtype))
 

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from mpt_eqx.ops.switches import library_switches
 
@@ -47,14 +47,16 @@ def cross_entropy(
         return jax.vmap(lambda x: head(eqx.combine(floating, rest), x))(x)
 
     def value(logits: Array, targets: Array, counts: Array) -> tuple[Array, Array, Array]:
-        """Returns the sum, the logarithms of the sums of exponentials, and where the targets are."""
-        is_target = jnp.arange(logits.shape[-1], dtype=targets.dtype) == targets[..., None]
-        log_sums = jax.nn.logsumexp(logits, axis=-1)
-        picked = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
+        """Returns the sum, the probabilities of all tokens, and the logarithms of the sums of exponentials."""
+        largest = jnp.max(logits, axis=-1, keepdims=True)
+        powers = jnp.exp(logits - largest)
+        sums = jnp.sum(powers, axis=-1, keepdims=True)
+        log_sums = (largest + jnp.log(sums))[..., 0]
+        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         each = log_sums - picked + z_loss * log_sums**2
-        return jnp.sum(jnp.where(counts == 0, 0, counts * each)), log_sums, is_target
+        return jnp.sum(jnp.where(counts == 0, 0, counts * each)), powers / sums, log_sums
 
-    def split(x: Float[Array, "B T ..."]) -> Float[Array, "C B P ..."]:
+    def split(x: Shaped[Array, "B T ..."]) -> Shaped[Array, "C B P ..."]:
         padded = jnp.pad(x, ((0, 0), (0, pieces * piece - length), *[(0, 0)] * (x.ndim - 2)))
         return jnp.moveaxis(padded.reshape(rows, pieces, piece, *x.shape[2:]), 1, 0)
 
@@ -81,10 +83,11 @@ def cross_entropy(
                 logits, pull = jax.vjp(logits_of, floating, x)
             else:
                 logits, pull = jax.vjp(lambda x: logits_of(floating, x), x)
-            here, log_sums, is_target = value(logits, targets, counts)
-            factor = counts * (1 + 2 * z_loss * log_sums)
-            slope = jnp.exp(logits - log_sums[..., None]) * factor[..., None]
-            *grads, slope_x = pull(slope - jnp.where(is_target, counts[..., None], 0))
+            here, likely, log_sums = value(logits, targets, counts)
+            factor = (counts * (1 + 2 * z_loss * log_sums))[..., None]
+            is_target = jnp.arange(logits.shape[-1], dtype=targets.dtype) == targets[..., None]
+            slope = likely * factor
+            *grads, slope_x = pull(jnp.where(is_target, slope - counts[..., None], slope))
             loss, gradient = so_far
             if of_weights:
                 gradient = jax.tree.map(lambda a, b: a + b.astype(a.dtype), gradient, grads[0])

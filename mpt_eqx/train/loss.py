@@ -33,11 +33,11 @@ def next_token_loss(
     sequence_ids: Int[Array, "B T"] | np.ndarray | Rows | None = None,
     key: PRNGKeyArray | None = None,
     z_loss: float = 0.0,
-    chunk: int = CHUNK,
+    vocab_chunk: int = CHUNK,
 ) -> Float32[Array, ""]:
     """Returns the mean cross-entropy, in nats, of each token given those before it in its sequence.
 
-    Logits are float32 (float64 for float64) and are never held for more than `chunk` tokens, nor computed twice.
+    Logits are float32 (float64 for float64) and are never held for more than `vocab_chunk` tokens, nor computed twice.
 
     A token counts only where it is real and the position before it is a real token of the same sequence: padding,
     wherever it stands, neither is predicted nor predicts, and the first token of a packed sequence is not predicted.
@@ -52,7 +52,7 @@ def next_token_loss(
         sequence_ids: as in `MPT.__call__`; −1 counts as padding.
         key: as in `MPT.__call__`; every row gets its own.
         z_loss: factor of the mean of (log Σ exp logits)², which is added, ≥ 0.
-        chunk: for how many tokens logits are held at a time, on each device; at least one of every row.
+        vocab_chunk: for how many tokens logits are held at a time, on each device; at least one of every row.
 
     Raises:
         MPTError: tokens are no batch, another array has not their shape, or as in `MPT.__call__`.
@@ -90,7 +90,7 @@ def next_token_loss(
         jnp.pad(jnp.where(counted, targets, 0), last),
         jnp.pad(counted.astype(sums) / jnp.maximum(jnp.sum(counted), 1).astype(sums), last),
         z_loss=z_loss,
-        piece=max(chunk * devices // tokens.shape[0], 1),
+        piece=max(vocab_chunk * devices // tokens.shape[0], 1),
     ).astype(jnp.float32)
 
 

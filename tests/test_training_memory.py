@@ -1,0 +1,120 @@
+"""What a training step holds in memory, and that computing it in pieces changes neither values nor gradients."""
+
+import math
+import re
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+
+def gradient(model, tokens, **options):
+    from mpt_eqx.train import next_token_loss
+
+    return eqx.filter_jit(eqx.filter_value_and_grad(lambda m: next_token_loss(m, tokens, **options)))(model)
+
+
+def close(found, expected, tolerance=1e-5):
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        scale = max(float(jnp.abs(other).max()), 1e-6)
+        np.testing.assert_allclose(one, other, atol=tolerance * scale, rtol=0)
+
+
+def by_log_softmax(model, tokens, labels, z_loss):
+    """The loss as it is defined, with all logits at once."""
+    logits = jax.vmap(model)(tokens)[:, :-1].astype(jnp.float32)
+    log_probs, targets = jax.nn.log_softmax(logits), labels[:, 1:]
+    counted = targets != -100
+    picked = jnp.take_along_axis(log_probs, jnp.where(counted, targets, 0)[..., None], axis=-1)[..., 0]
+    each = z_loss * jax.nn.logsumexp(logits, axis=-1) ** 2 - picked
+    return jnp.sum(jnp.where(counted, each, 0)) / jnp.sum(counted).astype(jnp.float32)
+
+
+FORMS = {
+    "tied": {},
+    "untied": {"tie_word_embeddings": False},
+    "scaled and capped": {"logit_scale": 0.3, "final_logit_softcapping": 2.0},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_loss_in_pieces_is_the_loss(tiny_config, form):
+    """Value and gradients for 3 pieces of 7 positions of 3 rows, one with padding in it; also of a quantised head."""
+    from mpt_eqx import MPT, quantize
+
+    model = MPT(tiny_config(n_layers=1, **FORMS[form]), key=jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (3, 7), 0, 61)
+    labels = tokens.at[0, 2:4].set(-100)
+    models = [model, quantize(model, "int8", embeddings=True)] if form == "untied" else [model]
+    for one in models:
+        found = gradient(one, tokens, labels=labels, z_loss=0.01, vocab_chunk=9)
+        floating, rest = eqx.partition(one, eqx.is_inexact_array)
+        wanted = jax.value_and_grad(lambda f, r=rest: by_log_softmax(eqx.combine(f, r), tokens, labels, 0.01))(floating)
+        close(found, wanted)
+
+
+def test_derivatives_of_the_loss_of_any_kind(tiny_config):
+    """Forward mode, a product with the Hessian, one gradient for each row, and a head that is not trained."""
+    from mpt_eqx import MPT
+    from mpt_eqx.train import next_token_loss
+
+    model = MPT(tiny_config(n_layers=1), key=jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (2, 6), 0, 61)
+
+    def ours(model):
+        return next_token_loss(model, tokens, vocab_chunk=4)
+
+    def plain(model):
+        return by_log_softmax(model, tokens, tokens, 0.0)
+
+    along = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), model)
+    both = [
+        jax.jit(lambda f=f: (jax.jvp(f, (model,), (along,)), jax.jvp(jax.grad(f), (model,), (along,))[1]))()
+        for f in (ours, plain)
+    ]
+    close(*both, tolerance=1e-4)
+    rows = jax.jit(jax.vmap(jax.grad(next_token_loss), in_axes=(None, 0)))(model, tokens[:, None])
+    close(jax.tree.map(lambda g: g.mean(0), rows), jax.grad(ours)(model))
+
+    def of_norm(norm):
+        return ours(eqx.tree_at(lambda m: m.norm_f, model, norm))
+
+    close(jax.grad(of_norm)(model.norm_f), jax.grad(ours)(model).norm_f)
+
+
+@pytest.mark.optimized
+def test_no_logits_of_all_tokens_are_held(tiny_config):
+    """In the compiled gradient no array has a logit for each token; its temporary memory is below that."""
+    from mpt_eqx import MPT
+    from mpt_eqx.train import next_token_loss
+
+    model = MPT(tiny_config(n_layers=1, vocab_size=4096), key=jax.random.key(0))
+    tokens = jnp.zeros((4, 256), jnp.int32)
+    gradient = jax.jit(jax.grad(lambda m: next_token_loss(m, tokens, vocab_chunk=64))).lower(model).compile()
+    sizes = [math.prod(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", gradient.as_text())]
+    assert max(sizes) < 4 * 256 * 4096
+    assert gradient.memory_analysis().temp_size_in_bytes < 4 * 256 * 4096 * 4
+
+
+KINDS = {
+    "alibi": {"alibi": True},
+    "window": {"alibi": True, "sliding_window_size": 5},
+    "groups, capped": {"attn_type": "grouped_query_attention", "kv_n_heads": 2, "attn_logit_softcapping": 2.0},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_of_queries_are_the_formula(tiny_config, monkeypatch, kind):
+    """Value and gradients at 29 positions, some padding among them, in blocks of 3; no scores of all are held."""
+    from mpt_eqx import MPT, AttnConfig
+    from mpt_eqx.ops import query_blocks
+
+    model = MPT(tiny_config(n_layers=1, attn_config=AttnConfig(**KINDS[kind])), key=jax.random.key(0))
+    tokens, mask = jnp.arange(29)[None], (jnp.arange(29) != 7)[None]
+    expected = gradient(model, tokens, mask=mask)
+    monkeypatch.setattr(query_blocks, "BLOCK", 3)
+    close(gradient(model, tokens, mask=mask), expected)
+    trace = jax.make_jaxpr(jax.grad(lambda m: m(tokens[0], mask=mask[0]).sum()))(model)
+    assert "f32[4,29,29]" not in str(trace)
