@@ -5,6 +5,7 @@ backend copies each operand transposed; and in 16 bits products of the backward 
 16 bits, which no hardware has.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -50,8 +51,7 @@ def _of_weight(slope: Array, x: Array, weight: Any, *, precision: Any) -> Array:
 def _batch(operands: tuple[Array, Array], axes: tuple[Any, Any], *, precision: Any) -> tuple[Array, int]:
     (x, weight), (x_axis, weight_axis) = operands, axes
     if weight_axis is not None:  # with a weight for each row, rows are no positions of one product
-        each = jax.vmap(lambda x, weight: _forward(x, weight, precision=precision), in_axes=axes)
-        return each(x, weight), 0
+        return jax.vmap(functools.partial(_forward, precision=precision), in_axes=axes)(x, weight), 0
     rows = jnp.moveaxis(x, x_axis, 0)
     found = _product.bind(rows.reshape(-1, rows.shape[-1]), weight, precision=precision)
     return found.reshape(*rows.shape[:2], -1), 0

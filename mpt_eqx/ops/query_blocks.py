@@ -14,10 +14,8 @@ BLOCK = 128
 PARTS = 4
 """Parts of the queries that have keys of their own number, because those after a part are hidden from all of it."""
 
-Formula = Callable[
-    [Float[Array, "N T H"], Float[Array, "K S H"], Float[Array, "K S H"], Int[Array, " T"], Int[Array, " S"], Array],
-    Float[Array, "N T H"],
-]
+Formula = Callable[[Array, Array, Array, Array, Array, Array | None], Float[Array, "N T H"]]
+"""Of queries, keys, values, the positions of queries and of keys, and which keys may be seen."""
 
 
 def in_query_blocks(

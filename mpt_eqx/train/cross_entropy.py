@@ -99,9 +99,11 @@ def cross_entropy(
             slope = jnp.moveaxis(slope, 0, 1).reshape(rows, -1, x.shape[-1])[:, :length]
         return loss, jax.tree.map(lambda g, w: g.astype(w.dtype), gradient, floating) if of_weights else None, slope
 
+    def is_zero(tangent: Any) -> bool:
+        return isinstance(tangent, SymbolicZero)
+
     def rule(primals: tuple[Any, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
         moved, moved_x = tangents
-        is_zero = lambda t: isinstance(t, SymbolicZero)  # noqa: E731
         fixed = jax.tree.map(is_zero, moved, is_leaf=is_zero)
         of_weights = not all(jax.tree.leaves(fixed))
         loss, gradient, slope = with_gradient(*primals, of_weights)
