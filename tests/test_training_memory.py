@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import one_in
 
 
 def gradient(model, tokens, **options):
@@ -39,7 +40,7 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", one_in(2, FORMS))
 def test_the_loss_in_pieces_is_the_loss(tiny_config, form):
     """Value and gradients for 3 pieces of 7 positions of 3 rows, one with padding in it; also of a quantised head."""
     from mpt_eqx import MPT, quantize
@@ -105,7 +106,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", one_in(2, KINDS))
 def test_blocks_of_queries_are_the_formula(tiny_config, monkeypatch, kind):
     """Value and gradients at 29 positions, some padding among them, in blocks of 3; no scores of all are held."""
     from mpt_eqx import MPT, AttnConfig
