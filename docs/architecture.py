@@ -21,7 +21,7 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("errors", "config", "ops", "model", "interp", "sharding", "checkpoint"),
     ),
     "evaluation": ("log-likelihoods: score", ("errors", "config", "ops", "model", "sharding", "generation")),
-    "train": ("the loss", ("ops", "model")),
+    "train": ("loss, steps, optimizers, packing", ("errors", "ops", "model", "surgery")),
     "text": ("tokenizer, chat templates", ("errors", "config", "checkpoint")),
     "cli": (
         "the commands of mpt-eqx",

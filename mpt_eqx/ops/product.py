@@ -20,7 +20,7 @@ from mpt_eqx.ops.numerics import accum_dtype
 def product(weight: Float[Array, "out in"], x: Float[Array, "T in"]) -> Float[Array, "T out"]:
     """Returns W x for each of T positions, summed in float32 (float64 for float64) and not rounded.
 
-    Its cotangent is rounded to the type of the operands, as that of a result that was rounded is. Under `jax.vmap` the
+    Its cotangent is rounded to the wider type of the operands, as that of a result that was rounded is. Under `jax.vmap` the
     rows of a batch are more positions. Not for arrays on a mesh, where a batch and its positions may be sharded apart.
     """
     precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
@@ -33,7 +33,9 @@ def is_product(primitive: Any, *_: Any, **__: Any) -> bool:
 
 
 def _einsum(formula: str, a: Array, b: Array, precision: Any) -> Array:
-    return jnp.einsum(formula, a, b, precision=precision, preferred_element_type=accum_dtype(a.dtype))
+    wider = jnp.promote_types(a.dtype, b.dtype)
+    a, b = a.astype(wider), b.astype(wider)
+    return jnp.einsum(formula, a, b, precision=precision, preferred_element_type=accum_dtype(wider))
 
 
 def _forward(x: Array, weight: Array, *, precision: Any) -> Array:
@@ -41,11 +43,13 @@ def _forward(x: Array, weight: Array, *, precision: Any) -> Array:
 
 
 def _of_x(slope: Array, x: Any, weight: Array, *, precision: Any) -> Array:
-    return _einsum("To,oi->Ti", slope.astype(weight.dtype), weight, precision).astype(weight.dtype)
+    rounded = slope.astype(jnp.promote_types(x.aval.dtype, weight.dtype))
+    return _einsum("To,oi->Ti", rounded, weight, precision).astype(x.aval.dtype)
 
 
 def _of_weight(slope: Array, x: Array, weight: Any, *, precision: Any) -> Array:
-    return _einsum("To,Ti->oi", slope.astype(x.dtype), x, precision).astype(x.dtype)
+    rounded = slope.astype(jnp.promote_types(x.dtype, weight.aval.dtype))
+    return _einsum("To,Ti->oi", rounded, x, precision).astype(weight.aval.dtype)
 
 
 def _batch(operands: tuple[Array, Array], axes: tuple[Any, Any], *, precision: Any) -> tuple[Array, int]:
