@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
@@ -20,8 +21,9 @@ from mpt_eqx.ops.numerics import accum_dtype
 def product(weight: Float[Array, "out in"], x: Float[Array, "T in"]) -> Float[Array, "T out"]:
     """Returns W x for each of T positions, summed in float32 (float64 for float64) and not rounded.
 
-    Its cotangent is rounded to the wider type of the operands, as that of a result that was rounded is. Under `jax.vmap` the
-    rows of a batch are more positions. Not for arrays on a mesh, where a batch and its positions may be sharded apart.
+    Its cotangent is rounded to the wider type of the operands, as that of a result that was rounded is. Under `jax.vmap`
+    the rows of a batch are more positions. Not for arrays on a mesh, where a batch and its positions may be sharded
+    apart.
     """
     precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     return _product.bind(x, weight, precision=precision)
@@ -32,8 +34,12 @@ def is_product(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive is _product
 
 
+def _wider(a: np.dtype, b: np.dtype) -> np.dtype:
+    return a if a.itemsize >= b.itemsize else b
+
+
 def _einsum(formula: str, a: Array, b: Array, precision: Any) -> Array:
-    wider = jnp.promote_types(a.dtype, b.dtype)
+    wider = _wider(a.dtype, b.dtype)
     a, b = a.astype(wider), b.astype(wider)
     return jnp.einsum(formula, a, b, precision=precision, preferred_element_type=accum_dtype(wider))
 
@@ -43,12 +49,12 @@ def _forward(x: Array, weight: Array, *, precision: Any) -> Array:
 
 
 def _of_x(slope: Array, x: Any, weight: Array, *, precision: Any) -> Array:
-    rounded = slope.astype(jnp.promote_types(x.aval.dtype, weight.dtype))
+    rounded = slope.astype(_wider(x.aval.dtype, weight.dtype))
     return _einsum("To,oi->Ti", rounded, weight, precision).astype(x.aval.dtype)
 
 
 def _of_weight(slope: Array, x: Array, weight: Any, *, precision: Any) -> Array:
-    rounded = slope.astype(jnp.promote_types(x.dtype, weight.aval.dtype))
+    rounded = slope.astype(_wider(x.dtype, weight.aval.dtype))
     return _einsum("To,Ti->oi", rounded, x, precision).astype(weight.aval.dtype)
 
 
