@@ -169,6 +169,7 @@ def test_a_plain_search_finds_the_same(model, prompt, search):
     check_plain(model, prompt, search)
 
 
+@pytest.mark.slow
 @examples(12)
 @given(st.lists(PROMPTS, min_size=3, max_size=3), SEARCHES, st.integers(1, 3))
 def test_a_prompt_alone_equals_the_prompt_in_a_batch(model, rows, search, returned):

@@ -199,6 +199,7 @@ def test_ctrl_c_as_json(monkeypatch, capsys):
     assert record["tokens"] == [500, 501] and record["finish_reason"] == "interrupted"
 
 
+@pytest.mark.slow
 def test_what_is_compiled_can_be_kept(one_layer, tmp_path):
     cache = tmp_path / "cache"
     command = ("generate", "The", "--model", one_layer, "--max-new-tokens", 8, "--compile-cache", cache)

@@ -42,6 +42,7 @@ def logits_of(model, prompt, tokens, edits):
     return jax.jit(lambda whole: interp.run(model, whole, edits=edits).logits)(whole)[len(prompt) - 1 : -1]
 
 
+@pytest.mark.slow
 def test_a_row_has_its_own_edits(tiny_model, rows):
     """It equals the forward pass of the whole with them; decode and stream give its tokens."""
     from mpt_eqx import decode, generate, stream

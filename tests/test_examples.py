@@ -58,6 +58,7 @@ def test_the_explanation_of_a_sharding(run):
     assert out.startswith("mesh: fsdp=2, tp=4\n") and "on each of 8 devices" in out
 
 
+@pytest.mark.slow
 def test_a_model_on_several_devices(one_layer):
     """In a process of its own: the number of devices is fixed when JAX starts."""
     command = [sys.executable, EXAMPLES / "sharded_generate.py", "--cpu-devices", "4", "--mesh", "fsdp=2,tp=2"]
@@ -147,6 +148,7 @@ def test_attention_patterns(run, tmp_path):
     assert (tmp_path / "patterns.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_activation_patching(run, tmp_path):
     """All of the difference is at the changed token in the beginning, and at the last one in the end."""
     out = run("activation_patching.py", "--output", tmp_path / "patching.png")
@@ -157,6 +159,7 @@ def test_activation_patching(run, tmp_path):
     assert (tmp_path / "patching.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_a_linear_probe(run, tmp_path):
     """The stream knows more of the context than the token alone."""
     out = run("linear_probe.py", "--documents", 40, "--length", 96, "--output", tmp_path / "probe.png")
@@ -176,6 +179,7 @@ def test_rollouts(run, tmp_path):
     assert (tmp_path / "rollouts.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_soft_prompts(run, tmp_path):
     """More vectors say more."""
     args = ("--text", "The dead parrot is no more.", "--vectors", 1, 6, "--steps", 60, "--learning-rate", 0.1)
@@ -186,6 +190,7 @@ def test_soft_prompts(run, tmp_path):
     assert (tmp_path / "soft.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_a_steering_vector(run, tmp_path):
     """The stronger, the likelier the words it stands for; with the sign turned round, the less likely."""
     args = ("--strengths", -2, 0, 2, 4, "--max-new-tokens", 6, "--output", tmp_path / "steering.png")

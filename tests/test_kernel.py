@@ -542,6 +542,7 @@ KINDS_OF_MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_layers", some([1, 2], [1]))
 @pytest.mark.parametrize("kind", some(KINDS_OF_MODELS, ("groups",)))
 def test_a_model_writes_the_same_with_the_kernel_and_without(tiny_config, prompts, kind, n_layers):

@@ -293,6 +293,7 @@ def test_every_device_of_a_mesh_gets_its_share(measure, name):
     assert found["peak"] < most
 
 
+@pytest.mark.slow
 def test_saving_from_a_mesh_gathers_a_tensor_at_a_time(measure):
     """Wqkv from its three sections, so a little more than the largest tensor twice."""
     most = NOISE + 2 * TENSOR

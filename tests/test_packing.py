@@ -37,7 +37,9 @@ def test_packed_documents_are_as_alone(tiny_config):
     """The loss of a row is that of its documents by themselves, each weighted by its tokens."""
     from mpt_eqx import MPT, AttnConfig
 
-    model = MPT(tiny_config(attn_config=AttnConfig(alibi=True, attn_uses_sequence_id=True)), key=jax.random.key(0))
+    model = MPT(
+        tiny_config(n_layers=1, attn_config=AttnConfig(alibi=True, attn_uses_sequence_id=True)), key=jax.random.key(0)
+    )
     documents = [np.random.default_rng(n).integers(1, 61, size=n).tolist() for n in (5, 9, 2)]
     (row,) = train.pack(documents, 20)
     batch = {name: jnp.asarray(x)[None] for name, x in row.items()}

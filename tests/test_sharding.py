@@ -135,6 +135,7 @@ def test_a_wrapped_model_on_a_mesh_computes_what_one_device_does(ask, preset):
     assert found == {"far": {}, "tokens": True, "gradients": True}
 
 
+@pytest.mark.slow
 def test_tensor_parallel_blocks_send_what_they_must(ask):
     """One sum after attention and one after the network of each block; one for the embedding, if it is split."""
     assert ask("collectives", preset="TENSOR_PARALLEL", axes={"tp": 2}) == {"all-reduce": 4}
@@ -395,6 +396,7 @@ def test_processes_that_differ_end(tmp_path):
     assert all("ShardingError: config.max_seq_len: expected the same in all" in error for error in two.errors)
 
 
+@pytest.mark.slow
 def test_the_page_shows_what_explain_says():
     spec = importlib.util.spec_from_file_location("page", ROOT / "docs" / "sharding.py")
     page = importlib.util.module_from_spec(spec)

@@ -291,6 +291,7 @@ def by_hand(model, indices):
     return model.norm_f(x)
 
 
+@pytest.mark.slow
 @examples(30, least=2)
 @given(configs(), st.lists(st.integers(0, 3), min_size=1, max_size=4), st.sampled_from([28, 31, 40]))
 def test_any_model_changed_and_put_together_again(tmp_path_factory, d, indices, n):

@@ -56,6 +56,7 @@ def test_the_loss_in_pieces_is_the_loss(tiny_config, form):
         close(found, wanted)
 
 
+@pytest.mark.slow
 def test_derivatives_of_the_loss_of_any_kind(tiny_config):
     """Forward mode, a product with the Hessian, one gradient for each row, and a head that is not trained."""
     from mpt_eqx import MPT
