@@ -21,8 +21,8 @@ from mpt_eqx.ops.numerics import accum_dtype
 def product(weight: Float[Array, "out in"], x: Float[Array, "T in"]) -> Float[Array, "T out"]:
     """Returns W x for each of T positions, summed in float32 (float64 for float64) and not rounded.
 
-    Its cotangent is rounded to the wider type of the operands, as that of a rounded result is. Under `jax.vmap` rows of a
-    batch are more positions. Not for arrays on a mesh, where a batch and its positions may be sharded apart.
+    Its cotangent is rounded to the wider type of the operands, as that of a rounded result is. Under `jax.vmap` the
+    rows of a batch are more positions. Not for arrays on a mesh, where a batch and its positions may be sharded apart.
     """
     precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     return _product.bind(x, weight, precision=precision)
