@@ -184,6 +184,13 @@ def test_what_a_step_refuses(small, batch):
         (lambda: train.make_train_step(optimizer, compute_dtype="int8"), "compute_dtype: expected a floating type"),
         (lambda: train.make_train_step(optimizer, remat="half"), "how: expected 'none', 'full', 'dots', found 'half'"),
     ]
+    cases += [
+        (
+            lambda: train.next_token_loss(small, [[1, 2]], vocab_chunk=0),
+            "vocab_chunk: expected a whole number ≥ 1, found 0",
+        ),
+        (lambda: train.next_token_loss(small, [[1, 2]], z_loss=-1.0), "z_loss: expected a number ≥ 0, found -1.0"),
+    ]
     step, one = (train.make_train_step(optimizer, accumulate=n) for n in (3, 1))
     state = train.TrainState.create(small, optimizer)
     cases += [

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Float32, Int, PRNGKeyArray, Shaped
 
+from mpt_eqx.errors import MPTError
 from mpt_eqx.model import MPT
 from mpt_eqx.model.arguments import as_batch
 from mpt_eqx.ops.layout import axes_size
@@ -37,7 +38,8 @@ def next_token_loss(
 ) -> Float32[Array, ""]:
     """Returns the mean cross-entropy, in nats, of each token given those before it in its sequence.
 
-    Logits are float32 (float64 for float64) and are never held for more than `vocab_chunk` tokens, nor computed twice.
+    Logits have the type of the model, and what is computed of them is float32 (float64 for float64). They are never
+    held for more than `vocab_chunk` tokens, nor computed twice.
 
     A token counts only where it is real and the position before it is a real token of the same sequence: padding,
     wherever it stands, neither is predicted nor predicts, and the first token of a packed sequence is not predicted.
@@ -52,13 +54,18 @@ def next_token_loss(
         sequence_ids: as in `MPT.__call__`; −1 counts as padding.
         key: as in `MPT.__call__`; every row gets its own.
         z_loss: factor of the mean of (log Σ exp logits)², which is added, ≥ 0.
-        vocab_chunk: for how many tokens logits are held at a time, on each device; at least one of every row.
+        vocab_chunk: for how many tokens logits are held at a time, on each device, ≥ 1; one of every row in any case.
 
     Raises:
-        MPTError: tokens are no batch, another array has not their shape, or as in `MPT.__call__`.
+        MPTError: tokens are no batch, another array has not their shape, `z_loss` or `vocab_chunk` is not in its range,
+            or as in `MPT.__call__`.
 
     Source: llm-foundry 8c8dd48, llmfoundry/models/mpt/modeling_mpt.py, compute_loss_from_logits.
     """
+    if isinstance(vocab_chunk, bool) or not isinstance(vocab_chunk, int) or vocab_chunk < 1:
+        raise MPTError(f"vocab_chunk: expected a whole number ≥ 1, found {vocab_chunk!r}")
+    if not isinstance(z_loss, jax.core.Tracer) and not z_loss >= 0:
+        raise MPTError(f"z_loss: expected a number ≥ 0, found {z_loss!r}")
     tokens = as_batch("tokens", tokens)
     mask = None if mask is None else as_batch("mask", mask, tokens.shape)
     labels = None if labels is None else as_batch("labels", labels, tokens.shape)

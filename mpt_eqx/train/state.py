@@ -49,6 +49,9 @@ class TrainState(eqx.Module):
         weight near 1 is less than half of the distance of two bfloat16 numbers there, so that it would change nothing.
         `make_train_step(…, compute_dtype="bfloat16")` computes in 16 bits all the same.
 
+        The state takes over the arrays of the model that it need not widen, and the first step frees them: load the
+        model again, or copy it, where it is wanted afterwards.
+
         Args:
             model: the weights to begin with, also sharded ones.
             optimizer: of optax, or one of this module's.
