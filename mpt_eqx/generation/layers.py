@@ -98,7 +98,7 @@ def with_blocks_once(model: MPT, layers: Any) -> MPT:
 
     A model that has been through this is returned as it is.
     """
-    if not isinstance(model.blocks, tuple) or isinstance(model.blocks[0], TracedOnce):
+    if callable(model.blocks) or isinstance(model.blocks[0], TracedOnce):
         return model
     return eqx.tree_at(
         lambda m: m.blocks,

@@ -247,7 +247,7 @@ class MPT(eqx.Module):
         tap: Tap,
     ) -> tuple[Sequence[Float[Array, "T D"]] | Float[Array, "L T D"], Float[Array, "T D"], Any]:
         """Returns the input of each block, the output of the last, and the keys and values that each block read."""
-        if not isinstance(self.blocks, tuple):
+        if callable(self.blocks):
             return self.blocks(x, positions, cache, keys, tap=tap, constrain=self._constrain, remat=self.remat)
         inputs: list[Float[Array, "T D"]] = []
         read: list[KeysValues | LayerCache] = []
