@@ -71,6 +71,14 @@ def test_blocks_of_other_settings_or_inputs_are_by_themselves(golden, name):
     assert not layers.has_layer_loop(golden(name).model)
 
 
+def test_the_prefix_of_a_model_of_other_blocks_is_refused(kernel):
+    from mpt_eqx import GenerationError, prefill
+
+    prefix = prefill(made(), [1, 2, 3])
+    with pytest.raises(GenerationError, match="prefix: expected one of this model, whose blocks differ"):
+        generate(NOT_ALIKE["one block in another type"](), [4], max_new_tokens=2, prefix=prefix)
+
+
 def test_without_the_kernel_there_is_no_loop(monkeypatch):
     from mpt_eqx.ops import cpu
 

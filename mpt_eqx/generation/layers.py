@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mpt_eqx.errors import GenerationError
 from mpt_eqx.model import MPT
 from mpt_eqx.model.leaves import is_array, with_fields
 from mpt_eqx.model.linear import Linear
@@ -97,22 +98,25 @@ def with_blocks_once(model: MPT, layers: Any) -> MPT:
     """Returns the model for use within a program: its blocks in a loop if the cache has all `layers` in one.
 
     A model that has been through this is returned as it is.
+
+    Raises:
+        GenerationError: the blocks are not alike, so that the cache is that of another model.
     """
     if callable(model.blocks) or isinstance(model.blocks[0], TracedOnce):
         return model
-    return eqx.tree_at(
-        lambda m: m.blocks,
-        model,
-        _looped(model.blocks) if isinstance(layers, LayerCache) else tuple(map(TracedOnce, model.blocks)),
-    )
+    if not isinstance(layers, LayerCache):
+        return eqx.tree_at(lambda m: m.blocks, model, tuple(map(TracedOnce, model.blocks)))
+    if not _are_alike(model):
+        raise GenerationError(
+            "prefix: expected one of this model, whose blocks differ, found that of a model whose blocks are alike; "
+            "make it with prefill(model, tokens)"
+        )
+    return eqx.tree_at(lambda m: m.blocks, model, _looped(model.blocks))
 
 
 def has_layer_loop(model: MPT) -> bool:
     """Whether the blocks are alike, and the kernel computes the products of one without a copy of its weights."""
-    if any(layer.kv_from is not None or layer.kv_x_from is not None for layer in model.config.layers):
-        return False
-    kinds = [(jax.tree.structure(block), [*map(_kind, jax.tree.leaves(block))]) for block in model.blocks]
-    if any(kind != kinds[0] for kind in kinds):
+    if not _are_alike(model):
         return False
     leaves = jax.tree.leaves(model.blocks[0], is_leaf=_is_linear)
     weights = [leaf.weight for leaf in leaves if _is_linear(leaf)]
@@ -122,6 +126,14 @@ def has_layer_loop(model: MPT) -> bool:
         and all(picks_layers(weight, model.dtype) for weight in weights)
         and not any(is_array(leaf) and leaf.ndim > 1 for leaf in others)
     )
+
+
+def _are_alike(model: MPT) -> bool:
+    """Whether the blocks differ in numbers only, and none reads the keys or the input of another."""
+    if any(layer.kv_from is not None or layer.kv_x_from is not None for layer in model.config.layers):
+        return False
+    kinds = [(jax.tree.structure(block), [*map(_kind, jax.tree.leaves(block))]) for block in model.blocks]
+    return all(kind == kinds[0] for kind in kinds)
 
 
 def _looped(blocks: Sequence[Any]) -> LoopedBlocks:
