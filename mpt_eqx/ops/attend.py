@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 from mpt_eqx.ops.attention import Tap, alibi_bias, attention, visible
 from mpt_eqx.ops.blockwise_attention import blockwise_attention
 from mpt_eqx.ops.cudnn_attention import cudnn_attention, supports_cudnn
+from mpt_eqx.ops.flash_attention import flash_attention, supports_flash_attention
 from mpt_eqx.ops.kernel_attention import kernel_attention, supports_cpu_kernel
 from mpt_eqx.ops.layer_cache import KeysValues, LayerCache
 from mpt_eqx.ops.query_blocks import in_query_blocks
@@ -35,7 +36,7 @@ def attend(
     Args:
         q: queries.
         kv: the keys and values of the same T positions, or a cache that has them among others.
-        query_pos: positions of the queries; in a cache, also where their keys are.
+        query_pos: positions of the queries, one after another without a cache; in a cache, also where their keys are.
         scale: factor on q·k.
         slopes: of ALiBi; None for none.
         allowed: True where a query may see a key, causality apart; None for all. Only without a cache.
@@ -81,7 +82,14 @@ def attend(
 
         if tap is not None or (dropout is not None and key is not None):
             return formula(q, kv.k, kv.v, query_pos, query_pos, allowed)
-        return in_query_blocks(formula, q, kv.k, kv.v, query_pos, allowed, window)
+
+        def in_blocks_of_queries(q: Float[Array, "N T H"], k: Array, v: Array) -> Float[Array, "N T H"]:
+            return in_query_blocks(formula, q, k, v, query_pos, allowed, window)
+
+        if not supports_flash_attention(q, slopes, allowed, softcap):
+            return in_blocks_of_queries(q, kv.k, kv.v)
+        flash = functools.partial(flash_attention, slopes=slopes, scale=scale, window=window)
+        return jax.lax.platform_dependent(q, kv.k, kv.v, cuda=flash, default=in_blocks_of_queries)
     capacity = kv.k.shape[-2]
     # A query that stands outside of the cache sees nothing, and gets NaN.
     query_pos = jnp.where((query_pos >= 0) & (query_pos < capacity), query_pos, -1)

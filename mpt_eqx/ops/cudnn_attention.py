@@ -1,4 +1,4 @@
-"""cuDNN's fused attention, for prefill on a GPU."""
+"""cuDNN's fused attention to a cache, for prefill on a GPU."""
 
 from typing import Literal
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from mpt_eqx.ops.platform import has_cudnn_attention, on_mesh
+from mpt_eqx.ops.platform import max_cudnn_head, on_mesh
 from mpt_eqx.ops.sizes import at_most
 
 MIN_QUERIES = 32
@@ -28,8 +28,8 @@ def supports_cudnn(q: Float[Array, "N T H"], n_keys: int, softcap: float | None)
     """
     n, t, h = q.shape
     # On a mesh it asks for queries, keys and values that are sharded alike, and whole along their positions.
-    fits = q.dtype.itemsize == 2 and h % 8 == 0 and h <= 128 and softcap is None and not on_mesh(q)
-    return fits and at_most(MIN_QUERIES, t) and at_most(n * t * n_keys, MAX_BIAS_SIZE) and has_cudnn_attention()
+    fits = q.dtype.itemsize == 2 and h % 8 == 0 and h <= min(max_cudnn_head(), 128) and softcap is None and not on_mesh(q)
+    return fits and at_most(MIN_QUERIES, t) and at_most(n * t * n_keys, MAX_BIAS_SIZE)
 
 
 def cudnn_attention(

@@ -133,12 +133,16 @@ def on_one_cpu(*arrays: Array) -> bool:
     return not on_mesh(*arrays) and len(devices) == 1 and {device.platform for device in devices} == {"cpu"}
 
 
-def has_cudnn_attention() -> bool:
-    """Whether the default backend is a GPU with cuDNN's fused attention.
+def max_cudnn_head() -> int:
+    """Returns the largest head size of cuDNN's fused attention, backward too, on the default backend; 0 for none.
 
-    Source: jax 0.10.2, jax/_src/cudnn/fused_attention_stablehlo.py, check_compute_capability.
+    Source: jax 0.11.2, jax/_src/cudnn/fused_attention_stablehlo.py, check_is_flash_attention, check_compute_capability.
     """
     if jax.default_backend() != "gpu":
-        return False
+        return 0
     gpu = jax.local_devices(backend="gpu")[0]
-    return "cuda" in gpu.client.platform_version and float(gpu.compute_capability) >= 8.0
+    if "cuda" not in gpu.client.platform_version:
+        return 0
+    capability = tuple(map(int, gpu.compute_capability.split(".")))
+    # Consumers' chips of Blackwell, 12.0, have the shared memory of Ampere's.
+    return 0 if capability < (8, 0) else 256 if (9, 0) <= capability < (12, 0) else 128
