@@ -179,7 +179,12 @@ def main() -> None:
             results[name] = {"failed": f"{type(error).__name__}: {error}"[:1500], "at": traceback.format_exc()[-700:]}
         results[name]["took s"] = round(time.perf_counter() - begun, 1)
         (args.output / "gpu_training.json").write_text(json.dumps(results, indent=1) + "\n")
-        print(f"{time.perf_counter() - started:6.1f}", name, {k: v for k, v in results[name].items() if k != "at"})
+        print(
+            f"{time.perf_counter() - started:6.1f}",
+            name,
+            {k: v for k, v in results[name].items() if k != "at"},
+            flush=True,
+        )
         return "failed" not in results[name]
 
     tiny = args.tiny

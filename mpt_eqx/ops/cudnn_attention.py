@@ -28,7 +28,9 @@ def supports_cudnn(q: Float[Array, "N T H"], n_keys: int, softcap: float | None)
     """
     n, t, h = q.shape
     # On a mesh it asks for queries, keys and values that are sharded alike, and whole along their positions.
-    fits = q.dtype.itemsize == 2 and h % 8 == 0 and h <= min(max_cudnn_head(), 128) and softcap is None and not on_mesh(q)
+    fits = (
+        q.dtype.itemsize == 2 and h % 8 == 0 and h <= min(max_cudnn_head(), 128) and softcap is None and not on_mesh(q)
+    )
     return fits and at_most(MIN_QUERIES, t) and at_most(n * t * n_keys, MAX_BIAS_SIZE)
 
 
