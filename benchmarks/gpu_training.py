@@ -8,6 +8,7 @@ which counts attention in full, and nothing that is computed again, by the card'
 """
 
 import argparse
+import gc
 import json
 import os
 import time
@@ -153,7 +154,8 @@ def training(sizes: dict[str, int], rows: int, t: int, remat: Any, flash: bool) 
     return {
         "first call s": round(compiling, 1), "step s": round(seconds, 4), "tokens/s": round(rows * t / seconds),
         "MFU": peak and round(count_flops(config, t) * rows / seconds / peak, 4), "by cuDNN": all(CHOSEN),
-        "loss": [round(float(losses[i]), 3) for i in (0, -1)], "peak GB so far": stats.get("peak_bytes_in_use", 0) / 1e9,
+        "loss": [round(float(losses[i]), 3) for i in (0, -1)],
+        "peak GB so far": round(stats.get("peak_bytes_in_use", 0) / 1e9, 2),
     }  # fmt: skip
 
 
@@ -177,14 +179,11 @@ def main() -> None:
             results[name] = measure(*how)
         except Exception as error:
             results[name] = {"failed": f"{type(error).__name__}: {error}"[:1500], "at": traceback.format_exc()[-700:]}
+        gc.collect()
         results[name]["took s"] = round(time.perf_counter() - begun, 1)
         (args.output / "gpu_training.json").write_text(json.dumps(results, indent=1) + "\n")
-        print(
-            f"{time.perf_counter() - started:6.1f}",
-            name,
-            {k: v for k, v in results[name].items() if k != "at"},
-            flush=True,
-        )
+        shown = {key: value for key, value in results[name].items() if key != "at"}
+        print(f"{time.perf_counter() - started:6.1f}", name, shown, flush=True)
         return "failed" not in results[name]
 
     tiny = args.tiny
