@@ -107,7 +107,7 @@ def with_alibi(
     The key's place counted from the middle of the sequence is 256·high + low, two integers that 8 bits hold, and
     slope/scale is the sum of three numbers of bfloat16. So the six products are exact in float32, and what errs is
     their sum, of numbers up to slope·T/2. Measured in float32, where the bias is above −20, and with the steepest slope
-    of 32 heads, 0.84: 5e-5 at T = 2,048, 2.4e-4 at 8,192, 1.8e-3 at 65,536. A weight in bfloat16 errs by 2e-3 of itself.
+    of 32 heads, 0.84: 5e-5 at T = 2,048, 2.4e-4 at 8,192, 1.8e-3 at 65,536. A weight of bfloat16 errs by 2e-3 of it.
 
     Args:
         q: queries of T positions in a row.
