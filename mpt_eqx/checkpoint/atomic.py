@@ -50,8 +50,8 @@ def replace_checkpoint(
         CheckpointError: another save is in progress, or a directory stands in the place of a file.
         OSError: a file cannot be written.
     """
-    _make_directory(directory)
-    with _locked(directory):
+    make_directory(directory)
+    with locked(directory):
         save = _begin(directory, len(shards), small_files)
         try:
             for name, write in zip(save.shards, shards, strict=True):
@@ -112,7 +112,7 @@ def _finish(save: _Save, index: bytes) -> None:
     names = [name for name in save.small_files if "/" in name]
     for name, content in save.small_files.items():
         save.pending(name).parent.mkdir(exist_ok=True)
-        _write(_create(save, save.pending(name).relative_to(directory).as_posix()), content)
+        write_synced(_create(save, save.pending(name).relative_to(directory).as_posix()), content)
     if save.is_fresh:  # then it belongs to nothing else meanwhile
         _move_small_files(save)
         save = save._replace(small_files={})
@@ -121,7 +121,7 @@ def _finish(save: _Save, index: bytes) -> None:
         os.replace(directory / first, directory / WEIGHTS)  # the step, of a single file without another config.json
     else:
         # Also a single file goes by an index first: as long as that names it, pending files are known to count.
-        _write(_create(save, save.pending(INDEX).name), index)
+        write_synced(_create(save, save.pending(INDEX).name), index)
         os.replace(save.pending(INDEX), directory / INDEX)  # the step, where an index was read,
         sync_directory(directory)
         (directory / WEIGHTS).unlink(missing_ok=True)  # or this, where a single file was
@@ -161,7 +161,7 @@ def _move_small_files(save: _Save) -> None:
         os.replace(save.pending(name), path)
 
 
-def _make_directory(directory: Path) -> None:
+def make_directory(directory: Path) -> None:
     """Makes a directory; it and the new ones above it are on the disk afterwards."""
     new = [path for path in (directory, *directory.parents) if not path.exists()]
     if new:
@@ -178,7 +178,8 @@ def _create(save: _Save, name: str) -> Path:
     return path
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_synced(path: Path, content: bytes) -> None:
+    """Writes a file, and waits until it is on the disk."""
     with open(path, "wb") as f:
         f.write(content)
         f.flush()
@@ -198,7 +199,7 @@ def sync_directory(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
+def locked(directory: Path) -> Iterator[None]:
     """Keeps other saves out of a directory, which would remove the files of this one as leftovers."""
     try:
         fcntl = importlib.import_module("fcntl")

@@ -93,7 +93,7 @@ class MPT(eqx.Module):
             mask: True (or 1) at real tokens, False (or 0) at padding, which may stand anywhere; None when all are
                 real. Logits at padding mean nothing.
             sequence_ids: which of several packed sequences each token belongs to, −1 for padding; tokens see their own
-                sequence only. For models with attn_uses_sequence_id.
+                sequence only, in which positions begin with 0. For models with attn_uses_sequence_id.
             key: randomness of dropout and jitter, needed when the configuration asks for them, except under
                 `eqx.nn.inference_mode`.
             embeddings: used in place of the rows of wte, for soft prompts and for gradients with respect to them.
@@ -150,7 +150,7 @@ class MPT(eqx.Module):
         allowed = None if mask is None else jnp.broadcast_to(mask, tokens.shape * 2)
         if allowed is not None and sequence_ids is not None:
             allowed &= sequence_ids[None, :] == sequence_ids[:, None]
-        token = place if mask is None else token_positions(mask)
+        token = place if mask is None else token_positions(mask, sequence_ids)
         n_keys = 1 + len(self.blocks)
         keys = (None,) * n_keys if key is None else jax.random.split(key, n_keys)
         tap = tap.at(place)

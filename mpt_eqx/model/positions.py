@@ -10,7 +10,8 @@ class Positions(eqx.Module):
 
     Attributes:
         query: place of each query in its input, 0-based, padding counted; in the cache, also where its key is written.
-        token: how many real tokens stand before each query; the same as `query` where nothing is padded.
+        token: how many real tokens of its sequence stand before each query; the same as `query` where nothing is
+            padded or packed.
         allowed: True where a query may see a key; None for all keys. Those after the query are hidden besides.
     """
 
@@ -19,9 +20,16 @@ class Positions(eqx.Module):
     allowed: Bool[Array, "T T"] | None
 
 
-def token_positions(mask: Bool[Array, " T"]) -> Int[Array, " T"]:
-    """Returns each place minus the padding up to it, but at least 0.
+def token_positions(mask: Bool[Array, " T"], sequence_ids: Int[Array, " T"] | None = None) -> Int[Array, " T"]:
+    """Returns each place minus the padding up to it, but at least 0; each packed sequence begins with 0.
+
+    llm-foundry lets learned positions run on over the sequences of a row, so that what a token reads depends on what is
+    packed before it.
 
     Source: llm-foundry 0.22, llmfoundry/models/mpt/modeling_mpt.py, MPTModel.forward.
     """
-    return jnp.maximum(jnp.arange(mask.shape[0]) - jnp.cumsum(~mask), 0)
+    places = jnp.maximum(jnp.arange(mask.shape[0]) - jnp.cumsum(~mask), 0)
+    if sequence_ids is None:
+        return places
+    same = (sequence_ids[None, :] == sequence_ids[:, None]) & mask
+    return jnp.maximum(places - jnp.min(jnp.where(same, places, mask.shape[0]), axis=1), 0)

@@ -33,7 +33,7 @@ def assert_same_across_processes(**what: Any) -> None:
     """
     if jax.process_count() == 1:
         return
-    everyones = [json.loads(text) for text in _of_all(json.dumps(_flat(what)))]
+    everyones = [json.loads(text) for text in texts_of_all(json.dumps(_flat(what)))]
     for name in sorted(set().union(*everyones)):
         values = [found.get(name, "nothing") for found in everyones]
         if other := next((i for i, value in enumerate(values) if value != values[0]), 0):
@@ -88,7 +88,7 @@ def run_or_raise_everywhere(function: Callable[[], T]) -> T:
         result = function()
     except Exception as caught:
         error = caught
-    failures = _of_all("" if error is None else f"{type(error).__name__}: {error}")
+    failures = texts_of_all("" if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
         raise error
     for process, failure in enumerate(failures):
@@ -131,7 +131,7 @@ def _fields(value: Any) -> dict[str, Any]:
     return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
 
 
-def _of_all(text: str) -> list[str]:
+def texts_of_all(text: str) -> list[str]:
     """Returns the texts of all processes."""
     own = np.frombuffer(text.encode(), np.uint8)
     lengths = np.asarray(multihost_utils.process_allgather(np.asarray(len(own), np.int32)))

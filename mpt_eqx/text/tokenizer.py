@@ -13,6 +13,7 @@ from mpt_eqx.checkpoint.companions import gguf_files
 from mpt_eqx.checkpoint.hub import find_checkpoint
 from mpt_eqx.config.json_file import read_json_object
 from mpt_eqx.errors import CheckpointError, MPTError
+from mpt_eqx.text.answers import answer_parts
 from mpt_eqx.text.chat_template import Piece, chat_pieces, encode_pieces
 from mpt_eqx.text.checks import backend_errors, check_text, is_failure, token_id, token_ids
 from mpt_eqx.text.sentencepiece import NAMES, SentencePieceBackend, load_sentencepiece
@@ -178,6 +179,36 @@ class Tokenizer:
             self._backend, messages,
             directory=self._directory, chat_template=chat_template, add_generation_prompt=add_generation_prompt,
         )  # fmt: skip
+
+    def encode_answers(
+        self, messages: Sequence[Mapping[str, Any]], *, chat_template: str | None = None
+    ) -> list[tuple[list[int], bool]]:
+        """Returns the token ids of a conversation in parts, and of each part whether it is an answer, for training.
+
+        What stands before an answer has the ids of the prompt that `apply_chat_template` makes, and an answer those
+        that a model is to generate, up to the token that ends it. Arguments as in `apply_chat_template`; the last
+        message must be an answer (of the role "assistant").
+
+        Raises:
+            MPTError: as in `apply_chat_template`; or the last message is no answer, or the template does not write
+                answers where its prompts end.
+        """
+        parts = answer_parts(
+            messages,
+            lambda some, prompt: self.chat_pieces(some, chat_template=chat_template, add_generation_prompt=prompt),
+        )
+        with backend_errors(self._name):
+            return [(encode_pieces(self._backend, pieces), is_answer) for pieces, is_answer in parts]
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Returns the token ids of a text in which special tokens are plain text, and none are added.
+
+        Raises:
+            MPTError: as in `encode`.
+        """
+        check_text(text, "text")
+        with backend_errors(self._name):
+            return encode_pieces(self._backend, [(text, None)])
 
 
 def load_tokenizer(

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,16 @@ from mpt_eqx.errors import CheckpointError, printable
 
 # With the types of quantised weights.
 DTYPES = FLOATS | {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}
+# With what else a state of training holds.
+STATE_DTYPES = DTYPES | {
+    "I16": np.dtype(np.int16),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+    "U16": np.dtype(np.uint16),
+    "U32": np.dtype(np.uint32),
+    "U64": np.dtype(np.uint64),
+    "BOOL": np.dtype(np.bool_),
+}
 # A model of a thousand layers has a header of 2 MB; of a longer one the library would make objects by the gigabyte.
 MAX_HEADER = 4 * 2**20
 # JAX uses memory of this alignment without copying it.
@@ -34,8 +44,8 @@ class TensorToWrite(NamedTuple):
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
-def read_safetensors(file: Path) -> list[TensorInfo]:
-    """Returns the tensors of a safetensors file, as views of the file.
+def read_safetensors(file: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> list[TensorInfo]:
+    """Returns the tensors of a safetensors file, as views of the file; those of types not in `dtypes` only by name.
 
     Raises:
         CheckpointError: the file is damaged or something else.
@@ -52,7 +62,7 @@ def read_safetensors(file: Path) -> list[TensorInfo]:
             pass
         header = json.loads(bytes(data[8 : 8 + length]), object_pairs_hook=unique_keys)
         header.pop("__metadata__", None)
-        return [_tensor_info(name, entry, data[8 + length :], file) for name, entry in header.items()]
+        return [_tensor_info(name, entry, data[8 + length :], file, dtypes) for name, entry in header.items()]
     except (SafetensorError, OSError, ValueError, RecursionError, MemoryError) as error:
         text = printable(" ".join(str(error).split()) or type(error).__name__, limit=200)
         raise CheckpointError(
@@ -61,9 +71,11 @@ def read_safetensors(file: Path) -> list[TensorInfo]:
         ) from None
 
 
-def _tensor_info(name: str, entry: dict[str, Any], data: np.ndarray, file: Path) -> TensorInfo:
+def _tensor_info(
+    name: str, entry: dict[str, Any], data: np.ndarray, file: Path, dtypes: Mapping[str, np.dtype]
+) -> TensorInfo:
     shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
-    dtype = DTYPES.get(entry["dtype"])
+    dtype = dtypes.get(entry["dtype"])
 
     def read() -> np.ndarray:
         return data[start:end].view(dtype).reshape(shape)
@@ -89,7 +101,7 @@ def write_safetensors(
     Raises:
         OSError: the file cannot be written.
     """
-    names = {dtype: name for name, dtype in DTYPES.items()}
+    names = {dtype: name for name, dtype in STATE_DTYPES.items()}
     tensors = write_order(tensors)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
