@@ -21,8 +21,11 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("errors", "config", "ops", "model", "interp", "sharding", "checkpoint"),
     ),
     "evaluation": ("log-likelihoods: score", ("errors", "config", "ops", "model", "sharding", "generation")),
-    "train": ("loss, steps, optimizers, packing", ("errors", "ops", "model", "surgery")),
     "text": ("tokenizer, chat templates", ("errors", "config", "checkpoint")),
+    "train": (
+        "loss, steps, optimizers, data, states",
+        ("errors", "config", "ops", "model", "sharding", "surgery", "checkpoint", "text"),
+    ),
     "cli": (
         "the commands of mpt-eqx",
         ("errors", "config", "ops", "model", "surgery", "checkpoint", "generation", "text"),

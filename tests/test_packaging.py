@@ -14,7 +14,11 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 MODULES = sorted((ROOT / "mpt_eqx").rglob("*.py"))
 # Where the name of a distribution is not the name that is imported.
-DISTRIBUTIONS = {"llama_cpp": "llama-cpp-python", "jaxlib": "jax"}  # jax requires its jaxlib
+DISTRIBUTIONS = {
+    "orbax": "orbax-checkpoint",
+    "llama_cpp": "llama-cpp-python",
+    "jaxlib": "jax",
+}  # jax requires its jaxlib
 
 
 def distribution(requirement):

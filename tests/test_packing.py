@@ -33,19 +33,28 @@ def test_every_token_is_there_once_and_in_order(documents, length, eos, cut):
     assert [t for row in predicted for t in row.tolist()] == [t for document in ended for t in document[1:]]
 
 
-def test_packed_documents_are_as_alone(tiny_config):
+@pytest.mark.parametrize("positions", ["alibi", "learned"])
+def test_packed_documents_are_as_alone(tiny_config, positions):
     """The loss of a row is that of its documents by themselves, each weighted by its tokens."""
     from mpt_eqx import MPT, AttnConfig
 
-    model = MPT(
-        tiny_config(n_layers=1, attn_config=AttnConfig(alibi=True, attn_uses_sequence_id=True)), key=jax.random.key(0)
-    )
+    attention = AttnConfig(alibi=positions == "alibi", attn_uses_sequence_id=True)
+    config = tiny_config(n_layers=1, learned_pos_emb=positions == "learned", attn_config=attention)
+    model = MPT(config, key=jax.random.key(0))
     documents = [np.random.default_rng(n).integers(1, 61, size=n).tolist() for n in (5, 9, 2)]
     (row,) = train.pack(documents, 20)
     batch = {name: jnp.asarray(x)[None] for name, x in row.items()}
     alone = [train.next_token_loss(model, [document]) for document in documents]
     expected = sum(loss * (len(d) - 1) for loss, d in zip(alone, documents, strict=True)) / (4 + 8 + 1)
     np.testing.assert_allclose(train.next_token_loss(model, **batch), expected, rtol=1e-5)
+
+
+def test_positions_begin_anew_in_each_document():
+    """Also with padding before, between and within them."""
+    from mpt_eqx.model.positions import token_positions
+
+    ids = jnp.asarray([-1, 0, 0, -1, 0, 1, 1, 2, -1])
+    assert token_positions(ids >= 0, ids)[ids >= 0].tolist() == [0, 1, 2, 0, 1, 0]
 
 
 def test_what_is_no_document_or_state():
