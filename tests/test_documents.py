@@ -127,7 +127,7 @@ def test_a_sampler_yields_each_document_once_in_each_epoch_and_goes_on_where_it_
         everything.append(whole)
     for epoch in range(epochs):
         parted = [part[epoch * len(part) // epochs : (epoch + 1) * len(part) // epochs] for part in everything]
-        assert sorted(sum(parted, [])) == documents
+        assert sorted(document for part in parted for document in part) == documents
 
 
 def test_the_order_is_the_same_everywhere():

@@ -214,18 +214,38 @@ def other_position(place):
     path.write_text(path.read_text().replace('at\\": ', 'at\\": 1'))
 
 
+def described(place, **changes):
+    """Changes what is said of a state, as somebody can who wants to."""
+    from mpt_eqx.train import saved_states
+
+    content = {**json.loads((place / "state.json").read_text()), **changes}
+    del content["sha256"]
+    (place / "state.json").write_text(json.dumps({"sha256": saved_states._sha256(content), **content}))
+
+
 DAMAGES = {
     "cut": (cut, "arrays.safetensors: expected the file that was saved, found another or a part"),
     "flipped": (flip, "arrays.safetensors: expected the file that was saved, found another or a part"),
     "gone": (lambda p: (p / "arrays.safetensors").unlink(), "arrays.safetensors: expected the file that was saved"),
-    "no json": (lambda p: (p / "state.json").unlink(), "state.json: no such file"),
+    "no json": (
+        lambda p: (p / "state.json").unlink(),
+        "state.json: expected the description of a state, found no file",
+    ),
     "other json": (other_position, "state.json: expected the file that was saved, found another"),
     "half json": (lambda p: (p / "state.json").write_text('{"a'), "state.json: expected JSON"),
     "list": (lambda p: (p / "state.json").write_text("[]"), "state.json: expected a JSON object"),
+    "no files": (lambda p: described(p, files=[]), "state.json: expected leaves, files and data, found others"),
+    "no data": (lambda p: described(p, data=[]), "state.json: expected leaves, files and data, found others"),
     "version": (lambda p: (p / "state.json").write_text('{"version": 2}'), "expected a mpt_eqx training state of"),
     "more": (lambda p: (p / "more.pkl").write_bytes(b""), "more.pkl: expected the file that was saved"),
-    "empty": (lambda p: shutil.rmtree(p) or p.mkdir(), "state.json: no such file"),
-    "a file": (lambda p: shutil.rmtree(p) or p.touch(), "state.json: no such file"),
+    "empty": (
+        lambda p: shutil.rmtree(p) or p.mkdir(),
+        "state.json: expected the description of a state, found no file",
+    ),
+    "a file": (
+        lambda p: shutil.rmtree(p) or p.touch(),
+        "state.json: expected the description of a state, found no file",
+    ),
 }
 
 
@@ -280,6 +300,24 @@ def test_what_is_no_state_like_it(tmp_path):
             train.restore_state(tmp_path, like)
 
 
+def test_arrays_that_are_not_those_described(tmp_path):
+    """As somebody can make them who wants to."""
+    from mpt_eqx.train import saved_states
+
+    saved_in(tmp_path, 1)
+    place = tmp_path / "step-00000001"
+    for state in (state_of(1), State({"other": LIKE.model["weight"]}, LIKE.step)):
+        model = {name: x.reshape(-1) if state.step else x for name, x in state.model.items() if name != "frozen"}
+        train.save_state(State(model, state.step), tmp_path / "other")
+        shutil.copy(next((tmp_path / "other").iterdir()) / "arrays.safetensors", place)
+        shutil.rmtree(tmp_path / "other")
+        described(place, files=saved_states._checksums(place))
+        with pytest.raises(
+            CheckpointError, match="arrays.safetensors: expected the arrays that state.json names, found"
+        ):
+            train.restore_state(tmp_path, LIKE)
+
+
 def test_what_cannot_be_saved(tmp_path):
     for state, kwargs, message in [
         (state_of(1), {"keep": 0}, "keep: expected a whole number ≥ 1, found 0"),
@@ -294,7 +332,7 @@ def test_what_cannot_be_saved(tmp_path):
             train.save_state(state, tmp_path / "run", **kwargs)
     assert not (tmp_path / "run").exists()
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match=r"file: cannot be read or written \(\[Errno 17\]"):
+    with pytest.raises(CheckpointError, match=r"file: cannot be read or written \(\[Errno 20\]"):
         saved_in(tmp_path / "file", 1)
 
 

@@ -34,7 +34,7 @@ from mpt_eqx.config.json_file import read_json_object
 from mpt_eqx.errors import CheckpointError, MPTError, first_of
 from mpt_eqx.sharding.multihost import run_or_raise_everywhere, texts_of_all
 from mpt_eqx.train.sharded_arrays import read_sharded, write_sharded
-from mpt_eqx.train.state_leaves import as_saved, named_leaves, placed, raise_unless_alike, spec_of
+from mpt_eqx.train.state_leaves import as_saved, fits, named_leaves, placed, raise_unless_alike, spec_of
 
 S = TypeVar("S")
 
@@ -63,7 +63,7 @@ def save_state(state: Any, directory: str | Path, *, data: Any = None, keep: int
     orbax (`pip install 'mpt_eqx[train]'`).
 
     Args:
-        state: a `TrainState`, or another pytree with `model` and a whole number `step`.
+        state: a `TrainState`, or another pytree with `model` and an array `step`.
         directory: of this run only; made if it does not exist.
         data: where the run is in its data, such as the `state` of `pack`: what JSON can hold; each process its own.
         keep: how many states stay, ≥ 1.
@@ -128,7 +128,11 @@ def restore_state(directory: str | Path, like: S) -> tuple[S, Any] | None:
             f"{jax.process_count()}; resume with as many"
         )
     tensors = {tensor.name: tensor for tensor in read_safetensors(directory / name / ARRAYS, STATE_DTYPES)}
-    found = {name: placed(tensor.read(), leaves[name]) for name, tensor in tensors.items()}
+    if wrong := [n for n, tensor in tensors.items() if n not in leaves or not fits(tensor, leaves[n])]:
+        raise CheckpointError(
+            f"{directory / name / ARRAYS}: expected the arrays that state.json names, found {wrong[0]}"
+        )
+    found = {n: placed(tensor.read(), leaves[n]) for n, tensor in tensors.items()}
     if sharded := {n: leaf for n, leaf in leaves.items() if hasattr(leaf, "shape") and n not in found}:
         found |= read_sharded(directory / name / SHARDED, sharded)
     state = jax.tree.unflatten(jax.tree.structure(like), [found.get(name, leaf) for name, leaf in leaves.items()])
@@ -214,6 +218,8 @@ def _damage(path: Path) -> str | None:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     """Returns the content of state.json."""
+    if not (path / MANIFEST).is_file():
+        raise CheckpointError(f"{path / MANIFEST}: expected the description of a state, found no file")
     try:
         content = read_json_object(path / MANIFEST, max_bytes=MAX_MANIFEST)
     except MPTError as error:
@@ -225,6 +231,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         )
     if content.pop("sha256", None) != _sha256(content):
         raise CheckpointError(f"{path / MANIFEST}: expected the file that was saved, found another")
+    leaves, files, data = content.get("leaves"), content.get("files"), content.get("data")
+    texts = isinstance(data, list) and data and all(isinstance(text, str) for text in data)
+    if not texts or not isinstance(leaves, dict) or not isinstance(files, dict):
+        raise CheckpointError(f"{path / MANIFEST}: expected leaves, files and data, found others")
     return content
 
 

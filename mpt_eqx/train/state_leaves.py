@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpt_eqx.checkpoint.formats.safetensors import STATE_DTYPES
+from mpt_eqx.checkpoint.formats.tensors import TensorInfo
 from mpt_eqx.errors import CheckpointError, MPTError, first_of
 from mpt_eqx.model.leaves import is_array, leaf_name
 
@@ -66,6 +67,14 @@ def _shown(spec: Mapping[str, Any] | None) -> str:
     if spec is None:
         return "none"
     return str(spec[VALUE]) if VALUE in spec else f"{spec[DTYPE]}{spec[SHAPE]}"
+
+
+def fits(tensor: TensorInfo, like: Any) -> bool:
+    """Tells whether an array from a file has type and shape of another."""
+    if not is_array(like):
+        return False
+    wanted = jax.eval_shape(jax.random.key_data, like) if is_key(like) else like
+    return tensor.shape == wanted.shape and tensor.dtype == np.dtype(wanted.dtype).name
 
 
 def placed(array: np.ndarray, like: Any) -> Any:
