@@ -47,10 +47,10 @@ class Packed(Iterator[Row]):
             self._rest = itertools.islice(iter(documents), self._used, None)
         if self._offset:
             self._document = self._next_document()
-            found = 0 if self._document is None else len(self._document[0])
-            if found <= self._offset:
+            size = 0 if self._document is None else len(self._document[0])
+            if size <= self._offset:
                 raise MPTError(
-                    f"state: expected more than {self._offset} tokens in document {self._used}, found {found}; are "
+                    f"state: expected more than {self._offset} tokens in document {self._used}, found {size}; are "
                     "these the documents that the state is of?"
                 )
 

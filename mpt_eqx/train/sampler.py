@@ -51,7 +51,7 @@ class Sampler(Iterator[D], Generic[D]):
         if len(documents) < parts:
             raise MPTError(f"documents: expected at least {parts}, one for each part, found {len(documents)}")
         self._documents, self._epochs = documents, epochs
-        self._fixed = {"seed": seed, "documents": len(documents), "part": [number, parts]}
+        self._fixed: dict[str, Any] = {"seed": seed, "documents": len(documents), "part": [number, parts]}
         self._epoch, self._position = 0, 0
         self._order = self._order_of(0)
         if state is not None:

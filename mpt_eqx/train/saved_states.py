@@ -183,8 +183,8 @@ def _finish(directory: Path, begun: Path, whole: list[TensorToWrite], manifest: 
 
 def _choose(directory: Path) -> str:
     """Returns the name of the newest readable state, then what is wrong with those newer, as JSON; "" for no state."""
-    places, damaged = _places(directory), []
-    for place in places:
+    damaged: list[str] = []
+    for place in _places(directory):
         damage = _damage(place.path)
         if not damage:
             return json.dumps([place.path.name, *damaged])
