@@ -16,6 +16,9 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "checkpoint": (
         "files to models and back, Hub, formats", ("errors", "config", "ops", "model", "sharding", "surgery"),
     ),
+    "lora": (
+        "adapters, in PEFT's files", ("errors", "config", "ops", "model", "sharding", "checkpoint"),
+    ),
     "generation": (
         "generate, decode, beam search, sampling",
         ("errors", "config", "ops", "model", "interp", "sharding", "checkpoint"),
@@ -34,7 +37,7 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 COLOURS = (
     "#0b6e4f", "#c2571a", "#2f6fd0", "#8a3ffc", "#b28600", "#007d79", "#d12771", "#56718f", "#6f4e37", "#198038",
-    "#9f1853", "#3d5a80",
+    "#9f1853", "#3d5a80", "#a2191f",
 )  # fmt: skip
 BOX, HEIGHT, GAP, LANE = 490, 48, 12, 24
 

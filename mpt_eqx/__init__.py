@@ -44,6 +44,7 @@ from mpt_eqx.surgery.stacking import stack as stack
 
 if TYPE_CHECKING:
     from mpt_eqx import interp as interp
+    from mpt_eqx import lora as lora
     from mpt_eqx import sharding as sharding
     from mpt_eqx import surgery as surgery
     from mpt_eqx import text as text
@@ -54,7 +55,7 @@ __version__ = "0.1.0"
 SHIPPED_MODEL = _Path(__file__).parent / "pydoc-3m"
 """Directory of the small trained model that ships with the package; its README.md says what it is."""
 
-_SUBMODULES = ("interp", "sharding", "surgery", "text", "train")
+_SUBMODULES = ("interp", "lora", "sharding", "surgery", "text", "train")
 
 if not TYPE_CHECKING:
 

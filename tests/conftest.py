@@ -36,6 +36,7 @@ CHECKED = (
     "generation.sampling",
     "generation.beam_step",
     "evaluation.chunks",
+    "lora",
     "train.cross_entropy",
     "train.loss",
     "train.schedules",

@@ -26,6 +26,7 @@ from mpt_eqx import (
     from_pretrained,
     generate,
     interp,
+    lora,
     prefill,
     quantize,
     save_pretrained,
@@ -34,6 +35,7 @@ from mpt_eqx import (
     stack,
     stream,
     surgery,
+    train,
     unstack,
 )
 from mpt_eqx.train import next_token_loss
@@ -255,6 +257,36 @@ def wrapped(preset: str, axes: dict[str, int], places: list[str]) -> dict:
         "tokens": np.array_equal(tokens, likely),
         "gradients": all(a.sharding == b.sharding for a, b in zip(leaves, jax.tree.leaves(shared), strict=True)),
     }
+
+
+def adapted(preset: str, axes: dict[str, int], targets: list[str], kind: str = "auto") -> dict:
+    """What of a step that trains adapters over 8 bits, and of their files, is on a mesh not as on one device."""
+    mesh, rules, wrong = mesh_of(kind, axes), rules_of(preset, None), []
+    plain = quantize(surgery.keep_blocks(from_pretrained(GOLDEN / "hf_generate", dtype="float32"), [0]), "int8")
+    shared, optimizer = sharding.shard(plain, mesh, rules), train.decoupled_adamw(1e-2, eps=1e-3)
+    step, after = train.make_train_step(optimizer, max_grad_norm=1.0), []
+    for model in (jax.tree.map(jax.numpy.copy, plain), jax.tree.map(jax.numpy.copy, shared)):
+        model = lora.add(model, rank=2, targets=targets, key=jax.random.key(0))
+        state = train.TrainState.create(model, optimizer, trainable=lora.trainable)
+        for _ in range(2):
+            state, _ = step(state, {"tokens": TOKENS})
+        after.append(state.model)
+    files = [tempfile.mkdtemp(dir=os.environ.get("ROOM")) for _ in after]
+    for model, directory in zip(after, files, strict=True):
+        lora.save(model, directory)
+    loaded = [lora.load(shared, directory) for directory in files]
+    if largest(eqx.filter(loaded[1], eqx.is_array), eqx.filter(after[1], eqx.is_array)):
+        wrong.append("files")
+    if largest(*(eqx.filter(model, lora.trainable(model)) for model in loaded)) > 1e-4:
+        wrong.append("adapters")
+    if largest(forward(after[1], TOKENS), forward(after[0], TOKENS)) > 1e-4:
+        wrong.append("logits")
+    merged = lora.merge(after[1])
+    if largest(forward(merged, TOKENS), forward(after[1], TOKENS)) > 1e-4:
+        wrong.append("merged")
+    wanted = sharding.shard(lora.merge(after[0]), mesh, rules)
+    lies = [a.sharding == b.sharding for a, b in zip(*map(jax.tree.leaves, (merged, wanted)), strict=True)]
+    return {"wrong": wrong + ["merged lies elsewhere"] * (not all(lies))}
 
 
 def explicit(inside: bool, how: str) -> dict:

@@ -58,6 +58,12 @@ def test_the_explanation_of_a_sharding(run):
     assert out.startswith("mesh: fsdp=2, tp=4\n") and "on each of 8 devices" in out
 
 
+def test_an_adapter(run, one_layer, tmp_path):
+    out = run("lora.py", "--model", one_layer, "--steps", 4, "--length", 32, "--output", tmp_path / "adapter")
+    before, after, merged = map(float, re.search(r"token: (\S+) before, (\S+) with the adapter, (\S+) m", out).groups())
+    assert after < before and abs(after - merged) < 0.02 and "base: 'The parrot" in out
+
+
 @pytest.mark.slow
 def test_a_model_on_several_devices(one_layer):
     """In a process of its own: the number of devices is fixed when JAX starts."""

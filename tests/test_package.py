@@ -89,6 +89,7 @@ ORDER = (
         "sharding",
         "surgery",
         "checkpoint",
+        "lora",
         "generation",
         "evaluation",
         "text",

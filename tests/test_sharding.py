@@ -135,6 +135,20 @@ def test_a_wrapped_model_on_a_mesh_computes_what_one_device_does(ask, preset):
     assert found == {"far": {}, "tokens": True, "gradients": True}
 
 
+ADAPTED = {
+    "FSDP": ({"fsdp": 4}, ["Wqkv", "down_proj"], "auto"),
+    "FSDP, explicit": ({"fsdp": 4}, ["Wqkv"], "explicit"),
+    "TENSOR_PARALLEL": ({"tp": 4}, ["out_proj", "up_proj", "down_proj"], "auto"),
+}
+
+
+@pytest.mark.parametrize("preset", some(ADAPTED, ("FSDP",)))
+def test_adapters_trained_on_a_mesh_are_those_of_one_device(ask, preset):
+    """Over 8 bits: two steps, the files, and what is merged, which lies as the model without adapters does."""
+    axes, targets, kind = ADAPTED[preset]
+    assert ask("adapted", preset=preset.split(",")[0], axes=axes, targets=targets, kind=kind) == {"wrong": []}
+
+
 @pytest.mark.slow
 def test_tensor_parallel_blocks_send_what_they_must(ask):
     """One sum after attention and one after the network of each block; one for the embedding, if it is split."""

@@ -192,9 +192,8 @@ def adapter_error(directory: Path, found: Mapping[str, Path]) -> CheckpointError
     kind, base = (printable(text) if isinstance(text, str) else None for text in (kind, base))
     of = f"for the base model '{base}'" if base else "for a base model that it does not name"
     return CheckpointError(
-        f"{directory}: expected a whole model, found an adapter of PEFT ({kind or 'of unknown type'}) {of}; merge it "
-        f"there, with peft.AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload().save_pretrained(…), and load "
-        f"what that writes"
+        f"{directory}: expected a whole model, found an adapter of PEFT ({kind or 'of unknown type'}) {of}; load that "
+        f"first, and then the adapter with mpt_eqx.lora.load(model, directory)"
     )
 
 

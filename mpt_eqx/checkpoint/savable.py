@@ -86,8 +86,8 @@ def _differences(found: Any, wanted: Any, name: str) -> Any:
             asked = f"an {plain}" if plain[0] in "AEIOU" else f"a {plain}"
             yield (
                 f"{name}: expected {asked}, which model.config asks for, found {_kind(found)}; put a plain {plain} "
-                f"there with mpt_eqx.surgery.replace (of a LoRA its merged weight, of a wrapper what it wraps), "
-                f"or {KEEP}"
+                f"there with mpt_eqx.surgery.replace (of a LoRA its merged weight, as mpt_eqx.lora.merge makes it, "
+                f"of a wrapper what it wraps), or {KEEP}"
             )
             return
         for field in dataclasses.fields(wanted):

@@ -273,7 +273,7 @@ class MPT(eqx.Module):
             )
         if key is None and self._is_random():
             raise MPTError(
-                "key: expected a key, such as jax.random.key(0), because the configuration asks for dropout or jitter; "
+                "key: expected a key, such as jax.random.key(0), because the model has dropout or jitter; "
                 "switch them off with eqx.nn.inference_mode(model)"
             )
 

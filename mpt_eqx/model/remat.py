@@ -1,5 +1,6 @@
 """What of a block is kept for its gradient, and what is computed again."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +50,7 @@ def run_block(
         remat: which of POLICIES says what is kept for the gradient.
         in_scan: whether it runs in a scan, out of which XLA moves nothing.
     """
+    block = block if key is None else _with_keys(block, key)
 
     def run(x: Float[Array, "T D"]) -> tuple[Float[Array, "T D"], KeysValues | LayerCache, dict[str, Array]]:
         after, read = block(x, positions, kv, x_kv, key=key, tap=tap)
@@ -56,3 +58,20 @@ def run_block(
 
     policy = POLICIES[remat] or (IN_SCAN if in_scan else None)
     return run(x) if policy is None else jax.checkpoint(run, policy=policy, prevent_cse=not in_scan)(x)
+
+
+def _with_keys(block: Any, key: PRNGKeyArray) -> Any:
+    """Returns a block in which each module that has a method `with_key`, as an adapter has, was given a key of its own.
+
+    The keys differ from those that the block makes of this one: it splits it, and into fewer than these numbers.
+    """
+    numbers = itertools.count(2**16)
+    return jax.tree.map(
+        lambda node: node.with_key(jax.random.fold_in(key, next(numbers))) if _takes_key(node) else node,
+        block,
+        is_leaf=_takes_key,
+    )
+
+
+def _takes_key(node: Any) -> bool:
+    return hasattr(node, "with_key")

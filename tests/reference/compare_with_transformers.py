@@ -8,8 +8,9 @@ import pytest
 import torch
 import transformers
 from conftest import GOLDEN
+from peft import PeftModel
 
-from mpt_eqx import SHIPPED_MODEL, from_pretrained, generate, quantize, save_pretrained
+from mpt_eqx import SHIPPED_MODEL, from_pretrained, generate, lora, quantize, save_pretrained
 
 PROMPTS = ("The zip() function", "Return True if", "json.dumps(obj", "class collections.")
 CASES = ("hf_default", "hf_heads6", "hf_clip_qkv", "hf_eps", "hf_softmax_scale", "hf_untied", "hf_maxlen", "hf_sharded")
@@ -58,3 +59,15 @@ def test_the_recorded_logits_are_transformers_own(name):
         logits = theirs(torch.from_numpy(expected["input_ids"])).logits.numpy()
     np.testing.assert_allclose(logits, expected["logits"], atol=1e-5, rtol=0)
     assert json.loads((GOLDEN / name / "case.json").read_text())["reference"].startswith("transformers")
+
+
+def test_peft_computes_the_recorded_logits_with_an_adapter_of_ours(tmp_path):
+    from safetensors.numpy import load_file
+
+    theirs, recorded = GOLDEN / "peft_wqkv_ffn", GOLDEN / "peft_ours"
+    lora.save(lora.load(from_pretrained(theirs / "base"), recorded / "adapter"), tmp_path)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(theirs / "base")
+    model = PeftModel.from_pretrained(plain, tmp_path).eval()
+    with torch.no_grad():
+        logits = model(torch.from_numpy(load_file(theirs / "expected.safetensors")["input_ids"])).logits.numpy()
+    np.testing.assert_allclose(logits, load_file(recorded / "expected.safetensors")["logits"], atol=1e-5, rtol=0)
