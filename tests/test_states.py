@@ -121,9 +121,7 @@ def test_types_are_kept(tmp_path, dtype):
         leaves: tuple
 
     train.save_state(Tree(None, LIKE.step, state), tmp_path)
-    like = Tree(
-        None, LIKE.step, jax.tree.map(lambda x: x * False if isinstance(x, jax.Array) else np.zeros_like(x), state)
-    )
+    like = Tree(None, LIKE.step, jax.tree.map(lambda x: (jnp if isinstance(x, jax.Array) else np).zeros_like(x), state))
     (found, _) = train.restore_state(tmp_path, like)
     for one, other in zip(found.leaves, state, strict=True):
         assert type(one) is type(other) and one.dtype == other.dtype and one.shape == other.shape

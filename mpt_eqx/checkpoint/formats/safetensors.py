@@ -75,7 +75,7 @@ def _tensor_info(
     name: str, entry: dict[str, Any], data: np.ndarray, file: Path, dtypes: Mapping[str, np.dtype]
 ) -> TensorInfo:
     shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
-    dtype = dtypes.get(entry["dtype"])
+    dtype: Any = dtypes.get(entry["dtype"])
 
     def read() -> np.ndarray:
         return data[start:end].view(dtype).reshape(shape)
