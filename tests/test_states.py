@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -354,6 +356,28 @@ def test_a_sharded_state_goes_to_meshes_of_other_shapes(tmp_path):
     assert json.loads(said.strip().split("\n")[-1]) == {"8": True, "4": True, "1": True, "of 1 to 8": True, "torn": 1}
 
 
+@pytest.mark.slow
+def test_two_processes_save_and_restore_together(tmp_path):
+    """Each has its data; damage, an error and a signal that one of them sees are told to the other."""
+    pytest.importorskip("orbax.checkpoint")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-W", "ignore", Path(__file__).parent / "together.py", str(port)]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), tmp_path / "run"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    answers = [process.communicate(timeout=240) for process in processes]
+    for (answer, error), refused in zip(answers, ("CheckpointError", "ShardingError"), strict=True):
+        said = next((line for line in answer.split("\n") if line.startswith("{")), None)
+        assert said, error
+        expected = {"none": True, "equal": True, "data": True, "torn": 1, "refused": refused, "signal": [False, True]}
+        assert json.loads(said) == expected
+
+
 def test_a_signal_lets_the_step_end_and_a_second_one_does_not():
     for number in (signal.SIGINT, signal.SIGTERM):
         before = signal.signal(number, signal.default_int_handler)
@@ -397,13 +421,11 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(run, tmp_path):
             train.check_finite(metrics, 3)
 
 
-def test_another_optimizer_is_refused(tiny_config, tmp_path):
-    from mpt_eqx import MPT
-
-    model = MPT(tiny_config(n_layers=1, d_model=8, n_heads=1), key=jax.random.key(0))
-    state = train.TrainState.create(model, train.decoupled_lionw(1e-3))
-    train.save_state(state, tmp_path)
+def test_another_optimizer_is_refused(run, tmp_path):
+    fresh, _ = run
+    train.save_state(fresh(), tmp_path)
+    like = eqx.filter_eval_shape(lambda: train.TrainState.create(fresh().model, optax.adam(1e-3)))
     with pytest.raises(
         CheckpointError, match=r"leaves that differ: opt_state\.step .*with the same configuration, opt"
     ):
-        train.restore_state(tmp_path, train.TrainState.create(model, optax.adam(1e-3)))
+        train.restore_state(tmp_path, like)
