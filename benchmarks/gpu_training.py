@@ -189,9 +189,8 @@ def main() -> None:
     tiny = args.tiny
     checks = [(12, 12, 512, 64, None, True), (16, 4, 513, 128, 100, True), (16, 16, 2048, 128, None, True),
               (8, 1, 2048, 64, None, False)]  # fmt: skip
-    for n, k, t, h, window, alibi in checks[: 2 if tiny else None]:
-        sizes = (4, 4 * k // n, t, 16, window, alibi) if tiny else (n, k, t, h, window, alibi)
-        note(f"errors N={n} K={k} T={t} H={h} window={window} alibi={alibi}", errors, *sizes)
+    for n, k, t, h, window, alibi in [(4, 2, 300, 16, 40, True)] if tiny else checks:
+        note(f"errors N={n} K={k} T={t} H={h} window={window} alibi={alibi}", errors, n, k, t, h, window, alibi)
     sizes = {"d_model": 2048, "n_layers": 24, "n_heads": 16, "vocab_size": 50368}
     if tiny:
         sizes = {"d_model": 32, "n_layers": 2, "n_heads": 2, "vocab_size": 96}

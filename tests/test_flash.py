@@ -60,7 +60,8 @@ def test_alibi_in_more_dimensions_is_alibi(dtype, tolerance):
         slopes = alibi_slopes(6, 8)
         for window in (None, 40):
             how = (slopes, 0.3, window)
-            found, expected = both(in_more_dimensions, q, k, v, *how), both(formula, q, k, v, *how)
+            ways = (in_more_dimensions, formula)
+            found, expected = (jax.jit(lambda *x, w=w, how=how: both(w, *x, *how))(q, k, v) for w in ways)
             if dtype == "bfloat16":
                 assert furthest(found[:1] * 4, expected[:1] * 4) < tolerance
                 tolerance = 2**-7
@@ -100,7 +101,7 @@ def test_what_the_kernel_is_asked_for_is_attention(alibi):
     from mpt_eqx.ops.flash_attention import flash_attention
 
     slopes = alibi_slopes(6, 8) if alibi else None
-    for window in (9, 38, 39):
+    for window in (9, 39) if alibi else (38,):
         rows = drawn(6, 2, 40, 12, "float32", rows=(2,))
 
         def row(*x, w=window):
