@@ -10,6 +10,7 @@ text is before and after. Needs the extra `text`.
 import argparse
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import numpy as np
 
@@ -39,8 +40,7 @@ def main() -> None:
     def small():
         return quantize(from_pretrained(args.model, dtype="float32"), "int4")
 
-    def nats(model) -> float:
-        return float(train.next_token_loss(model, batch["tokens"]))
+    nats = eqx.filter_jit(lambda model: train.next_token_loss(model, batch["tokens"]))
 
     model = lora.add(small(), rank=args.rank, targets=args.targets, key=jax.random.key(0))
     before = nats(model)

@@ -36,7 +36,7 @@ CHECKED = (
     "generation.sampling",
     "generation.beam_step",
     "evaluation.chunks",
-    "lora",
+    "lora.linear",
     "train.cross_entropy",
     "train.loss",
     "train.schedules",

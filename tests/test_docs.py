@@ -49,7 +49,12 @@ def with_language(language):
 def test_blocks_of_python_run_and_print_what_is_shown(path, one_layer, tmp_path, monkeypatch, capsys):
     """A page's blocks run one after another; in the README each stands alone."""
     monkeypatch.chdir(tmp_path)
-    if path.name in ("generation.md", "quantization.md", "sharding.md"):  # what they print is the same for any model
+    if path.name in (
+        "generation.md",
+        "lora.md",
+        "quantization.md",
+        "sharding.md",
+    ):  # what they print is the same for any model
         monkeypatch.setattr("mpt_eqx.SHIPPED_MODEL", one_layer)
     names = {}
     for number, (language, code, shown) in enumerate(fences(path)):

@@ -58,8 +58,9 @@ def test_the_explanation_of_a_sharding(run):
     assert out.startswith("mesh: fsdp=2, tp=4\n") and "on each of 8 devices" in out
 
 
+@pytest.mark.slow  # docs/lora.md runs the same
 def test_an_adapter(run, one_layer, tmp_path):
-    out = run("lora.py", "--model", one_layer, "--steps", 4, "--length", 32, "--output", tmp_path / "adapter")
+    out = run("lora.py", "--model", one_layer, "--steps", 4, "--length", 16, "--output", tmp_path / "adapter")
     before, after, merged = map(float, re.search(r"token: (\S+) before, (\S+) with the adapter, (\S+) m", out).groups())
     assert after < before and abs(after - merged) < 0.02 and "base: 'The parrot" in out
 

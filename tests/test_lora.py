@@ -57,6 +57,13 @@ def with_all(model, **kwargs):
 def base(tiny_config):
     from mpt_eqx import MPT
 
+    return MPT(tiny_config(n_layers=1), key=jax.random.key(1))
+
+
+@pytest.fixture(scope="module")
+def two_blocks(tiny_config):
+    from mpt_eqx import MPT
+
     return MPT(tiny_config(), key=jax.random.key(1))
 
 
@@ -78,8 +85,9 @@ def assert_same_tensors(directory, other):
     assert found.keys() == wanted.keys() and all(np.array_equal(found[name], wanted[name]) for name in wanted)
 
 
+@eqx.filter_jit
 def rows(model, tokens):
-    return jax.vmap(lambda row: model(row))(jnp.asarray(tokens))
+    return jax.vmap(model)(jnp.asarray(tokens))
 
 
 @pytest.mark.parametrize("form", ["single", "stacked"])
@@ -114,7 +122,7 @@ def test_a_torch_file_of_an_adapter_is_read(theirs, adapter):
     assert eqx.tree_equal(lora.load(theirs, adapter), lora.load(theirs, PEFT / "adapter"))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", some(FORMS, ["bfloat16", "int4", "stacked int4"]))
 def test_a_new_adapter_changes_nothing_and_copies_nothing(base, form):
     """Every array of the base is the one that was given; another adapter takes the place of the first."""
     plain = FORMS[form](base)
@@ -123,7 +131,7 @@ def test_a_new_adapter_changes_nothing_and_copies_nothing(base, form):
         assert one is other, name
     np.testing.assert_array_equal(rows(model, TOKENS), rows(plain, TOKENS))
     own = [x for name, x in named_arrays(model) if "lora_" in name]
-    assert {x.dtype for x in own} == {np.dtype(np.float32)} and len(own) == 8 * (1 if "stacked" in form else 2)
+    assert {x.dtype for x in own} == {np.dtype(np.float32)} and len(own) == 8
     assert all(jnp.all(x == 0) == name.endswith("lora_B.weight") for name, x in named_arrays(model) if "lora_" in name)
 
 
@@ -136,10 +144,11 @@ def test_several_adapters_share_a_base(theirs):
     assert eqx.tree_equal(model, lora.load(theirs, PEFT / "adapter"))
 
 
-def test_a_stacked_model_gets_the_same_adapters(base):
-    assert eqx.tree_equal(unstack(with_all(stack(base))), with_all(base))
+def test_a_stacked_model_gets_the_same_adapters(two_blocks):
+    assert eqx.tree_equal(unstack(with_all(stack(two_blocks))), with_all(two_blocks))
 
 
+@eqx.filter_jit
 def loss_and_gradient(model, tokens=TOKENS):
     own, rest = eqx.partition(model, lora.trainable(model))
     return eqx.filter_value_and_grad(lambda own: train.next_token_loss(eqx.combine(own, rest), tokens))(own)
@@ -153,7 +162,7 @@ def test_the_gradient_over_a_quantised_base_is_that_of_the_dequantised_one(base,
     small, large = trained(small), trained(with_all(plain))
     (one, found), (other, wanted) = loss_and_gradient(small), loss_and_gradient(large)
     np.testing.assert_allclose(one, other, rtol=1e-6)
-    assert len(jax.tree.leaves(found)) == 16
+    assert len(jax.tree.leaves(found)) == 8
     for (name, a), (_, b) in zip(named_arrays(found), named_arrays(wanted), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()), rtol=0, err_msg=name)
 
@@ -176,13 +185,15 @@ def test_only_the_adapters_learn_and_the_optimizer_keeps_theirs_alone(base, form
         assert np.array_equal(x, before[name]) != ("lora_" in name), name
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", some(FORMS, ["float32", "bfloat16", "stacked int4"]))
 def test_a_merged_model_computes_the_same_and_is_plain(base, form, tmp_path):
     from mpt_eqx import save_pretrained
 
     model = trained(with_all(FORMS[form](base)))
-    merged, far = lora.merge(model), 0.05 if form == "bfloat16" else 2e-5
-    np.testing.assert_allclose(rows(merged, TOKENS), rows(model, TOKENS), atol=far, rtol=0)
+    merged, wanted = lora.merge(model), rows(model, TOKENS)
+    # In bfloat16 the merged weights are rounded to 8 bits, and so are the logits.
+    far = 0.02 * float(jnp.abs(wanted).max()) if form == "bfloat16" else 2e-5
+    np.testing.assert_allclose(rows(merged, TOKENS), wanted, atol=far, rtol=0)
     assert jax.tree.structure(unstack(merged)) == jax.tree.structure(base)
     save_pretrained(merged, tmp_path / "merged")
     assert eqx.tree_equal(from_pretrained(tmp_path / "merged"), unstack(merged))
@@ -205,49 +216,45 @@ def test_adapters_on_a_gated_network_and_on_separate_projections(tiny_config):
 
 
 @pytest.mark.parametrize("form", some(["float32", "bfloat16", "int8", "int4"], ["int4"]))
-def test_generation_loops_over_adapted_layers(base, form, kernel):
+def test_generation_loops_over_adapted_layers(two_blocks, form, kernel):
     """The blocks stay alike, so that they are compiled once, and the logits are those of the forward pass."""
     from mpt_eqx import generate
     from mpt_eqx.generation.layers import has_layer_loop
 
-    model = trained(with_all(FORMS[form](base)))
+    model = trained(with_all(FORMS[form](two_blocks)))
     assert has_layer_loop(model)
-    result = generate(model, [[3, 1, 4], [1, 5]], max_new_tokens=4, return_logits=True)
-    for prompt, tokens, logits in zip([[3, 1, 4], [1, 5]], result.tokens, result.logits, strict=True):
-        wanted = model(jnp.asarray([*prompt, *tokens.tolist()]))[len(prompt) - 1 : -1]
-        np.testing.assert_allclose(logits, wanted, atol=0.05 if form == "bfloat16" else 1e-4, rtol=0)
+    result = generate(model, TOKENS[:, :3].tolist(), max_new_tokens=4, return_logits=True)
+    wanted = rows(model, np.concatenate([TOKENS[:, :3], result.tokens], axis=1))[:, 2:-1]
+    np.testing.assert_allclose(result.logits, wanted, atol=0.05 if form == "bfloat16" else 1e-4, rtol=0)
 
 
-def test_adapters_of_some_blocks_generate_and_are_saved(base, tmp_path):
-    from mpt_eqx import generate
+def test_adapters_of_some_blocks_are_saved(two_blocks, tmp_path):
     from mpt_eqx.generation.layers import has_layer_loop
 
-    model = trained(with_all(base))
-    part = eqx.tree_at(lambda m: m.blocks[1], model, base.blocks[1])
+    part = eqx.tree_at(lambda m: m.blocks[1], trained(with_all(two_blocks)), two_blocks.blocks[1])
     assert not has_layer_loop(part)
-    tokens = generate(part, [3, 1, 4], max_new_tokens=3).tokens
-    np.testing.assert_array_equal(tokens, generate(lora.merge(part), [3, 1, 4], max_new_tokens=3).tokens)
     lora.save(part, tmp_path)
     assert "blocks.0.attn.Wqkv" in json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
-    assert eqx.tree_equal(lora.load(base, tmp_path), part)
+    assert eqx.tree_equal(lora.load(two_blocks, tmp_path), part)
     with pytest.raises(CheckpointError, match=r"all blocks alike, because the model is stacked, .*mpt_eqx\.unstack"):
-        lora.load(stack(base), tmp_path)
+        lora.load(stack(two_blocks), tmp_path)
 
 
-@pytest.mark.parametrize("form", ["single", "stacked"])
+@pytest.mark.parametrize("form", some(["single", "stacked"], ["stacked"]))
 def test_dropout_takes_a_key_and_is_of_training_alone(base, form, tmp_path):
     plain = stack(base) if form == "stacked" else base
     model = trained(with_all(plain, dropout=0.5))
     with pytest.raises(MPTError, match=r"key: expected a key, .*because the model has dropout .*inference_mode"):
         model(TOKENS[0])
     quiet = eqx.nn.inference_mode(model)
-    wanted, (one, same, other) = quiet(TOKENS[0]), (model(TOKENS[0], key=jax.random.key(i)) for i in (0, 0, 1))
+    run = eqx.filter_jit(lambda model, key=None: model(TOKENS[0], key=key))
+    wanted, (one, same, other) = run(quiet), (run(model, jax.random.key(i)) for i in (0, 0, 1))
     np.testing.assert_array_equal(one, same)
     assert jnp.abs(one - other).max() > 1e-3 and jnp.abs(one - wanted).max() > 1e-3
-    np.testing.assert_array_equal(wanted, trained(with_all(plain))(TOKENS[0]))
+    np.testing.assert_array_equal(wanted, run(trained(with_all(plain))))
     lora.save(model, tmp_path)
     loaded = lora.load(plain, tmp_path)
-    np.testing.assert_array_equal(loaded(TOKENS[0]), wanted)
+    np.testing.assert_array_equal(run(loaded), wanted)
     assert eqx.tree_equal(eqx.nn.inference_mode(loaded, False), model)
 
 
@@ -312,22 +319,24 @@ def test_arguments_that_are_not_valid(base, what):
         lora.add(base, **{"rank": 2, "key": jax.random.key(0), **given})
 
 
-def test_models_without_adapters_or_with_some_already(base, tmp_path):
+def test_models_without_adapters_or_with_some_already(two_blocks, tmp_path):
     with pytest.raises(
         MPTError, match=r"model: expected no adapters, found some; merge them with mpt_eqx\.lora\.merge"
     ):
-        with_all(with_all(base))
+        with_all(with_all(two_blocks))
     for function in (lora.trainable, lora.merge, lambda model: lora.save(model, tmp_path)):
         with pytest.raises(MPTError, match="model: expected one with adapters, found none; "):
-            function(base)
+            function(two_blocks)
     uneven = eqx.tree_at(
-        lambda m: m.blocks[1], with_all(base), lora.add(base, rank=2, targets=TARGETS, key=jax.random.key(0)).blocks[1]
+        lambda m: m.blocks[1],
+        with_all(two_blocks),
+        lora.add(two_blocks, rank=2, targets=TARGETS, key=jax.random.key(0)).blocks[1],
     )
     with pytest.raises(CheckpointError, match=r"blocks\.1\.attn\.Wqkv: expected \{'r': 3, .* found \{'r': 2, "):
         lora.save(uneven, tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"file: cannot be written \("):
-        lora.save(with_all(base), tmp_path / "file")
+        lora.save(with_all(two_blocks), tmp_path / "file")
 
 
 WRONG_CONFIGS = {

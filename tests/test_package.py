@@ -43,6 +43,7 @@ BORDER = (
     "packing.py",
     "step.py",
     "state.py",
+    "adapters.py",
     "sampler.py",
     "documents.py",
 )  # they check their arguments themselves

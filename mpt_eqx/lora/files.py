@@ -23,7 +23,6 @@ from mpt_eqx.config.json_file import read_json_object
 from mpt_eqx.config.validation import BOOLEAN, Check, check, is_number, number, shown, whole
 from mpt_eqx.errors import CheckpointError, ConfigError, MPTError, first_of, printable
 from mpt_eqx.lora.adapters import (
-    LoRALinear,
     adapter_dtype,
     adapters,
     is_split,
@@ -35,6 +34,7 @@ from mpt_eqx.lora.adapters import (
     shape_of,
     with_adapter,
 )
+from mpt_eqx.lora.linear import LoRALinear
 from mpt_eqx.model import MPT
 from mpt_eqx.model.linear import Linear
 from mpt_eqx.ops.switches import model_function
