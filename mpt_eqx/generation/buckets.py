@@ -5,6 +5,8 @@ Every other size is rounded up to one of these, so that few programs serve promp
 
 from collections.abc import Iterator
 
+import jax
+
 from mpt_eqx.config import MPTConfig
 
 MIN_CACHE = 512
@@ -12,6 +14,12 @@ MIN_CACHE = 512
 
 PREFILL_CHUNKS = (256, 128, 32)
 """Prompt tokens per prefill call: the largest of which more than half is left, else the smallest."""
+
+WIDE_PREFILL_CHUNKS = (2048, 512, 128, 32)
+"""The same on a GPU or TPU, where reading the weights takes as long as the products of hundreds of tokens."""
+
+MAX_WIDE_TOKENS = 8192
+"""Tokens of all rows in a wide chunk of more than 512, so that what a layer computes takes little memory."""
 
 DECODE_CHUNK = 8
 """Decode steps between two host syncs."""
@@ -26,10 +34,18 @@ def cache_bucket(config: MPTConfig, length: int) -> int:
     return min(size, max(config.max_seq_len, length))
 
 
-def prefill_buckets(length: int) -> Iterator[int]:
-    """Yields the sizes of the chunks in which a prompt of `length` tokens is prefilled."""
+def prefill_chunks(rows: int) -> tuple[int, ...]:
+    """Returns the sizes of chunks in which prompts of so many rows are prefilled, the largest first."""
+    if jax.default_backend() == "cpu":
+        return PREFILL_CHUNKS
+    return tuple(size for size in WIDE_PREFILL_CHUNKS if size <= 512 or size * rows <= MAX_WIDE_TOKENS)
+
+
+def prefill_buckets(length: int, rows: int) -> Iterator[int]:
+    """Yields the sizes of the chunks in which prompts of at most `length` tokens are prefilled, in so many rows."""
+    sizes = prefill_chunks(rows)
     while length > 0:
-        size = next((size for size in PREFILL_CHUNKS if length > size // 2), PREFILL_CHUNKS[-1])
+        size = next((size for size in sizes if length > size // 2), sizes[-1])
         yield size
         length -= size
 

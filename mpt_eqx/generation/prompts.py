@@ -68,7 +68,7 @@ def prefill_rows(
     fillers = [(prompt if len(prompt) else others)[-1:] for prompt in prompts]
     ends = np.asarray([before + len(prompt) for prompt in prompts], np.int32)
     start = 0
-    for size in prefill_buckets(max(map(len, prompts))):
+    for size in prefill_buckets(max(map(len, prompts)), len(prompts)):
         chunk = np.empty((len(prompts), size), np.int32)
         for row, prompt, filler in zip(chunk, prompts, fillers, strict=True):
             here = prompt[start : start + size]

@@ -1,6 +1,7 @@
 """The state of rows between two programs: made, resized, laid out on a mesh, and taken apart by rows."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -75,12 +76,24 @@ def zero_state(model: MPT, rows: int, capacity: int, *, as_bits: bool, joined: b
 def new_array(
     layout: Layout | None, shape: tuple[int, ...], dtype: DTypeLike, value: float, *names: str | None
 ) -> Array:
-    """Returns a new array, by numpy so that no shape costs a compilation, and copied so that it can be donated."""
+    """Returns a new array that can be donated: on CPUs by numpy, so that no shape costs a compilation.
+
+    Elsewhere the device makes it, because a whole cache would take long to come from the host.
+    """
+    if jax.default_backend() != "cpu":
+        sharding = None if layout is None else layout.sharding(shape, *names)
+        return _full(shape, dtype, value, sharding)
     if layout is None:
         return jax.device_put(np.full(shape, value, dtype), may_alias=False)
     sharding = layout.sharding(shape, *names)
     part = sharding.shard_shape(shape)
     return jax.make_array_from_callback(shape, sharding, lambda _: np.full(part, value, dtype))
+
+
+@functools.partial(jax.jit, static_argnums=range(4))
+def _full(shape: tuple[int, ...], dtype: DTypeLike, value: float, sharding: Any) -> Array:
+    filled = jnp.full(shape, value, dtype)
+    return filled if sharding is None else jax.lax.with_sharding_constraint(filled, sharding)
 
 
 def map_with_axes(state: DecodeState, function: Callable[..., Any]) -> DecodeState:

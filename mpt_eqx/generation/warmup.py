@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from mpt_eqx.generation.buckets import DECODE_CHUNK, PREFILL_CHUNKS, cache_bucket, decode_bucket, prefill_buckets
+from mpt_eqx.generation.buckets import DECODE_CHUNK, cache_bucket, decode_bucket, prefill_buckets, prefill_chunks
 from mpt_eqx.generation.interrupts import held_interrupts
 from mpt_eqx.generation.prompts import prefill_prompts, progress_bar
 from mpt_eqx.generation.sampling_params import check_options
@@ -70,6 +70,6 @@ def warmup(
 
 def warm_sizes(length: int, rows: int) -> list[int]:
     """Returns the sizes of chunks that prompts need of which the longest has `length` tokens."""
-    sizes = set(prefill_buckets(length))
+    sizes = set(prefill_buckets(length, rows))
     # Beside it there may be shorter ones, which may need any smaller size.
-    return sorted(size for size in PREFILL_CHUNKS if size in sizes or (rows > 1 and size < max(sizes)))
+    return sorted(size for size in prefill_chunks(rows) if size in sizes or (rows > 1 and size < max(sizes)))

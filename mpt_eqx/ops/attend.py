@@ -13,7 +13,9 @@ from mpt_eqx.ops.cudnn_attention import cudnn_attention, supports_cudnn
 from mpt_eqx.ops.flash_attention import flash_attention, supports_flash_attention
 from mpt_eqx.ops.kernel_attention import kernel_attention, supports_cpu_kernel
 from mpt_eqx.ops.layer_cache import KeysValues, LayerCache
+from mpt_eqx.ops.platform import MAX_DECODE_ROWS
 from mpt_eqx.ops.query_blocks import in_query_blocks
+from mpt_eqx.ops.sizes import at_most
 from mpt_eqx.ops.switches import library_switches
 
 
@@ -108,14 +110,24 @@ def attend(
             h = cudnn_attention(q, rows.k, rows.v, bias, mask, length, scale)
             return jnp.where(jnp.any(mask, axis=-1)[:, None], h, jnp.nan)
 
-        fused = supports_cudnn(q, capacity, softcap)
-        return jax.lax.platform_dependent(cuda=by_cudnn, default=in_blocks) if fused else in_blocks()
+        def whole() -> Float[Array, "K GT H"]:
+            rows = kv.rows(0, capacity)
+            bias, mask = made(jnp.arange(capacity))
+            v = jnp.where(jnp.any(mask, axis=0)[:, None], rows.v, 0)  # 0 · NaN is NaN
+            return attention(q, rows.k, v, bias, mask, scale, softcap=softcap, masked_score=-jnp.inf)
+
+        if supports_cudnn(q, capacity, softcap):
+            return jax.lax.platform_dependent(cuda=by_cudnn, default=in_blocks)
+        # On a GPU the host would wait for each turn of a loop of unknown length.
+        few = at_most(query_pos.shape[0], MAX_DECODE_ROWS) and jax.default_backend() == "gpu"
+        return jax.lax.platform_dependent(cuda=whole, rocm=whole, default=in_blocks) if few else in_blocks()
 
     @jax.custom_jvp
     def from_cache(
         q: Float[Array, "K GT H"], kv: LayerCache, slopes: Float32[Array, " N"] | None, query_pos: Int[Array, " T"]
     ) -> Float[Array, "K GT H"]:
-        if supports_cpu_kernel(q, kv, softcap):
+        # What JAX lowers for cuDNN asks for the devices of the program, which it is not told within `by_platform`.
+        if supports_cpu_kernel(q, kv, softcap) and not supports_cudnn(q, capacity, softcap):
             return kernel_attention(q, kv, slopes, query_pos, scale, window, by_xla)
         return by_xla(q, kv, slopes, query_pos)
 

@@ -15,7 +15,7 @@ from mpt_eqx.ops import cpu
 from mpt_eqx.ops.numerics import accum_dtype
 from mpt_eqx.ops.platform import MAX_DECODE_ROWS, by_platform, on_mesh
 from mpt_eqx.ops.product import product
-from mpt_eqx.ops.quantized import QuantizedWeight, dequantize
+from mpt_eqx.ops.quantized import GROUP, QuantizedWeight, dequantize
 from mpt_eqx.ops.sizes import at_most
 from mpt_eqx.ops.switches import library_switches
 
@@ -24,6 +24,9 @@ MAX_PREFILL_ROWS = 128
 
 MAX_KERNEL_ROWS = 2**24
 """Positions of one sequence up to which the kernel is called; a symbolic number of them it is not called for."""
+
+MAX_UNPACKED_ROWS = 64
+"""Positions up to which 4 bits are unpacked within the products on a GPU."""
 
 PART_SIZE = 2**18
 """Numbers of a weight that are widened at a time, where XLA's CPU backend has no product in its type."""
@@ -127,7 +130,37 @@ def _take_rows(weight: Weight, tokens: Int[Array, " T"]) -> Float[Array, "T in"]
     return weight.rows(tokens) if isinstance(weight, QuantizedWeight) else weight[tokens]
 
 
-# From here on: what CPUs need. Each function computes one of the formulas above, and is differentiated as that.
+# From here on: what GPUs and CPUs need. Each function computes one of the formulas above, and is differentiated as that.
+
+
+def _on_gpu(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
+    """Returns W x with the weight read once, as it is stored, where XLA would be bound by reading it or a wide copy.
+
+    For one position that is a sum of products in float32, with 4 bits not rounded to the type of x. For more, 4 bits
+    are unpacked within the products of the lower and the upper halves of the bytes.
+    """
+    if isinstance(weight, LayerWeight) or x.dtype == jnp.float64:
+        return _matmul(weight, x)
+    packed = isinstance(weight, QuantizedWeight) and weight.values.dtype == jnp.uint8
+    if packed and x.shape[0] <= MAX_UNPACKED_ROWS:
+        return _by_halves(weight, x)
+    if x.shape[0] > 1 or packed:
+        return _matmul(weight, x)
+    values, scale = (weight.values, weight.scale) if isinstance(weight, QuantizedWeight) else (weight, None)
+    y = jnp.sum(values.astype(jnp.float32) * x.astype(jnp.float32), axis=1)[None]
+    return y if scale is None else y * scale.astype(jnp.float32).T
+
+
+def _by_halves(weight: QuantizedWeight, x: Float[Array, "T in"]) -> Float32[Array, "T out"]:
+    values, scale = weight.values.reshape(*weight.scale.shape, GROUP // 2), weight.scale.astype(jnp.float32)[..., None]
+    halves = [half.astype(jnp.float32) - 8 for half in (values & 15, values >> 4)]
+    lower, upper = jnp.unstack(x.reshape(x.shape[0], -1, 2, GROUP // 2), axis=2)
+    if x.shape[0] == 1:
+        lower, upper = lower.astype(jnp.float32), upper.astype(jnp.float32)
+        return jnp.sum((halves[0] * lower + halves[1] * upper) * scale, axis=(1, 2))[None]
+    rows = [(half * scale).astype(x.dtype).reshape(weight.values.shape) for half in halves]
+    parts = [_plain(w, part.reshape(x.shape[0], -1)) for w, part in zip(rows, (lower, upper), strict=True)]
+    return parts[0] + parts[1]
 
 
 @jax.custom_jvp
@@ -148,7 +181,7 @@ def _rows(
     @jax.custom_batching.custom_vmap
     def multiply(weight: Any, x: Array) -> Array:
         suits = kernel if _suits_kernel(weight, x.dtype) else None
-        return by_platform(_product(weight, x), weight, x, default=_matmul, cpu=cpu, kernel=suits)
+        return by_platform(_product(weight, x), weight, x, default=_matmul, cpu=cpu, kernel=suits, gpu=_on_gpu)
 
     @multiply.def_vmap
     @library_switches()

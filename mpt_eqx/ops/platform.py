@@ -17,7 +17,7 @@ T = TypeVar("T")
 MAX_DECODE_ROWS = 8
 """Positions of one sequence up to which a call counts as a step of decoding; prompts and training have more."""
 
-Functions = tuple[Callable[..., Array], Callable[..., Array], Callable[..., Array]]
+Functions = tuple[Callable[..., Array], Callable[..., Array], Callable[..., Array], Callable[..., Array]]
 
 
 def by_platform(
@@ -26,8 +26,10 @@ def by_platform(
     default: Callable[..., Array],
     cpu: Callable[..., Array],
     kernel: Callable[..., Array] | None = None,
+    gpu: Callable[..., Array] | None = None,
 ) -> Array:
-    """Returns what one of the functions gives for the operands: `cpu` in a program for CPUs, `default` in others.
+    """Returns what one of the functions gives for the operands: `cpu` in a program for CPUs, `gpu` in one for GPUs, if
+    there is such a function, `default` in others.
 
     With `kernel`, that takes the place of `cpu`, but in programs that `jax.export` makes: they are to run in processes,
     and on machines, that have no kernel. Only the function that a program needs is traced, when it is lowered, so that
@@ -39,11 +41,12 @@ def by_platform(
         default: the formula.
         cpu: the same for CPUs, in XLA.
         kernel: the same by the CPU kernel.
+        gpu: the same for GPUs, in XLA.
     """
     leaves, structure = jax.tree_util.tree_flatten(operands)
     # The precision is that of the code around the call, which lowering is not inside of.
     return _by_platform.bind(
-        *leaves, functions=(default, cpu, kernel or cpu), structure=structure, axes=(), result=result,
+        *leaves, functions=(default, cpu, kernel or cpu, gpu or default), structure=structure, axes=(), result=result,
         precision=jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]
     )  # fmt: skip
 
@@ -52,8 +55,8 @@ _by_platform = Primitive("by_platform")
 
 
 def _run(*leaves: Any, functions: Functions, **how: Any) -> Array:
-    default, _, kernel = (_of_leaves(function, **how) for function in functions)
-    return jax.lax.platform_dependent(*leaves, cpu=kernel, default=default)
+    default, _, kernel, gpu = (_of_leaves(function, **how) for function in functions)
+    return jax.lax.platform_dependent(*leaves, cpu=kernel, cuda=gpu, rocm=gpu, default=default)
 
 
 def _result(*_: Any, result: jax.ShapeDtypeStruct, **__: Any) -> jax.core.ShapedArray:
@@ -67,13 +70,13 @@ def _batch(leaves: Any, batched: Any, *, axes: tuple[Any, ...], result: jax.Shap
 
 
 def _lower(context: Any, *leaves: Any, functions: Functions, **how: Any) -> Any:
-    default, cpu, kernel = (_of_leaves(function, **how) for function in functions)
+    default, cpu, kernel, gpu = (_of_leaves(function, **how) for function in functions)
     on_cpu = cpu if context.module_context.lowering_parameters.for_export else kernel
     platforms = set(context.platforms or context.module_context.platforms)
     if len(platforms) == 1:
-        function = on_cpu if platforms == {"cpu"} else default
+        function = {"cpu": on_cpu, "cuda": gpu, "rocm": gpu}.get(*platforms, default)
     else:
-        function = functools.partial(jax.lax.platform_dependent, cpu=on_cpu, default=default)
+        function = functools.partial(jax.lax.platform_dependent, cpu=on_cpu, cuda=gpu, rocm=gpu, default=default)
     return mlir.lower_fun(function, multiple_results=False)(context, *leaves)
 
 
