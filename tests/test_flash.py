@@ -101,8 +101,8 @@ def test_what_the_kernel_is_asked_for_is_attention(alibi):
     from mpt_eqx.ops.flash_attention import flash_attention
 
     slopes = alibi_slopes(6, 8) if alibi else None
-    for window in (9, 39) if alibi else (38,):
-        rows = drawn(6, 2, 40, 12, "float32", rows=(2,))
+    for window, t in ((9, 40), (40, 41)) if alibi else ((38, 41),):
+        rows = drawn(6, 2, t, 12, "float32", rows=(2,))
 
         def row(*x, w=window):
             return flash_attention(*x, slopes, 0.3, w, implementation="xla"), formula(*x, slopes, 0.3, w)
@@ -184,7 +184,7 @@ def test_training_on_a_gpu_calls_cudnn_without_a_bias(gpu):
     args = drawn(n, key_heads, t, h, "bfloat16", rows=(rows,))
 
     def row(q, k, v):
-        return attend(q, KeysValues(k, v), jnp.arange(t), scale=0.1, slopes=alibi_slopes(n, 8), window=100)
+        return attend(q, KeysValues(k, v), jnp.arange(q.shape[1]), scale=0.1, slopes=alibi_slopes(n, 8), window=100)
 
     def loss(q, k, v):
         return jnp.sum(jax.vmap(row)(q, k, v).astype(jnp.float32) ** 2)
@@ -199,6 +199,8 @@ def test_training_on_a_gpu_calls_cudnn_without_a_bias(gpu):
     assert calls(jax.vmap(row), *args) == ([forward], largest)
     assert calls(jax.vmap(row, in_axes=1), *(jnp.swapaxes(x, 0, 1) for x in args)) == ([forward], largest)
     assert calls(jax.grad(loss, argnums=(0, 1, 2)), *args) == ([forward, backward], largest)
+    # The kernel does not train an odd number of positions.
+    assert calls(jax.grad(loss, argnums=(0, 1, 2)), *(x[:, :, 1:] for x in args))[0] == [forward, backward]
     assert calls(jax.vmap(jax.grad(one_loss, argnums=(0, 1, 2))), *args) == ([forward, backward], largest)
 
 
@@ -212,7 +214,7 @@ def test_a_model_trains_by_cudnn_on_a_gpu(gpu):
 
     gpu()
     sizes = {"d_model": 32, "n_heads": 2, "n_layers": 2, "vocab_size": 64, "max_seq_len": 64}
-    config = MPTConfig(**sizes, no_bias=True, attn_config=AttnConfig(alibi=True))
+    config = MPTConfig(**sizes, no_bias=True, attn_config=AttnConfig(alibi=True, attn_uses_sequence_id=True))
     shapes = eqx.filter_eval_shape(lambda: remat(stack(MPT(config, key=jax.random.key(0))), "dots"))
     tokens = jax.ShapeDtypeStruct((3, 64), jnp.int32)
 

@@ -29,7 +29,7 @@ def test_sizes_of_the_cache(tiny_config, length, capacity):
 def test_pieces_cover_a_prompt_with_little_to_spare(length):
     from mpt_eqx.generation.buckets import PREFILL_CHUNKS, prefill_buckets
 
-    sizes = list(prefill_buckets(length))
+    sizes = list(prefill_buckets(length, 1))
     assert set(sizes) <= set(PREFILL_CHUNKS) and sizes == sorted(sizes, reverse=True)
     assert length <= sum(sizes) < length + PREFILL_CHUNKS[0] / 2
 

@@ -53,36 +53,9 @@ def empty_state(model: MPT, rows: int, capacity: int) -> DecodeState:
     layout = model.layout
     joined = has_layer_loop(model)
     state = jax.eval_shape(lambda: zero_state(model, rows, capacity, as_bits=True, joined=joined))
-
-    def described(x: Any, *names: str | None) -> jax.ShapeDtypeStruct:
-        sharding = None if layout is None else layout.sharding(x.shape, *names)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    state = map_with_axes(state, described)
-    leaves, structure = jax.tree.flatten(state)
-    # By numpy no shape costs a compilation. From the host to another device a whole cache would take long.
-    zeros = map(_host_array, leaves) if jax.default_backend() == "cpu" else _device_zeros(tuple(leaves))
-    nothing = [_host_array(like, -1) for like in (state.not_finite, state.nothing_left)]
-    return eqx.tree_at(lambda s: (s.not_finite, s.nothing_left), jax.tree.unflatten(structure, zeros), nothing)
-
-
-def _host_array(like: jax.ShapeDtypeStruct, value: float = 0) -> Array:
-    """Returns an array made by the host, and copied so that it can be donated."""
-    if like.sharding is None:
-        return jax.device_put(np.full(like.shape, value, like.dtype), may_alias=False)
-    part = like.sharding.shard_shape(like.shape)
-    return jax.make_array_from_callback(like.shape, like.sharding, lambda _: np.full(part, value, like.dtype))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _device_zeros(likes: tuple[jax.ShapeDtypeStruct, ...]) -> list[Array]:
-    """Returns zeros that are made by the devices, in one program."""
-
-    def zeros(like: jax.ShapeDtypeStruct) -> Array:
-        made = jnp.zeros(like.shape, like.dtype)
-        return made if like.sharding is None else jax.lax.with_sharding_constraint(made, like.sharding)
-
-    return [zeros(like) for like in likes]
+    state = map_with_axes(state, lambda x, *names: new_array(layout, x.shape, x.dtype, 0, *names))
+    nothing = tuple(new_array(layout, (), np.int32, -1) for _ in range(2))
+    return eqx.tree_at(lambda s: (s.not_finite, s.nothing_left), state, nothing)
 
 
 def zero_state(model: MPT, rows: int, capacity: int, *, as_bits: bool, joined: bool = False) -> DecodeState:
@@ -98,6 +71,29 @@ def zero_state(model: MPT, rows: int, capacity: int, *, as_bits: bool, joined: b
         not_finite=jnp.full((), -1, jnp.int32),
         nothing_left=jnp.full((), -1, jnp.int32),
     )
+
+
+def new_array(
+    layout: Layout | None, shape: tuple[int, ...], dtype: DTypeLike, value: float, *names: str | None
+) -> Array:
+    """Returns a new array that can be donated: on CPUs by numpy, so that no shape costs a compilation.
+
+    Elsewhere the device makes it, because a whole cache would take long to come from the host.
+    """
+    if jax.default_backend() != "cpu":
+        sharding = None if layout is None else layout.sharding(shape, *names)
+        return _full(shape, dtype, value, sharding)
+    if layout is None:
+        return jax.device_put(np.full(shape, value, dtype), may_alias=False)
+    sharding = layout.sharding(shape, *names)
+    part = sharding.shard_shape(shape)
+    return jax.make_array_from_callback(shape, sharding, lambda _: np.full(part, value, dtype))
+
+
+@functools.partial(jax.jit, static_argnums=range(4))
+def _full(shape: tuple[int, ...], dtype: DTypeLike, value: float, sharding: Any) -> Array:
+    filled = jnp.full(shape, value, dtype)
+    return filled if sharding is None else jax.lax.with_sharding_constraint(filled, sharding)
 
 
 def map_with_axes(state: DecodeState, function: Callable[..., Any]) -> DecodeState:

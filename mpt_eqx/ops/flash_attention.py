@@ -47,7 +47,7 @@ def supports_flash_attention(
         softcap: as in `attention`.
 
     Source: jax 0.10.2, 0.11.2 and 0.12.0, jax/_src/cudnn/fused_attention_stablehlo.py, check_is_flash_attention: no
-    limits on the number of positions without a bias, in training neither.
+    limits on the number of positions without a bias, but in training it must be even: `flash_attention` adds one.
     """
     _, t, h = q.shape
     fits = isinstance(t, int) and t >= MIN_POSITIONS and (slopes is None or at_most(t, MAX_POSITIONS))
@@ -89,13 +89,15 @@ def flash_attention(
     if slopes is not None:
         q, k = with_alibi(q, k, slopes, scale)
     padded = padded_head(size, slopes is not None)
-    # The kernel has a batch axis of its own, which vmap adds to; values must be as wide as keys for that.
-    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, padded - x.shape[-1])))[None].swapaxes(1, 2) for x in (q, k, v))
-    local = None if window is None or window >= q.shape[1] - 1 else (window, 0)
+    # The kernel has a batch axis of its own, which vmap adds to; values must be as wide as keys for that. It does not
+    # train an odd number of positions; another one at the end is seen by none before it.
+    t, odd = q.shape[1], q.shape[1] % 2
+    q, k, v = (jnp.pad(x, ((0, 0), (0, odd), (0, padded - x.shape[-1])))[None].swapaxes(1, 2) for x in (q, k, v))
+    local = None if window is None or window >= t - 1 else (window, 0)
     h = jax.nn.dot_product_attention(
         q, k, v, scale=scale, is_causal=True, local_window_size=local, implementation=implementation
     )
-    return h.swapaxes(1, 2)[0, ..., :size]
+    return h.swapaxes(1, 2)[0, :, :t, :size]
 
 
 def with_alibi(

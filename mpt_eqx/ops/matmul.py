@@ -130,7 +130,7 @@ def _take_rows(weight: Weight, tokens: Int[Array, " T"]) -> Float[Array, "T in"]
     return weight.rows(tokens) if isinstance(weight, QuantizedWeight) else weight[tokens]
 
 
-# From here on: what GPUs and CPUs need. Each function computes one of the formulas above, and is differentiated as that.
+# From here on: what GPUs and CPUs need. Each function computes a formula of those above, and is differentiated as it.
 
 
 def _on_gpu(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Float[Array, "T out"]:
@@ -141,14 +141,13 @@ def _on_gpu(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Float[Arra
     """
     if isinstance(weight, LayerWeight) or x.dtype == jnp.float64:
         return _matmul(weight, x)
-    packed = isinstance(weight, QuantizedWeight) and weight.values.dtype == jnp.uint8
-    if packed and x.shape[0] <= MAX_UNPACKED_ROWS:
-        return _by_halves(weight, x)
-    if x.shape[0] > 1 or packed:
+    if isinstance(weight, QuantizedWeight) and weight.values.dtype == jnp.uint8:
+        return _by_halves(weight, x) if x.shape[0] <= MAX_UNPACKED_ROWS else _matmul(weight, x)
+    if x.shape[0] > 1:
         return _matmul(weight, x)
-    values, scale = (weight.values, weight.scale) if isinstance(weight, QuantizedWeight) else (weight, None)
+    values = weight.values if isinstance(weight, QuantizedWeight) else weight
     y = jnp.sum(values.astype(jnp.float32) * x.astype(jnp.float32), axis=1)[None]
-    return y if scale is None else y * scale.astype(jnp.float32).T
+    return y * weight.scale.astype(jnp.float32).T if isinstance(weight, QuantizedWeight) else y
 
 
 def _by_halves(weight: QuantizedWeight, x: Float[Array, "T in"]) -> Float32[Array, "T out"]:

@@ -28,8 +28,7 @@ def by_platform(
     kernel: Callable[..., Array] | None = None,
     gpu: Callable[..., Array] | None = None,
 ) -> Array:
-    """Returns what one of the functions gives for the operands: `cpu` in a program for CPUs, `gpu` in one for GPUs, if
-    there is such a function, `default` in others.
+    """Returns what one of the functions gives: `cpu` in a program for CPUs, `gpu`, if given, for GPUs, else `default`.
 
     With `kernel`, that takes the place of `cpu`, but in programs that `jax.export` makes: they are to run in processes,
     and on machines, that have no kernel. Only the function that a program needs is traced, when it is lowered, so that
@@ -74,7 +73,7 @@ def _lower(context: Any, *leaves: Any, functions: Functions, **how: Any) -> Any:
     on_cpu = cpu if context.module_context.lowering_parameters.for_export else kernel
     platforms = set(context.platforms or context.module_context.platforms)
     if len(platforms) == 1:
-        function = {"cpu": on_cpu, "cuda": gpu, "rocm": gpu}.get(*platforms, default)
+        function = {"cpu": on_cpu, "cuda": gpu, "rocm": gpu}.get(platforms.pop(), default)
     else:
         function = functools.partial(jax.lax.platform_dependent, cpu=on_cpu, cuda=gpu, rocm=gpu, default=default)
     return mlir.lower_fun(function, multiple_results=False)(context, *leaves)

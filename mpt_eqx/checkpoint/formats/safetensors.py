@@ -78,6 +78,7 @@ def _tensor_info(
     dtype: Any = dtypes.get(entry["dtype"])
 
     def read() -> np.ndarray:
+        assert dtype is not None  # of other types nothing but the name is asked for
         return data[start:end].view(dtype).reshape(shape)
 
     return TensorInfo(name, shape, entry["dtype"] if dtype is None else dtype.name, file.name, read)

@@ -1,0 +1,117 @@
+"""What programs for GPUs compute, checked on a CPU: the functions by their values, the programs by their text."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+GROUP = 32
+
+
+@pytest.fixture
+def as_gpu(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+def weight_of(kind, out=24, columns=2 * GROUP):
+    from mpt_eqx.ops.quantized import QuantizedWeight
+
+    numbers = np.random.default_rng(0)
+    if kind == "int8":
+        values, groups = numbers.integers(-127, 128, (out, columns), np.int8), 1
+    elif kind == "int4":
+        values, groups = numbers.integers(0, 256, (out, columns // 2), np.uint8), columns // GROUP
+    else:
+        return jnp.asarray(numbers.normal(size=(out, columns)), kind)
+    scale = jnp.asarray(numbers.uniform(0.5, 1, (out, groups)), "float32" if kind == "int8" else "bfloat16")
+    return QuantizedWeight(jnp.asarray(values), scale, np.dtype("bfloat16"))
+
+
+def for_cuda(function, *args):
+    return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("positions", [1, 3])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+def test_products_on_gpus_are_those_of_the_weight(kind, positions):
+    from mpt_eqx.ops.matmul import _on_gpu
+    from mpt_eqx.ops.quantized import QuantizedWeight, dequantize
+
+    weight, dtype = weight_of(kind), "float32" if kind == "float32" else "bfloat16"
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(positions, 2 * GROUP)), dtype)
+    plain = dequantize(weight.values, weight.scale) if isinstance(weight, QuantizedWeight) else weight
+    if kind == "int4" and positions > 1:  # rounded to the type of x, as the formula says
+        plain = plain.astype(dtype)
+    want = np.asarray(x, np.float64) @ np.asarray(plain, np.float64).T
+    np.testing.assert_allclose(_on_gpu(weight, x), want, atol=2e-6 * np.abs(want).max())
+
+
+def test_one_position_on_a_gpu_is_a_sum_of_products():
+    from mpt_eqx.ops.matmul import matmul
+
+    for kind in ("bfloat16", "int8", "int4"):
+        text = for_cuda(matmul, weight_of(kind), jnp.ones((1, 2 * GROUP), "bfloat16"))
+        assert "stablehlo.reduce" in text and "dot_general" not in text, kind
+    assert "dot_general" in for_cuda(matmul, weight_of("int8"), jnp.ones((2, 2 * GROUP), "bfloat16"))
+
+
+def cached(capacity=512, length=300, heads=2, size=8, groups=2, queries=1):
+    from mpt_eqx.ops.layer_cache import LayerCache
+
+    parts = jax.random.split(jax.random.key(0), 3)
+    k, v = (jax.random.normal(key, (heads, capacity, size)) for key in parts[:2])
+    # What is behind the tokens may be anything.
+    k, v = (x.at[:, length:].set(jnp.nan) for x in (k, v))
+    q = jax.random.normal(parts[2], (heads * groups, queries, size))
+    return q, LayerCache(k, v, np.dtype("float32")), jnp.arange(length - queries, length)
+
+
+def attended(q, cache, places):
+    from mpt_eqx.ops.attend import attend
+
+    slopes = jnp.asarray([0.5, 0.25, 0.125, 0.0625])
+    return attend(q, cache, places, scale=0.3, slopes=slopes, window=200)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_a_gpu_takes_the_whole_cache_without_a_loop(queries, as_gpu, monkeypatch):
+    from mpt_eqx.ops import attend as attend_module
+
+    monkeypatch.setattr(attend_module, "supports_cpu_kernel", lambda *_: False)
+    operands = cached(queries=queries)
+    in_blocks = attended(*operands)
+    assert "stablehlo.while" not in for_cuda(attended, *operands)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cuda, **_: cuda(*args))
+    np.testing.assert_allclose(attended(*operands), in_blocks, rtol=2e-6, atol=2e-6)
+
+
+def test_cudnn_is_called_outside_of_what_chooses_by_platform(monkeypatch):
+    from mpt_eqx.ops import attend as attend_module
+
+    # JAX tells a program's devices to those operations alone that it sees when it traces.
+    calls = []
+    monkeypatch.setattr(attend_module, "supports_cudnn", lambda *_: True)
+    monkeypatch.setattr(attend_module, "cudnn_attention", lambda q, *_: calls.append(q.shape) or q)
+    monkeypatch.setattr(attend_module, "supports_cpu_kernel", lambda *_: True)
+    jax.make_jaxpr(attended)(*cached(queries=40))
+    assert calls == [(2, 80, 8)]
+
+
+def test_prompts_are_prefilled_in_wide_chunks_on_gpus(as_gpu):
+    from mpt_eqx.generation.buckets import prefill_buckets, prefill_chunks
+
+    assert list(prefill_buckets(5000, 1)) == [2048, 2048, 512, 512]
+    assert list(prefill_buckets(20, 1)) == [32]
+    assert prefill_chunks(4)[0] == 2048 and prefill_chunks(5)[0] == 512
+
+
+def test_a_gpu_makes_its_own_caches(tiny_model, monkeypatch):
+    from mpt_eqx.generation.state import empty_state
+
+    want = empty_state(tiny_model, 2, 512)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    made = empty_state(tiny_model, 2, 512)
+    assert jax.tree.structure(made) == jax.tree.structure(want)
+    for x, y in zip(jax.tree.leaves(made), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(x, y)
+        assert x.dtype == y.dtype
