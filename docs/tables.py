@@ -7,6 +7,7 @@ A test compares what is committed with what this would write.
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -43,7 +44,9 @@ def tables() -> dict[str, str]:
         "load_torch": "load the torch shards themselves",
     }
     loading = [[words[name], str(steps[name]["seconds"]), str(steps[name]["anonymous_GB"])] for name in words]
+    gpu = json.loads((RESULTS / "gpu_generation.json").read_text())
     return {
+        "gpu": to_markdown(gpu_rows(gpu)),
         "speed": to_markdown(
             [["weights", "library", "1 row", "4 rows", "16 rows"]] + [row for row in short if "XLA" not in row[1]]
         ),
@@ -53,6 +56,27 @@ def tables() -> dict[str, str]:
         "loading": to_markdown([["step", "seconds", "peak memory, GB"], *loading]),
         "quality": to_markdown(markdown_tables(RESULTS / "quality.md")[0]),
     }
+
+
+def gpu_rows(results: dict[str, Any]) -> list[list[str]]:
+    """Returns the table of generation on a GPU: steps and prompts, by type."""
+
+    def decode(name: str) -> list[str]:
+        steps = [results[f"{name} decode {rows}"] for rows in (1, 8, 32)]
+        return [
+            f"{step['step_ms']:.2f}" + (f" ({step['share_of_bandwidth']:.0%})" if "share_of_bandwidth" in step else "")
+            for step in steps
+        ]
+
+    def prefill(name: str, lengths: tuple[int, ...] = (128, 512, 2048)) -> list[str]:
+        speeds = [results.get(f"{name} prefill {length}", {}).get("tokens_per_s") for length in lengths]
+        return ["–" if speed is None else f"{speed:,.0f}" for speed in speeds]
+
+    header = ["weights", "", "step, 1 row, ms", "8 rows", "32 rows", "prefill 128, tokens/s", "512", "2,048"]
+    ours = [[dtype, "mpt_eqx", *decode(dtype), *prefill(dtype)] for dtype in ("bfloat16", "int8", "int4")]
+    eager = ["bfloat16", "transformers", *decode("transformers"), *prefill("transformers eager")]
+    compiled = ["bfloat16", "transformers, torch.compile", "–", "–", "–", *prefill("transformers compiled")]
+    return [header, *ours, eager, compiled]
 
 
 def chart() -> str:
