@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 from hypothesis import settings
+from jax._src import compiler
 from jax._src.interpreters import mlir
 from jaxtyping import install_import_hook
 
@@ -67,10 +68,15 @@ ROOT = Path(__file__).parent.parent
 QUICK = "--xla_backend_optimization_level=0" + (
     " --xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
 )
+# What undoes them for one program.
+AS_USERS = {"xla_backend_optimization_level": 3} | (
+    {"xla_cpu_use_fusion_emitters": True} if jax.__version_info__ < (0, 11) else {}
+)
+optimized = SimpleNamespace(now=False)  # whether the test that runs is about compiled code
 
 
 def pytest_addoption(parser):
-    parser.addoption("--quick", action="store_true", help="compile quickly, and leave out the tests of compiled code")
+    parser.addoption("--quick", action="store_true", help="compile quickly, but for the tests of compiled code")
 
 
 def pytest_sessionstart():
@@ -82,16 +88,33 @@ def pytest_sessionstart():
 def pytest_configure(config):
     if config.option.quick:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
+        options = compiler.get_compile_options
+
+        def get_compile_options(*args, env_options_overrides=None, **kwargs):
+            overrides = {**(env_options_overrides or {}), **(AS_USERS if optimized.now else {})}
+            return options(*args, env_options_overrides=overrides, **kwargs)
+
+        compiler.get_compile_options = get_compile_options
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Before any fixture is made: what was compiled for tests of the other sort is not for this one."""
+    now = item.get_closest_marker("optimized") is not None
+    if item.config.option.quick and optimized.now != now:
+        jax.clear_caches()
+        optimized.now = now
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Keeps the names of all tests that were collected, before any are deselected: pages name them."""
+    """Keeps the names of all tests that were collected, before any are deselected: pages name them.
+
+    Those of compiled code run first, one after the other: between the two sorts all that was compiled is dropped.
+    """
     config.collected_names = {item.name for item in items}
     if config.option.quick:
-        left_out = [item for item in items if item.get_closest_marker("optimized")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("optimized")]
+        items.sort(key=lambda item: item.get_closest_marker("optimized") is None)
 
 
 # One of each way to know positions, to share keys, and of networks.

@@ -14,6 +14,13 @@ RESULT = {
     "first_token_seconds", "compile_seconds", "weight_bytes", "step_bytes", "peak_bytes",
 }  # fmt: skip
 
+# An answer of the process that measures.
+MEASURED = {
+    "dtype": "int8", "kernel": True, "prefill_tokens_per_s": {"8": 1234.5}, "decode_tokens_per_s": {"2": 12.345},
+    "bandwidth_share": 0.876, "load_seconds": 0.5, "first_token_seconds": 2.25, "compile_seconds": 10.0,
+    "weight_bytes": 7 * 10**9, "peak_bytes": None,
+}  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
@@ -61,11 +68,13 @@ def test_what_is_measured(checkpoint, in_this_process, capsys):
     assert in_this_process == [{"MPT_EQX_KERNEL": "1"}] * 2
 
 
-def test_with_and_without_the_kernel(checkpoint, in_this_process, capsys):
-    from mpt_eqx.cli import main
+def test_with_and_without_the_kernel(checkpoint, monkeypatch, capsys):
+    from mpt_eqx.cli import bench, main
 
+    environments = []
+    monkeypatch.setattr(bench, "ask", lambda _, environment: (environments.append(environment), MEASURED)[1])
     assert main(["bench", "--model", str(checkpoint), *SMALL, "--kernel", "both"]) == 0
-    assert in_this_process == [{"MPT_EQX_KERNEL": "1"}, {"MPT_EQX_KERNEL": "0"}]
+    assert environments == [{"MPT_EQX_KERNEL": "1"}, {"MPT_EQX_KERNEL": "0"}]
     about, head, *rows = capsys.readouterr().out.splitlines()
     assert head.split()[:6] == ["dtype", "kernel", "prefill", "8", "decode", "×2"] and len(rows) == 2
     assert "Tokens per second; decode: batch sizes, 8 tokens after 8." in about
@@ -82,11 +91,7 @@ def test_a_step_does_not_read_other_tokens_embeddings(tiny_config):
 def test_the_table():
     from mpt_eqx.cli.bench import text_report
 
-    result = {
-        "dtype": "int8", "kernel": True, "prefill_tokens_per_s": {"128": 1234.5}, "decode_tokens_per_s": {"1": 12.345},
-        "bandwidth_share": 0.876, "load_seconds": 0.5, "first_token_seconds": 2.25, "compile_seconds": 10.0,
-        "weight_bytes": 7 * 10**9, "peak_bytes": None,
-    }  # fmt: skip
+    result = MEASURED | {"prefill_tokens_per_s": {"128": 1234.5}, "decode_tokens_per_s": {"1": 12.345}}
     report = {
         "model": "m", "parameters": 1234, "prompt": 128, "new_tokens": 64, "prefill_lengths": [128],
         "batch_sizes": [1], "results": [result, {"error": "no room"}],

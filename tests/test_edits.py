@@ -60,8 +60,9 @@ def test_a_row_has_its_own_edits(tiny_model, rows):
     np.testing.assert_array_equal(alone.tokens, together.tokens[0])
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_row_with_edits_is_the_same_in_every_bit(kernel, tiny_config, dtype):
     """As alone with its edits; its neighbour is as in a batch without any."""
     from mpt_eqx import MPT, InitConfig, generate, interp

@@ -53,7 +53,7 @@ def test_a_row_alone_equals_the_row_in_a_batch(one_block_model, tiny_model, prom
     np.testing.assert_array_equal(alone.tokens, together.tokens[:1])
     np.testing.assert_allclose(alone.logits, together.logits[:1], atol=1e-5)
     np.testing.assert_allclose(alone.logprobs, together.logprobs[:1], atol=1e-5)
-    others = generate(model, [rows[0], [7], [8], [9]], **options)
+    others = generate(model, [rows[0], *prompts(1, 40, 17, seed=1)], **options)
     np.testing.assert_array_equal(others.tokens[0], together.tokens[0])
 
 

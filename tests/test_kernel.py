@@ -619,6 +619,7 @@ def test_several_calls_at_once_end(way):
 
 @pytest.mark.optimized
 @pytest.mark.parametrize("kind", some(KINDS, ["bfloat16"]))
+@pytest.mark.parametrize("way", some(["kernel", "XLA"], ["kernel"]), indirect=True)
 def test_a_step_makes_no_copy_of_the_weights(kind, way):
     """In no type, neither widened nor turned: what a step needs for itself is small beside the weights."""
     from mpt_eqx import MPT, AttnConfig, MPTConfig, quantize

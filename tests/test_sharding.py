@@ -3,10 +3,12 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from subprocess import PIPE
 from types import SimpleNamespace
@@ -15,21 +17,26 @@ import equinox as eqx
 import jax
 import numpy as np
 import pytest
-from conftest import GOLDEN, ROOT, asked_by_line, is_long, some
+from conftest import GOLDEN, QUICK, ROOT, asked_by_line, is_long, some
 from jax.sharding import AbstractMesh, PartitionSpec
 
 
-@pytest.fixture(scope="module")
-def ask(tmp_path_factory):
-    """Models have two blocks in `just test-all`, one in `just test`."""
-    blocks, room = "2" if is_long() else "1", tmp_path_factory.mktemp("blocks")
-    with asked_by_line("sharded.py", BLOCKS=blocks, ROOM=str(room)) as line:
+@contextmanager
+def devices(**environment):
+    with asked_by_line("sharded.py", **environment) as line:
 
         def asked(name, **arguments):
             answer = line(json.dumps([name, arguments]))
             assert answer, "the helper has died"
             return json.loads(answer)
 
+        yield asked
+
+
+@pytest.fixture(scope="module")
+def ask(tmp_path_factory):
+    """Models have two blocks in `just test-all`, one in `just test`."""
+    with devices(BLOCKS="2" if is_long() else "1", ROOM=str(tmp_path_factory.mktemp("blocks"))) as asked:
         yield asked
 
 
@@ -318,9 +325,10 @@ def test_a_model_saved_from_a_mesh_is_the_one_that_was_loaded(ask, case, tmp_pat
 
 
 @pytest.mark.optimized
-def test_a_model_made_on_a_mesh_is_the_one_made_on_a_device(ask):
+def test_a_model_made_on_a_mesh_is_the_one_made_on_a_device():
     """The same random numbers, and on each device its part only; so are one that comes from elsewhere and moments."""
-    found = ask("initialised", preset="FSDP_TP", axes={"fsdp": 2, "tp": 4})
+    with devices(XLA_FLAGS=os.environ.get("XLA_FLAGS", "").replace(QUICK, "").strip()) as ask:
+        found = ask("initialised", preset="FSDP_TP", axes={"fsdp": 2, "tp": 4})
     assert found["weights"] == 0
     made = found["bytes"].pop("made")
     assert len(made) == 8 and all(held == made for held in found["bytes"].values())
