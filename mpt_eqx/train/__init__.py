@@ -9,6 +9,8 @@ from mpt_eqx.train.optimizers import not_named as not_named
 from mpt_eqx.train.packing import Packed as Packed
 from mpt_eqx.train.packing import batches as batches
 from mpt_eqx.train.packing import pack as pack
+from mpt_eqx.train.recipes import RECIPES as RECIPES
+from mpt_eqx.train.recipes import Recipe as Recipe
 from mpt_eqx.train.sampler import Sampler as Sampler
 from mpt_eqx.train.saved_states import restore_state as restore_state
 from mpt_eqx.train.saved_states import save_state as save_state
