@@ -315,7 +315,7 @@ def test_an_error_in_the_middle_leaves_the_old_checkpoint(tmp_path, monkeypatch)
     from mpt_eqx.checkpoint import atomic
 
     save_pretrained(model_of(1), tmp_path)
-    monkeypatch.setattr(atomic, "_write", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(atomic, "write_synced", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         save_pretrained(model_of(12), tmp_path)
     monkeypatch.undo()
