@@ -171,7 +171,7 @@ def save_until(moment, directory, step, error):
         except Killed:
             return False
         except CheckpointError as said:
-            assert "cannot be read or written ([Errno 28] No space left on device)" in str(said)
+            assert "cannot be read or written ([Errno 28] No space left on device" in str(said)
             return False
     return True
 
