@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 
 from mpt_eqx import __version__
-from mpt_eqx.cli import bench, chat, console, convert, generate, inspect
+from mpt_eqx.cli import bench, chat, console, convert, generate, inspect, train
 from mpt_eqx.errors import MPTError
 
-COMMANDS = (generate, chat, inspect, convert, bench)  # one module each, in the order in which --help lists them
+COMMANDS = (generate, chat, inspect, convert, train, bench)  # one module each, in the order in which --help lists them
 
 EXAMPLES = """examples:
   mpt-eqx generate "The zip() function"                      the small model that ships with mpt_eqx
@@ -18,6 +18,7 @@ EXAMPLES = """examples:
   mpt-eqx chat --model ./mpt-7b-chat --template chatml         a conversation
   mpt-eqx inspect ./mpt-7b                                    what a checkpoint contains, and what is wrong with it
   mpt-eqx convert ./mpt-7b ./mpt-7b-aligned                   torch files or GGUF to memory-mapped safetensors
+  mpt-eqx train --data notes.jsonl --output run               fine-tune that small model on your texts
   mpt-eqx bench --model ./mpt-7b --dtypes bfloat16,int8       its speed and memory here, in two dtypes
 """
 

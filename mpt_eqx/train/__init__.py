@@ -1,6 +1,8 @@
 """Training: the loss, the optimizers and schedules of the MPT recipes, a step over any optimizer, data, and states."""
 
 from mpt_eqx.train.documents import read_documents as read_documents
+from mpt_eqx.train.loop import mean_loss as mean_loss
+from mpt_eqx.train.loop import run as run
 from mpt_eqx.train.loss import next_token_loss as next_token_loss
 from mpt_eqx.train.optimizers import decoupled_adamw as decoupled_adamw
 from mpt_eqx.train.optimizers import decoupled_lionw as decoupled_lionw

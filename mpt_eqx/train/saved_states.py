@@ -139,6 +139,11 @@ def restore_state(directory: str | Path, like: S) -> tuple[S, Any] | None:
     return state, json.loads(texts[jax.process_index() % len(texts)])
 
 
+def has_states(directory: str | Path) -> bool:
+    """Tells whether a directory has a state, readable or not."""
+    return bool(_in_first_process(Path(directory), lambda: "yes" if _places(Path(directory)) else ""))
+
+
 def _begin(directory: Path, step: int, stack: contextlib.ExitStack) -> str:
     """Returns the name of a new directory for a state; no other save can begin until the stack is closed."""
     make_directory(directory)
