@@ -21,9 +21,11 @@ class Log:
 
         if self._file is None:
             self._output.mkdir(parents=True, exist_ok=True)
-            before = [line for line in self.lines() if line["step"] < record["step"]]
-            self._file = open(self._output / "log.jsonl", "w", encoding="utf-8")  # noqa: SIM115
-            self._file.writelines(json.dumps(line) + "\n" for line in before)
+            lines = self.lines()
+            before = [line for line in lines if line["step"] < record["step"]]
+            self._file = open(self._output / "log.jsonl", "a" if before == lines else "w", encoding="utf-8")  # noqa: SIM115
+            if before != lines:
+                self._file.writelines(json.dumps(line) + "\n" for line in before)
             self._bar = tqdm(total=self._steps, initial=record["step"] - 1, unit="step", disable=None)
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()

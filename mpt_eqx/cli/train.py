@@ -232,12 +232,13 @@ def needs(plan: Plan) -> str:
     one = jax.jit(
         lambda given, batch: eqx.filter(plan.step(eqx.combine(given, rest), batch), eqx.is_array), donate_argnums=0
     )
+    whole = shapes.model.config.num_parameters() + (trained if plan.options.lora else 0)
     during = one.lower(given, batch).compile().memory_analysis()
-    trained = eqx.filter(shapes.model, shapes.trainable)
+    trained = sum(math.prod(x.shape) for x in _arrays(eqx.filter(shapes.model, shapes.trainable)))
     size, weights = _bytes(shapes), _bytes(shapes.model)
     rows, tokens = plan.epoch
     lines = {
-        "weights": f"{_size(trained):,} trained of {_size(shapes.model):,}",
+        "weights": f"{trained:,} trained of {whole:,}",
         "data": f"{rows:,} rows of {recipe.length} tokens in a pass, {tokens:,} trained tokens",
         "steps": f"{plan.steps:,} of {recipe.batch_size} rows, {plan.steps * recipe.batch_size / rows:.3g} passes, "
         f"{plan.steps * recipe.batch_size * recipe.length:,} tokens",
@@ -255,10 +256,6 @@ def _arrays(tree: Any) -> list[Any]:
     import jax
 
     return [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape")]
-
-
-def _size(tree: Any) -> int:
-    return sum(math.prod(x.shape) for x in _arrays(tree))
 
 
 def _bytes(tree: Any) -> int:
