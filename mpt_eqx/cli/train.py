@@ -232,9 +232,10 @@ def needs(plan: Plan) -> str:
     one = jax.jit(
         lambda given, batch: eqx.filter(plan.step(eqx.combine(given, rest), batch), eqx.is_array), donate_argnums=0
     )
+    trained = sum(math.prod(x.shape) for x in _arrays(eqx.filter(shapes.model, shapes.trainable)))
     whole = shapes.model.config.num_parameters() + (trained if plan.options.lora else 0)
     during = one.lower(given, batch).compile().memory_analysis()
-    trained = sum(math.prod(x.shape) for x in _arrays(eqx.filter(shapes.model, shapes.trainable)))
+    working = "an unknown amount" if during is None else _mb(during.temp_size_in_bytes)
     size, weights = _bytes(shapes), _bytes(shapes.model)
     rows, tokens = plan.epoch
     lines = {
@@ -245,8 +246,7 @@ def needs(plan: Plan) -> str:
         "rate": f"{recipe.learning_rate:g} after {recipe.warmup_steps} steps, then {recipe.schedule} to "
         f"{recipe.learning_rate * recipe.floor:g}",
         "operations": f"{recipe.batch_size * count_flops(shapes.model.config, recipe.length):.3g} in a step",
-        "memory": f"{_mb(size)} of state ({_mb(weights)} of weights) and {_mb(during.temp_size_in_bytes)} during a "
-        "step, on one device",
+        "memory": f"{_mb(size)} of state ({_mb(weights)} of weights) and {working} during a step, on one device",
         "disk": f"{_mb(size)} for each saved state, of which 3 stay",
     }
     return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
