@@ -31,7 +31,7 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "cli": (
         "the commands of mpt-eqx",
-        ("errors", "config", "ops", "model", "surgery", "checkpoint", "generation", "text"),
+        ("errors", "config", "ops", "model", "surgery", "checkpoint", "lora", "generation", "text", "train"),
     ),
 }  # fmt: skip
 
