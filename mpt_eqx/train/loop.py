@@ -44,7 +44,7 @@ def run(
     last state there. A run whose loss or gradient is not finite saves nothing more.
 
     Args:
-        start: returns the state before the first step. It is called again where a state is restored, for its shapes.
+        start: returns the state before the first step; where a state is restored, only the shapes in it count.
         step: of `make_train_step`.
         rows: returns `pack(…, state=place)` of the place in the data where the run is; None for the start.
         directory: of the states of this run only.
