@@ -1,6 +1,7 @@
 """What programs for GPUs compute, checked on a CPU: the functions by their values, the programs by their text."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -53,6 +54,17 @@ def test_one_position_on_a_gpu_is_a_sum_of_products():
         text = for_cuda(matmul, weight_of(kind), jnp.ones((1, 2 * GROUP), "bfloat16"))
         assert "stablehlo.reduce" in text and "dot_general" not in text, kind
     assert "dot_general" in for_cuda(matmul, weight_of("int8"), jnp.ones((2, 2 * GROUP), "bfloat16"))
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
+def test_a_program_for_gpus_takes_any_number_of_rows(kind):
+    from mpt_eqx.ops.matmul import matmul
+
+    rows, dtype = jax.export.symbolic_shape("b")[0], jnp.bfloat16
+    x = jax.ShapeDtypeStruct((rows, 1, 2 * GROUP), dtype)
+    many = jax.jit(jax.vmap(matmul, in_axes=(None, 0)))
+    exported = jax.export.export(many, platforms=("cuda",))(weight_of(kind), x)
+    assert exported.out_avals[0].shape == (rows, 1, 24)
 
 
 def cached(capacity=512, length=300, heads=2, size=8, groups=2, queries=1):

@@ -142,8 +142,8 @@ def _on_gpu(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Float[Arra
     if isinstance(weight, LayerWeight) or x.dtype == jnp.float64:
         return _matmul(weight, x)
     if isinstance(weight, QuantizedWeight) and weight.values.dtype == jnp.uint8:
-        return _by_halves(weight, x) if x.shape[0] <= MAX_UNPACKED_ROWS else _matmul(weight, x)
-    if x.shape[0] > 1:
+        return _by_halves(weight, x) if at_most(x.shape[0], MAX_UNPACKED_ROWS) else _matmul(weight, x)
+    if not at_most(x.shape[0], 1):  # a symbol, too
         return _matmul(weight, x)
     values = weight.values if isinstance(weight, QuantizedWeight) else weight
     y = jnp.sum(values.astype(jnp.float32) * x.astype(jnp.float32), axis=1)[None]
@@ -184,7 +184,7 @@ def _rows(
 
     @multiply.def_vmap
     @library_switches()
-    def _(size: int, batched: list[Any], weight: Any, x: Array) -> tuple[Array, bool]:
+    def _(size: Any, batched: list[Any], weight: Any, x: Array) -> tuple[Array, bool]:
         weight_batched, x_batched = batched
         if any(jax.tree.leaves(weight_batched)):  # with a weight for each row, XLA has the product
             axes = (jax.tree.map(lambda there: 0 if there else None, weight_batched), 0 if x_batched else None)
