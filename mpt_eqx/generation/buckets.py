@@ -5,9 +5,8 @@ Every other size is rounded up to one of these, so that few programs serve promp
 
 from collections.abc import Iterator
 
-import jax
-
 from mpt_eqx.config import MPTConfig
+from mpt_eqx.ops.platform import is_default
 
 MIN_CACHE = 512
 """The smallest KV cache, in tokens. The next size is four times that, then each twice the one before."""
@@ -36,7 +35,7 @@ def cache_bucket(config: MPTConfig, length: int) -> int:
 
 def prefill_chunks(rows: int) -> tuple[int, ...]:
     """Returns the sizes of chunks in which prompts of so many rows are prefilled, the largest first."""
-    if jax.default_backend() == "cpu":
+    if is_default("cpu"):
         return PREFILL_CHUNKS
     return tuple(size for size in WIDE_PREFILL_CHUNKS if size <= 512 or size * rows <= MAX_WIDE_TOKENS)
 

@@ -17,6 +17,7 @@ from mpt_eqx.generation.layers import has_layer_loop
 from mpt_eqx.model import MPT, KVCache
 from mpt_eqx.model.taps import Edit, stack_edits
 from mpt_eqx.ops.layout import Layout
+from mpt_eqx.ops.platform import is_default
 
 T = TypeVar("T")
 
@@ -80,7 +81,7 @@ def new_array(
 
     Elsewhere the device makes it, because a whole cache would take long to come from the host.
     """
-    if jax.default_backend() != "cpu":
+    if not is_default("cpu"):
         sharding = None if layout is None else layout.sharding(shape, *names)
         return _full(shape, dtype, value, sharding)
     if layout is None:

@@ -13,7 +13,7 @@ from mpt_eqx.ops.cudnn_attention import cudnn_attention, supports_cudnn
 from mpt_eqx.ops.flash_attention import flash_attention, supports_flash_attention
 from mpt_eqx.ops.kernel_attention import kernel_attention, supports_cpu_kernel
 from mpt_eqx.ops.layer_cache import KeysValues, LayerCache
-from mpt_eqx.ops.platform import MAX_DECODE_ROWS
+from mpt_eqx.ops.platform import MAX_DECODE_ROWS, is_default
 from mpt_eqx.ops.query_blocks import in_query_blocks
 from mpt_eqx.ops.sizes import at_most
 from mpt_eqx.ops.switches import library_switches
@@ -118,8 +118,8 @@ def attend(
 
         if supports_cudnn(q, capacity, softcap):
             return jax.lax.platform_dependent(cuda=by_cudnn, default=in_blocks)
-        # On a GPU the host would wait for each turn of a loop of unknown length.
-        few = at_most(query_pos.shape[0], MAX_DECODE_ROWS) and jax.default_backend() == "gpu"
+        # On a GPU a loop of unknown length over blocks is many small operations, one after another.
+        few = at_most(query_pos.shape[0], MAX_DECODE_ROWS) and is_default("gpu")
         return jax.lax.platform_dependent(cuda=whole, rocm=whole, default=in_blocks) if few else in_blocks()
 
     @jax.custom_jvp

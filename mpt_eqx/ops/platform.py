@@ -135,12 +135,17 @@ def on_one_cpu(*arrays: Array) -> bool:
     return not on_mesh(*arrays) and len(devices) == 1 and {device.platform for device in devices} == {"cpu"}
 
 
+def is_default(platform: str) -> bool:
+    """Whether "cpu" or "gpu" is where JAX puts arrays unless told otherwise."""
+    return jax.default_backend() == platform
+
+
 def max_cudnn_head() -> int:
     """Returns the largest head size of cuDNN's fused attention, backward too, on the default backend; 0 for none.
 
     Source: jax 0.11.2, jax/_src/cudnn/fused_attention_stablehlo.py, check_is_flash_attention, check_compute_capability.
     """
-    if jax.default_backend() != "gpu":
+    if not is_default("gpu"):
         return 0
     gpu = jax.local_devices(backend="gpu")[0]
     if "cuda" not in gpu.client.platform_version:
