@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import io
 import json
 import os
 import shutil
@@ -153,6 +154,40 @@ def asked_by_line(script: str, **environment: str):
 
         yield ask
         process.stdin.close()
+
+
+class Killed(BaseException):
+    """Ends a save in this process as a kill would: nothing can be written or removed afterwards."""
+
+
+@contextmanager
+def failing(moment, error):
+    """Makes one write, sync, move, removal or new name fail, the n-th of a save; of `Killed` all after it, too."""
+    from mpt_eqx.checkpoint import atomic
+    from mpt_eqx.checkpoint.formats import safetensors
+
+    count = 0
+
+    def counting(original):
+        def call(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count == moment or (error is Killed and moment is not None and count > moment):
+                raise error
+            return original(*args, **kwargs)
+
+        return call
+
+    class File(io.FileIO):
+        write = counting(io.FileIO.write)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("replace", "fsync", "unlink", "mkdir", "rmdir"):
+            patch.setattr(os, name, counting(getattr(os, name)))
+        patch.setattr(Path, "touch", counting(Path.touch))
+        for module in (atomic, safetensors):
+            patch.setattr(module, "open", lambda path, mode: File(path, mode.replace("b", "")), raising=False)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import io
 import json
 import os
 import re
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from command import environment
-from conftest import GOLDEN, asked_by_line, is_long
+from conftest import GOLDEN, Killed, asked_by_line, failing, is_long
 from safetensors.numpy import load_file
 
 WAITING = ".mpt_eqx-"
@@ -73,50 +72,22 @@ def saver():
         yield save
 
 
-class Killed(BaseException):
-    """Ends a save in this process as a kill would: nothing can be written or removed afterwards."""
-
-
 @pytest.fixture(scope="module")
 def saved():
     """Saves, and at the n-th write, sync, move, removal or new name fails; returns whether the save came to its end."""
     from mpt_eqx import CheckpointError, save_pretrained
-    from mpt_eqx.checkpoint import atomic
-    from mpt_eqx.checkpoint.formats import safetensors
 
     models = {value: model_of(value) for value in (1, 2, 3, 12)}
 
     def save(directory, value, size=SHARDS, moment=None, full=False):
-        count = 0
-
-        def counting(original):
-            def call(*args, **kwargs):
-                nonlocal count
-                count += 1
-                if moment is not None and full and count == moment:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                if moment is not None and not full and count >= moment:
-                    raise Killed
-                return original(*args, **kwargs)
-
-            return call
-
-        class File(io.FileIO):
-            write = counting(io.FileIO.write)
-
-        with pytest.MonkeyPatch.context() as patch:
-            for name in ("replace", "fsync", "unlink", "mkdir"):
-                patch.setattr(os, name, counting(getattr(os, name)))
-            patch.setattr(Path, "touch", counting(Path.touch))
-            for module in (atomic, safetensors):
-                patch.setattr(module, "open", lambda path, mode: File(path, mode.replace("b", "")), raising=False)
-            try:
+        try:
+            with failing(moment, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if full else Killed):
                 save_pretrained(models[value], directory, max_shard_size=size)
-            except Killed:
-                return False
-            except CheckpointError as error:
-                assert full and "cannot be written ([Errno 28] No space left on device)" in str(error)
-                return False
+        except Killed:
+            return False
+        except CheckpointError as error:
+            assert full and "cannot be written ([Errno 28] No space left on device)" in str(error)
+            return False
         return True
 
     return save

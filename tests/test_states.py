@@ -1,7 +1,6 @@
 """States of training that are never lost: to the bit, at any moment of saving, and whatever is damaged."""
 
 import errno
-import io
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ import numpy as np
 import optax
 import pytest
 from command import python
+from conftest import Killed, failing
 from jaxtyping import Array
 
 from mpt_eqx import CheckpointError, MPTError, train
@@ -137,42 +137,16 @@ def test_a_number_that_is_weakly_typed_stays_so(tmp_path):
     assert state.step.weak_type
 
 
-class Killed(BaseException):
-    """Ends a save as a kill would: nothing can be written or removed afterwards."""
-
-
 def save_until(moment, directory, step, error):
     """Saves, and from the given write, sync, move, removal or new directory on fails; returns whether it did not."""
-    from mpt_eqx.checkpoint import atomic
-    from mpt_eqx.checkpoint.formats import safetensors
-
-    count = 0
-
-    def counting(original):
-        def call(*args, **kwargs):
-            nonlocal count
-            count += 1
-            if count == moment or (error is Killed and count > moment):
-                raise error
-            return original(*args, **kwargs)
-
-        return call
-
-    class File(io.FileIO):
-        write = counting(io.FileIO.write)
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("replace", "fsync", "unlink", "mkdir", "rmdir"):
-            patch.setattr(os, name, counting(getattr(os, name)))
-        for module in (atomic, safetensors):
-            patch.setattr(module, "open", lambda path, mode: File(path, mode.replace("b", "")), raising=False)
-        try:
+    try:
+        with failing(moment, error):
             saved_in(directory, step, keep=2)
-        except Killed:
-            return False
-        except CheckpointError as said:
-            assert "cannot be read or written ([Errno 28] No space left on device" in str(said)
-            return False
+    except Killed:
+        return False
+    except CheckpointError as said:
+        assert "cannot be read or written ([Errno 28] No space left on device" in str(said)
+        return False
     return True
 
 
