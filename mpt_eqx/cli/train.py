@@ -52,9 +52,9 @@ def add_to(commands: Any, shared: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="a TOML file with options (default: none)")
     groups: dict[str, Any] = {}
     for title, flag, kind, metavar, text, default in OPTIONS:
-        group = groups.setdefault(title, None) or parser.add_argument_group(title)
-        groups[title] = group
-        group.add_argument(flag, type=kind, metavar=metavar, help=f"{text} (default: {default})")
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        groups[title].add_argument(flag, type=kind, metavar=metavar, help=f"{text} (default: {default})")
     parser.add_argument("--dry-run", action="store_true", help="say what the run needs, and stop (default: train)")
     parser.set_defaults(run=run)
 

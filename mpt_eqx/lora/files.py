@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mpt_eqx.checkpoint.atomic import sync_directory
+from mpt_eqx.checkpoint.atomic import sync_directory, write_synced
 from mpt_eqx.checkpoint.checkpoint_files import ADAPTER
 from mpt_eqx.checkpoint.formats.detect import check_tensor_infos, read_weight_file
 from mpt_eqx.checkpoint.formats.safetensors import TensorToWrite, write_safetensors
@@ -217,15 +217,9 @@ def _write(directory: Path, config: bytes, tensors: list[TensorToWrite]) -> None
     """Writes both files under other names first. Without adapter_config.json, which comes last, there is no adapter."""
     mark = secrets.token_hex(4)
 
-    def write_config(path: Path) -> None:
-        with open(path, "wb") as f:
-            f.write(config)
-            f.flush()
-            os.fsync(f.fileno())
-
     writers: Mapping[str, Callable[[Path], None]] = {
         WEIGHTS: lambda path: write_safetensors(path, tensors),
-        ADAPTER: write_config,
+        ADAPTER: lambda path: write_synced(path, config),
     }
     new = {name: directory / f"{name}.mpt_eqx-{mark}" for name in writers}
     try:
