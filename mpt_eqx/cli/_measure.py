@@ -22,6 +22,7 @@ from mpt_eqx.errors import MPTError
 from mpt_eqx.generation import generate, prefill
 from mpt_eqx.model import MPT
 from mpt_eqx.ops import cpu
+from mpt_eqx.ops.platform import is_default
 from mpt_eqx.surgery.quantization import quantization_of, quantize
 
 EXTRA_TOKENS = 8  # generated besides those that count: a call for these alone costs everything but the steps
@@ -85,8 +86,8 @@ def decode_run(model: MPT, prompt: list[int], rows: int, steps: int) -> Callable
 def model_facts(model: MPT) -> dict[str, Any]:
     """Returns bytes of the weights and of those that a step reads, and whether the CPU kernel runs."""
     sizes = {name: leaf.nbytes for name, leaf in named_leaves(model).items()}
-    read = step_bytes(model.config, sizes)
-    return {"weight_bytes": sum(sizes.values()), "step_bytes": read, "kernel": bool(cpu.available())}
+    total, read = sum(sizes.values()), step_bytes(model.config, sizes)
+    return {"weight_bytes": total, "step_bytes": read, "kernel": bool(cpu.available())}
 
 
 def step_bytes(config: MPTConfig, sizes: dict[str, int]) -> int:
@@ -107,10 +108,11 @@ def peak_bytes(process: int | str = "self") -> int | None:
 
 def memory_bandwidth(size: int = ARRAY_SIZE) -> float:
     """Returns how many bytes per second JAX reads of an array of `size` float32 numbers, the best of five times."""
-    x = jnp.ones((64, size // 64), jnp.float32)  # threads share the rows
-    largest, seconds = jax.jit(lambda x: jnp.max(x, axis=1)), []
-    # On another device a call takes a while to begin, which would count as reading; queued calls do not wait for that.
-    calls = 1 if jax.default_backend() == "cpu" else 8
+    x, largest = (
+        jnp.ones((64, size // 64), jnp.float32),
+        jax.jit(lambda x: jnp.max(x, axis=1)),
+    )  # threads share the rows
+    calls, seconds = 1 if is_default("cpu") else 8, []  # queued: a call's start on another device would count, too
     jax.block_until_ready(largest(x))
     for _ in range(5):
         started = time.perf_counter()
