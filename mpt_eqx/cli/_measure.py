@@ -107,12 +107,9 @@ def peak_bytes(process: int | str = "self") -> int | None:
 
 
 def memory_bandwidth(size: int = ARRAY_SIZE) -> float:
-    """Returns how many bytes per second JAX reads of an array of `size` float32 numbers, the best of five times."""
-    x, largest = (
-        jnp.ones((64, size // 64), jnp.float32),
-        jax.jit(lambda x: jnp.max(x, axis=1)),
-    )  # threads share the rows
-    calls, seconds = 1 if is_default("cpu") else 8, []  # queued: a call's start on another device would count, too
+    """Returns the bytes per second that JAX reads of `size` float32 numbers: the best of five; on GPUs, of queued calls."""
+    x = jnp.ones((64, size // 64), jnp.float32)  # threads share the rows
+    largest, calls, seconds = jax.jit(lambda x: jnp.max(x, axis=1)), 1 if is_default("cpu") else 8, []
     jax.block_until_ready(largest(x))
     for _ in range(5):
         started = time.perf_counter()
