@@ -107,7 +107,7 @@ def peak_bytes(process: int | str = "self") -> int | None:
 
 
 def memory_bandwidth(size: int = ARRAY_SIZE) -> float:
-    """Returns the bytes per second that JAX reads of `size` float32 numbers: the best of five; on GPUs, of queued calls."""
+    """Returns the bytes per second that JAX reads of `size` float32 numbers, best of five; on GPUs by queued calls."""
     x = jnp.ones((64, size // 64), jnp.float32)  # threads share the rows
     largest, calls, seconds = jax.jit(lambda x: jnp.max(x, axis=1)), 1 if is_default("cpu") else 8, []
     jax.block_until_ready(largest(x))
