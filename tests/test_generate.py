@@ -119,6 +119,20 @@ def test_keys(one_block_model, prompts):
     np.testing.assert_array_equal(legacy.tokens, one)
 
 
+def test_a_row_with_a_key_of_its_own_draws_the_same_beside_any_others(one_block_model, prompts):
+    from mpt_eqx import generate
+
+    rows, options = prompts(4, 9), {"max_new_tokens": 16, "temperature": 3.0}
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(1), np.arange(2))
+    together = generate(one_block_model, rows, key=keys, **options).tokens
+    np.testing.assert_array_equal(together, generate(one_block_model, rows, key=jax.random.key(1), **options).tokens)
+    np.testing.assert_array_equal(
+        generate(one_block_model, rows[::-1], key=keys[::-1], **options).tokens[::-1], together
+    )
+    legacy = generate(one_block_model, rows, key=jax.random.key_data(keys), **options).tokens
+    np.testing.assert_array_equal(legacy, together)
+
+
 def test_nothing_compiles_again(one_block_model, prompts):
     """For another prompt of the same bucket, other values of every option, other seeds and lengths."""
     from mpt_eqx import generate
@@ -239,7 +253,8 @@ def test_no_prompts_no_rows(one_block_model):
         ({"temperature": 1e39}, "temperature: expected a finite number ≥ 0, found 1e"),
         ({"repetition_penalty": 1e300}, "repetition_penalty: expected a finite number > 0, found 1e"),
         ({"key": 5}, r"key: expected one key, such as jax.random.key\(0\), found int"),
-        ({"key": jax.random.split(jax.random.key(0), 2)}, "key: expected one key, such as .*, found PRNGKeyArray"),
+        ({"key": jax.random.split(jax.random.key(0), 3)}, r"key: expected one key, such as .*, or 1, one for each row, "
+         r"found an array of shape \(3,\) and type key<fry>"),
         ({"key": np.array([0, 5])}, r"key: expected one key, .*, found an array of shape \(2,\) and type int64"),
         ({"eos_token_ids": 5}, "eos_token_ids: expected a list of token ids, found 5"),
         ({"eos_token_ids": None}, "eos_token_ids: expected a list of token ids, found None"),

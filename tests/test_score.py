@@ -122,8 +122,20 @@ def test_prefixes_of_the_longest_sequences_share_a_cache_size(small):
     """Also where padding goes beyond max_seq_len: each size would compile its own programs."""
     from mpt_eqx.evaluation.score import _job
 
-    row = np.ones(small.config.max_seq_len, np.int64)
+    row = np.ones(small.config.max_seq_len + 1, np.int64)
     assert {_job(small.config, 0, row, prefix).capacity for prefix in range(1, len(row))} == {1024, 1024 + 32}
+
+
+def test_the_last_token_may_stand_beyond_max_seq_len(tiny_config):
+    """It is not read; also where positions are learned and there is none for it."""
+    from mpt_eqx import MPT, AttnConfig, score
+
+    config = tiny_config(n_layers=1, max_seq_len=16, learned_pos_emb=True, attn_config=AttnConfig(alibi=False))
+    model = MPT(config, key=jax.random.key(0))
+    tokens = np.arange(17) % 7 + 1
+    logits = model(jnp.asarray(tokens[:-1]), logits_dtype="float32")
+    expected = np.asarray(jax.nn.log_softmax(logits))[np.arange(16), tokens[1:]]
+    np.testing.assert_allclose(score(model, [tokens])[0].logprobs, expected, atol=2e-5)
 
 
 @pytest.mark.filterwarnings("ignore:Some donated buffers")
@@ -182,7 +194,10 @@ def test_progress_is_counted_in_tokens(small, prompts, monkeypatch):
          "found 0"),
         ({"sequences": [[1]]}, r"sequences\[0\]: expected at least two tokens, .*, found 1; put the token that begins"),
         ({"sequences": [[1, 61]]}, r"sequences\[0\]: expected token ids from 0 to 60, found 61"),
-        ({"sequences": [[1] * 1025]}, r"sequences\[0\]: expected at most max_seq_len=1024 tokens, found 1025; shorten"),
+        (
+            {"sequences": [[1] * 1026]},
+            r"sequences\[0\]: expected at most max_seq_len=1024 tokens before the last, found 1025; shorten",
+        ),
         ({"sequences": "text"}, "sequences: expected token ids, found text; encode it"),
         ({"sequences": 5}, "sequences: expected a list of token ids for each sequence, found int"),
         ({"sequences": [[1.5, 2]]}, r"sequences\[0\]: expected a list of whole numbers, found an array of shape"),

@@ -70,7 +70,8 @@ def score(
 
     Args:
         model: the model.
-        sequences: token ids of each sequence, or of one; at least two in each.
+        sequences: token ids of each sequence, or of one; at least two in each, and at most max_seq_len + 1, because
+            the last is not read.
         prefix_lengths: how many tokens at the beginning of each are given and not scored, from 1 to its length − 1;
             None for 1. On one CPU a prefix that several sequences share, as answers do a question, is read once.
         batch_tokens: for how many tokens the cache has room, in all sequences that are read together, ≥ 1.

@@ -86,7 +86,8 @@ def generate(
         max_new_tokens: at most so many tokens are decoded for each row, ≥ 0.
         num_return_sequences: rows for each prompt, ≥ 1; more than one need temperature > 0. The rows of the first
             prompt come first.
-        key: randomness, needed when temperature > 0; row i draws its n-th token with fold_in(fold_in(key, i), n).
+        key: randomness, needed when temperature > 0; row i draws its n-th token with fold_in(fold_in(key, i), n). Or an
+            array of keys, one for each row, which draws with fold_in(key[i], n) whichever rows stand beside it.
         return_logits: keep the model's logits of every step, B·N·V float32 numbers.
         logits_processors: functions (logits Float["V"], tokens Int["S"], length Int[""]) -> Float["V"], called in this
             order for each row and step. `tokens` is the prompt with the new tokens, of which `length` count; the rest
@@ -112,7 +113,6 @@ def generate(
     params = check_options(model.config, max_new_tokens, options, least=0)
     processors = check_processors(logits_processors, model.config.vocab_size)
     temperature, pad_token_id = float(params.temperature), int(params.pad_token_id)
-    key = check_key(key, temperature)
     check_count("num_return_sequences", num_return_sequences)
     max_new_tokens, num_return_sequences = int(max_new_tokens), int(num_return_sequences)  # numpy's are welcome
     if num_return_sequences > 1 and temperature == 0:
@@ -124,6 +124,7 @@ def generate(
     rows = check_prompts(model.config, prompts, max_new_tokens=max_new_tokens, before=before)
     edited = check_edits(model.config, edits, [before + len(row) + max_new_tokens for row in rows], before)
     count, longest = len(rows) * num_return_sequences, max(map(len, rows), default=0)
+    key = check_key(key, temperature, count)
     tokens = np.full((count, max_new_tokens), pad_token_id, np.int32)
     logprobs = np.zeros((count, max_new_tokens), np.float32)
     logits = np.zeros((count, max_new_tokens, model.config.vocab_size), np.float32) if return_logits else None

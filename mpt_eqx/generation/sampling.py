@@ -206,7 +206,7 @@ def process_logits(
 def sample(
     logits: Float32[Array, "B V"],
     params: SamplingParams,
-    key: Key[Array, ""],
+    key: Key[Array, "*B"],
     step: Int[Array, ""],
     numbers: Int[Array, " B"] | None = None,
 ) -> Int[Array, " B"]:
@@ -218,11 +218,11 @@ def sample(
     Args:
         logits: from `process_logits`.
         params: the options of each row.
-        key: row i draws with fold_in(fold_in(key, i), step).
+        key: row i draws with fold_in(fold_in(key, i), step); or a key for each row, that draws with fold_in(key, step).
         step: how many new tokens the rows have so far.
         numbers: i of each row; None for 0, 1, …
     """
-    draws = params.temperature > 0
+    draws, one_key = params.temperature > 0, key.ndim == 0
 
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
@@ -240,10 +240,12 @@ def sample(
 
         warped = jax.lax.fori_loop(0, len(values), truncated, warped)
 
-        def row(number: Int[Array, ""], logits: Float32[Array, " V"]) -> Int[Array, ""]:
-            return jax.random.categorical(jax.random.fold_in(jax.random.fold_in(key, number), step), logits)
+        def row(number: Int[Array, ""], key: Key[Array, ""], logits: Float32[Array, " V"]) -> Int[Array, ""]:
+            own = jax.random.fold_in(key, number) if one_key else key
+            return jax.random.categorical(jax.random.fold_in(own, step), logits)
 
-        drawn = jax.vmap(row)(jnp.arange(logits.shape[0]) if numbers is None else numbers, warped).astype(jnp.int32)
+        rows = jnp.arange(logits.shape[0]) if numbers is None else numbers
+        drawn = jax.vmap(row, in_axes=(0, None if one_key else 0, 0))(rows, key, warped).astype(jnp.int32)
         return jnp.where(draws, drawn, greedy)
 
     return jax.lax.cond(jnp.any(draws), draw, lambda: greedy)

@@ -37,7 +37,7 @@ class StepOutput(eqx.Module):
 
 @eqx.filter_jit(donate="all-except-first")
 def decode_chunk(
-    fixed: tuple[MPT, SamplingParams, Key[Array, ""], tuple[LogitsProcessor, ...]],
+    fixed: tuple[MPT, SamplingParams, Key[Array, "*B"], tuple[LogitsProcessor, ...]],
     state: DecodeState,
     steps: int,
     with_logits: bool,
@@ -62,7 +62,7 @@ def decode_chunk(
 
 
 def chosen_step(
-    fixed: tuple[MPT, SamplingParams, Key[Array, ""], tuple[LogitsProcessor, ...]],
+    fixed: tuple[MPT, SamplingParams, Key[Array, "*B"], tuple[LogitsProcessor, ...]],
     state: DecodeState,
     with_logits: bool,
     numbers: Int[Array, " B"] | None = None,
@@ -144,7 +144,7 @@ def decode_tokens(
     model: MPT,
     state: DecodeState,
     params: SamplingParams,
-    key: Key[Array, ""],
+    key: Key[Array, "*B"],
     *,
     length: int,
     max_new_tokens: int,
@@ -158,7 +158,7 @@ def decode_tokens(
         model: the model.
         state: after the prompts. Donated.
         params: the options of each row.
-        key: randomness.
+        key: randomness, one or one for each row.
         length: tokens of the longest row so far.
         max_new_tokens: as above.
         chunk: decode steps between two host syncs.

@@ -33,25 +33,31 @@ def check_model(model: MPT) -> MPT:
     return with_fields(unstack(model), remat="none")
 
 
-def check_key(key: PRNGKeyArray | None, temperature: float) -> Key[Array, ""]:
+def check_key(key: PRNGKeyArray | None, temperature: float, rows: int | None = None) -> Key[Array, "*B"]:
     """Returns the key as a typed one, also of `jax.random.PRNGKey`; any key where none is needed.
+
+    Args:
+        key: what was given.
+        temperature: keys are needed above 0.
+        rows: there may be so many keys, one for each row; None: there must be one.
 
     Raises:
         GenerationError: it is no key, or tokens are to be drawn and there is none.
     """
     if key is None and temperature > 0:
         raise GenerationError(f"key: expected a key, such as jax.random.key(0), with temperature={temperature}")
+    # Not by jax.random.key(0), which compiles two programs.
+    like = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     if key is None:
-        # Not by jax.random.key(0), which compiles two programs.
-        like = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
         numbers: Any = np.zeros(like.shape, like.dtype)
         return jax.random.wrap_key_data(numbers)
     if isinstance(key, jax.Array):
-        if key.dtype == np.uint32 and key.ndim == 1:
+        if key.dtype == like.dtype and key.shape in (like.shape, (rows, *like.shape)):
             key = jax.random.wrap_key_data(key)
-        if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0:
+        if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape in ((), (rows,)):
             return key
-    raise GenerationError(f"key: expected one key, such as jax.random.key(0), found {_kind(key)}")
+    each = "" if rows is None else f", or {rows}, one for each row"
+    raise GenerationError(f"key: expected one key, such as jax.random.key(0){each}, found {_kind(key)}")
 
 
 def check_eos(ids: Iterable[int], vocab_size: int | None = None) -> tuple[int, ...]:
@@ -130,7 +136,7 @@ def check_sequences(config: MPTConfig, sequences: Sequence[Sequence[int]] | Sequ
     """Returns the token ids of each sequence that is to be scored.
 
     Raises:
-        GenerationError: one is not valid, has less than two tokens, or is longer than max_seq_len.
+        GenerationError: one is not valid, has less than two tokens, or reads more than max_seq_len.
     """
     rows = _as_rows(sequences, "sequences")
     for number, row in enumerate(rows):
@@ -141,10 +147,10 @@ def check_sequences(config: MPTConfig, sequences: Sequence[Sequence[int]] | Sequ
                 "that begins or ends texts before it"
             )
         check_ids(name, row.tolist(), config.vocab_size)
-        if len(row) > config.max_seq_len:
+        if len(row) > config.max_seq_len + 1:
             raise GenerationError(
-                f"{name}: expected at most max_seq_len={config.max_seq_len} tokens, found {len(row)}; "
-                f"{max_len_hint(config, len(row))}"
+                f"{name}: expected at most max_seq_len={config.max_seq_len} tokens before the last, found "
+                f"{len(row) - 1}; {max_len_hint(config, len(row) - 1)}"
             )
     return rows
 
@@ -277,7 +283,7 @@ def _is_list(value: object) -> bool:
 
 
 def _kind(value: object) -> str:
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray | jax.Array):
         return f"an array of shape {value.shape} and type {value.dtype}"
     return type(value).__name__
 
