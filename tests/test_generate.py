@@ -252,7 +252,7 @@ def test_no_prompts_no_rows(one_block_model):
         ({"num_return_sequences": 2}, "num_return_sequences: expected 1 with temperature=0, found 2; .* beam_search"),
         ({"temperature": 1e39}, "temperature: expected a finite number ≥ 0, found 1e"),
         ({"repetition_penalty": 1e300}, "repetition_penalty: expected a finite number > 0, found 1e"),
-        ({"key": 5}, r"key: expected one key, such as jax.random.key\(0\), found int"),
+        ({"key": 5}, r"key: expected one key, such as jax.random.key\(0\), or 1, one for each row, found int"),
         ({"key": jax.random.split(jax.random.key(0), 3)}, r"key: expected one key, such as .*, or 1, one for each row, "
          r"found an array of shape \(3,\) and type key<fry>"),
         ({"key": np.array([0, 5])}, r"key: expected one key, .*, found an array of shape \(2,\) and type int64"),
