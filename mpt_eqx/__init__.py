@@ -22,7 +22,9 @@ from mpt_eqx.errors import GenerationError as GenerationError
 from mpt_eqx.errors import Interrupted as Interrupted
 from mpt_eqx.errors import MPTError as MPTError
 from mpt_eqx.errors import ShardingError as ShardingError
+from mpt_eqx.evaluation import Perplexity as Perplexity
 from mpt_eqx.evaluation import Score as Score
+from mpt_eqx.evaluation import perplexity as perplexity
 from mpt_eqx.evaluation import score as score
 from mpt_eqx.generation import Decoded as Decoded
 from mpt_eqx.generation import GenerateResult as GenerateResult

@@ -6,16 +6,26 @@ import sys
 from collections.abc import Sequence
 
 from mpt_eqx import __version__
-from mpt_eqx.cli import bench, chat, console, convert, generate, inspect, train
+from mpt_eqx.cli import bench, chat, console, convert, generate, inspect, perplexity, score, train
 from mpt_eqx.errors import MPTError
 
-COMMANDS = (generate, chat, inspect, convert, train, bench)  # one module each, in the order in which --help lists them
+COMMANDS = (
+    generate,
+    chat,
+    score,
+    perplexity,
+    inspect,
+    convert,
+    train,
+    bench,
+)  # one module each, in the order in which --help lists them
 
 EXAMPLES = """examples:
   mpt-eqx generate "The zip() function"                      the small model that ships with mpt_eqx
   mpt-eqx generate "Once" --model ./mpt-7b --temperature 0    a local checkpoint, greedy decoding
   echo "json.dumps(obj" | mpt-eqx generate --seed 3           the prompt from stdin, another seed
   mpt-eqx chat --model ./mpt-7b-chat --template chatml         a conversation
+  mpt-eqx perplexity notes.txt --model ./mpt-7b               how likely a text is, per token and per byte
   mpt-eqx inspect ./mpt-7b                                    what a checkpoint contains, and what is wrong with it
   mpt-eqx convert ./mpt-7b ./mpt-7b-aligned                   torch files or GGUF to memory-mapped safetensors
   mpt-eqx train --data notes.jsonl --output run               fine-tune that small model on your texts

@@ -61,6 +61,11 @@ def add_options(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None
         "--stop", action="append", default=[], metavar="S",
         help="stop before this text; may be repeated (default: none)",
     )  # fmt: skip
+    add_loading(parser)
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """Adds the options for how the model is loaded and compiled."""
     parser.add_argument("--dtype", metavar="D", help="float32, bfloat16 or float16 (default: as stored)")
     add_length(parser)
     kept = parser.add_mutually_exclusive_group()
@@ -105,21 +110,14 @@ def read_options(args: argparse.Namespace) -> tuple[Path, "Tokenizer", dict[str,
     """
     import jax
 
-    from mpt_eqx.checkpoint.hub import find_checkpoint
     from mpt_eqx.generation import generation_defaults
-    from mpt_eqx.text import load_tokenizer
 
     if not 0 <= args.seed < 2**63:
         raise GenerationError(f"--seed: expected a whole number from 0 to 2^63 - 1, found {args.seed}")
     if any(not stop for stop in args.stop):
         raise GenerationError("--stop: expected some text, found an empty string")
     args.stop = [as_text(stop, "--stop") for stop in args.stop]
-    read_overrides(args)
-    if not args.no_compile_cache:
-        keep_compiled(args.compile_cache)
-    place = find_checkpoint(args.model, revision=args.revision)
-    with without_panics():
-        tokenizer = load_tokenizer(place)
+    place, tokenizer = find(args)
     defaults = {} if args.no_defaults else generation_defaults(place)
     options = {
         "temperature": 0.0, "max_new_tokens": args.default_max_new_tokens, **defaults,
@@ -135,12 +133,50 @@ def read_options(args: argparse.Namespace) -> tuple[Path, "Tokenizer", dict[str,
     return place, tokenizer, {**options, "key": jax.random.key(args.seed)}
 
 
-def load(place: Path, args: argparse.Namespace, tokenizer: "Tokenizer", options: dict[str, Any]) -> "MPT":
+def find(args: argparse.Namespace) -> tuple[Path, "Tokenizer"]:
+    """Returns the checkpoint's path and its tokenizer, and turns on the compilation cache.
+
+    Raises:
+        MPTError: an option is invalid, or there is no checkpoint with a tokenizer.
+    """
+    from mpt_eqx.checkpoint.hub import find_checkpoint
+    from mpt_eqx.text import load_tokenizer
+
+    read_overrides(args)
+    if not args.no_compile_cache:
+        keep_compiled(args.compile_cache)
+    place = find_checkpoint(args.model, revision=args.revision)
+    with without_panics():
+        return place, load_tokenizer(place)
+
+
+def find_prefix_token(args: argparse.Namespace, tokenizer: "Tokenizer") -> int:
+    """Returns the id before a text: that of --prefix-token, else the first that ends texts.
+
+    Raises:
+        GenerationError: there is none.
+    """
+    if args.prefix_token is not None:
+        return int(args.prefix_token)
+    if not tokenizer.eos_token_ids:
+        raise GenerationError("--prefix-token: expected an id, because the tokenizer has no end-of-text token")
+    return int(tokenizer.eos_token_ids[0])
+
+
+def add_prefix_token(parser: argparse.ArgumentParser) -> None:
+    """Adds the option for the id before a text."""
+    parser.add_argument(
+        "--prefix-token", type=count(0), metavar="ID",
+        help="id before a text, given which its first token is scored (default: the end-of-text token)",
+    )  # fmt: skip
+
+
+def load(place: Path, args: argparse.Namespace, tokenizer: "Tokenizer", options: dict[str, Any] | None = None) -> "MPT":
     """Returns the model; where its vocabulary is larger than the tokenizer's, `options` masks the extra ids."""
     from mpt_eqx.checkpoint import from_pretrained
 
     model = from_pretrained(place, dtype=args.dtype, config_overrides=read_overrides(args))
-    if tokenizer.vocab_size < model.config.vocab_size:
+    if options is not None and tokenizer.vocab_size < model.config.vocab_size:
         options["vocab_size"] = tokenizer.vocab_size
     return model
 

@@ -1,16 +1,15 @@
 """JSONL files of texts, instructions and conversations as token ids, with the loss on the answers only."""
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int
 
-from mpt_eqx.config.json_file import unique_keys
 from mpt_eqx.errors import MPTError, printable
 from mpt_eqx.text import Tokenizer
+from mpt_eqx.text.jsonl import read_jsonl
 from mpt_eqx.train.loss import IGNORED
 
 Example = dict[str, Int[np.ndarray, " N"]]
@@ -60,33 +59,6 @@ def read_documents(
     if not examples:
         raise MPTError(f"{path}: expected at least one line, found none")
     return examples
-
-
-def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields the number and the content of each line of a file that is a JSON object; empty lines are passed over.
-
-    Raises:
-        MPTError: the file cannot be read, or a line is something else: the message names the file and the line.
-    """
-    number = 0
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                record = json.loads(line, object_pairs_hook=unique_keys)
-                if not isinstance(record, dict):
-                    raise ValueError(f"found {type(record).__name__}")
-                yield number, record
-    except OSError as error:
-        raise MPTError(f"{path}: expected a JSONL file, found none that can be read ({error})") from None
-    except UnicodeDecodeError as error:
-        raise MPTError(f"{path}: expected text in UTF-8 after line {number}, found something else ({error})") from None
-    except (ValueError, RecursionError) as error:
-        text = printable(str(error) or type(error).__name__, limit=200)
-        raise MPTError(
-            f"{path}, line {number}: expected a JSON object in one line, found something else ({text})"
-        ) from None
 
 
 def _encoded(record: Mapping[str, Any], tokenizer: Tokenizer, chat_template: str | None) -> Ids:
