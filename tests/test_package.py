@@ -39,6 +39,7 @@ BORDER = (
     "prefix.py",
     "beam.py",
     "score.py",
+    "perplexity.py",
     "optimizers.py",
     "packing.py",
     "step.py",
