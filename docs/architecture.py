@@ -31,7 +31,7 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "cli": (
         "the commands of mpt-eqx",
-        ("errors", "config", "ops", "model", "surgery", "checkpoint", "lora", "generation", "text", "train"),
+        ("errors", "config", "ops", "model", "surgery", "checkpoint", "lora", "generation", "evaluation", "text", "train"),
     ),
 }  # fmt: skip
 

@@ -39,7 +39,9 @@ def add_to(commands: Any, shared: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_prefix_token(parser)
     parser.add_argument(
-        "--plot", metavar="PNG", help="draw the nats per token over the tokens before it; needs the extra plot"
+        "--plot",
+        metavar="PNG",
+        help="draw the nats per token over the tokens before it; needs the extra plot (default: no picture)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object (default: a table)")
     add_loading(parser)
