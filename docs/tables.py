@@ -1,6 +1,7 @@
 """Fills in the measured figures: `python docs/tables.py` rewrites tables of README.md and docs/, and docs/speed.svg.
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`, and comes from the committed results of the benchmarks.
+A table stands between `<!-- table NAME -->` and `<!-- end -->`, and comes from the committed results of the benchmarks,
+or from the census of checkpoints in the tests.
 A test compares what is committed with what this would write.
 """
 
@@ -11,6 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+CENSUS, THEIRS = ROOT / "tests" / "census.json", ROOT / "tests" / "census_transformers.json"
 COLOURS = {"mpt_eqx": "#0b6e4f", "transformers": "#d98e2b", "llama.cpp": "#56718f"}
 
 
@@ -54,8 +56,41 @@ def tables() -> dict[str, str]:
         "prefill": to_markdown(prefill),
         "memory": to_markdown([["format", "how", "peak memory / weights"], *memory]),
         "loading": to_markdown([["step", "seconds", "peak memory, GB"], *loading]),
+        "census": to_markdown(census_rows()),
         "quality": to_markdown(markdown_tables(RESULTS / "quality.md")[0]),
     }
+
+
+def census_rows() -> list[list[str]]:
+    """Returns the table of public checkpoints: alike ones in one row."""
+    census, theirs = json.loads(CENSUS.read_text()), json.loads(THEIRS.read_text())
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for entry in census["repositories"]:
+        row = tuple(str(entry[key]) for key in ("parameters", "special", "outcome", "config", "basis"))
+        alike.setdefault(row, []).append(f"`{entry['repository']}`")
+    version = theirs["transformers"].rsplit(".", 1)[0]
+    rows = [
+        ["repositories", "size", "what is special", "mpt_eqx", f"transformers {version}", "llama.cpp", "vLLM", "known"]
+    ]
+    for (size, special, outcome, name, basis), names in alike.items():
+        config, found = census["configs"].get(name, {}), theirs["outcomes"].get(name, {})
+        if outcome == "refused":
+            others = ["–", "–", "–"]
+        else:
+            others = [said(found), config.get("llama.cpp", "–"), config.get("vLLM", "–")]
+        rows.append([", ".join(names), size, special, outcome, *others, {"excerpt": "in part"}.get(basis, basis)])
+    return rows
+
+
+def said(outcome: dict[str, Any]) -> str:
+    """Returns in a few words what transformers did with a checkpoint."""
+    if text := outcome.get("refuses"):
+        field = re.search(r"field '(\w+)'", text)
+        kinds = {"custom code": "refuses the architecture", "mismatched": "refuses the network's width"}
+        return f"refuses `{field[1]}`" if field else next(words for part, words in kinds.items() if part in text)
+    if "off_by" not in outcome:
+        return "–"
+    return "runs" if outcome["off_by"] < 1e-4 else f"**wrong**: logits off by {outcome['off_by']:g}"
 
 
 def gpu_rows(results: dict[str, Any]) -> list[list[str]]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from census import transcribed
 from conftest import examples, one_in, some
 from hypothesis import given
 from hypothesis import strategies as st
@@ -489,56 +490,6 @@ def test_a_small_sibling_of_a_known_model(tmp_path, name):
     result = generate(model, TOKENS.tolist(), max_new_tokens=4, return_logits=True)
     logits = model(jnp.concatenate([TOKENS, jnp.asarray(result.tokens[0])]))
     np.testing.assert_allclose(logits[11:-1], result.logits[0], atol=1e-4)
-
-
-def transcribed(w, config, tokens):
-    """The logits by the formulas of the 2023 models, in float64 and one head after the other.
-
-    Args:
-        w: the tensors by name; an `lm_head.weight` counts for the output alone.
-        config: what is not to be seen from the tensors: heads, clip, norms of q and k, ALiBi, logit_scale.
-        tokens: a list of ids.
-    """
-    attn, (n, k, h), t = config.attn_config, (config.n_heads, config.kv_heads, config.head_size), len(tokens)
-    m = 2 ** math.ceil(math.log2(n))
-    slopes = [2.0 ** -(i * attn.alibi_bias_max / m) for i in range(1, m + 1)]
-    slopes = slopes if m == n else (slopes[1::2] + slopes[0::2])[:n]
-
-    def norm(x, name):
-        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
-        return x * w[f"{name}.weight"] + w.get(f"{name}.bias", 0)
-
-    def linear(x, name):
-        return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
-
-    def attention(x, name):
-        qkv = linear(x, f"{name}.Wqkv")
-        if attn.clip_qkv is not None:
-            qkv = np.clip(qkv, -attn.clip_qkv, attn.clip_qkv)
-        q, keys, values = np.split(qkv, [n * h, (n + k) * h], axis=1)
-        if attn.qk_ln:
-            q, keys = norm(q, f"{name}.q_ln"), norm(keys, f"{name}.k_ln")
-        out = np.zeros((t, n * h))
-        for head in range(n):
-            mine, shared = slice(head * h, head * h + h), slice(head // (n // k) * h, (head // (n // k) + 1) * h)
-            scores = q[:, mine] @ keys[:, shared].T / math.sqrt(h)
-            for i in range(t):
-                seen = scores[i, : i + 1] + (slopes[head] * (np.arange(i + 1) - i) if attn.alibi else 0)
-                weights = np.exp(seen - seen.max())
-                out[i, mine] = weights / weights.sum() @ values[: i + 1, shared]
-        return linear(out, f"{name}.out_proj")
-
-    x = w["transformer.wte.weight"][tokens]
-    if not attn.alibi:
-        x = x + w["transformer.wpe.weight"][:t]
-    for i in range(config.n_layers):
-        name = f"transformer.blocks.{i}"
-        x = x + attention(norm(x, f"{name}.norm_1"), f"{name}.attn")
-        hidden = linear(norm(x, f"{name}.norm_2"), f"{name}.ffn.up_proj")
-        gelu = np.vectorize(lambda v: 0.5 * v * (1 + math.erf(v / math.sqrt(2))))
-        x = x + linear(gelu(hidden), f"{name}.ffn.down_proj")
-    logits = norm(x, "transformer.norm_f") @ w.get("lm_head.weight", w["transformer.wte.weight"]).T
-    return logits if config.logit_scale is None else logits / math.sqrt(config.d_model)
 
 
 def with_random_weights(config):

@@ -24,6 +24,8 @@ SHARD = r"model-(?:([0-9a-f]{8})-)?\d{5}-of-\d{5}\.safetensors"
 SERIES = r"(.+)-(\d{5})-of-(\d{5})(\.\w+)"
 # What trainers keep beside the weights.
 STATE = r"training_args\.bin|(optimizer|scheduler|scaler|rng_state|random_states|trainer_state)(_\d+)*\.(bin|pt|pth)"
+# Formats of weights that are not read, by how their files' names end.
+OTHERS = {".msgpack": "Flax", ".h5": "TensorFlow", ".onnx": "ONNX", ".xml": "OpenVINO", ".ot": "Rust"}
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = r"adapter_model\.(safetensors|bin)"
 PENDING = r"(.+)\.mpt_eqx-([0-9a-f]{8})"
@@ -102,10 +104,12 @@ def find_files(place: Path) -> CheckpointFiles:
     if names and (shards := series_of(names[0], found)) == names:
         return CheckpointFiles(directory, config, [found[name] for name in names], {})
     if len(names) != 1:
-        several = f"found several files and no index: {first_of(names)}; pass one of them"
+        others = [f"{name} of {OTHERS[Path(name).suffix]}" for name in found if Path(name).suffix in OTHERS]
+        none = f"no weights{' but ' if others else ''}{first_of(others)}"
+        several = f"several files and no index: {first_of(names)}; pass one of them"
         raise CheckpointError(
             f"{directory}: expected {WEIGHTS}, {TORCH_WEIGHTS}, an index of shards or one GGUF file, "
-            f"{several if names else 'found no weights'}"
+            f"found {several if names else none}"
         )
     path = found[names[0]]
     if path.name not in (INDEX, TORCH_INDEX):

@@ -148,6 +148,8 @@ def guess_causes(config: MPTConfig, found: Mapping[str, tuple[int, ...]], expect
     elif other:
         patterns = ", ".join(f"'{printable(root)}.*'" for root in other[:5])
         yield f"the tensors have what is no part of an MPT, such as another head; ignore=[{patterns}] leaves it out"
+    if packed := sum(name.endswith(".qweight") for name in found):
+        yield f"{packed} weights are packed by GPTQ, AWQ or their like: take the checkpoint that this one was made from"
     quantised = sum(is_quantized(name) for name in found)
     if bool(quantised) != any(is_quantized(name) for name in expected):
         says, hold = ("has no", f"hold {quantised} of") if quantised else ("has a", "hold none of")

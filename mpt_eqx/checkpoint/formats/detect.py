@@ -16,6 +16,8 @@ from mpt_eqx.errors import CheckpointError, printable
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 MAX_NAME = 200
+# What files of llama.cpp and its like begin with that are older than GGUF.
+GGML = (b"lmgg", b"fmgg", b"tjgg", b"algg")
 
 
 class WeightFile(NamedTuple):
@@ -52,6 +54,11 @@ def read_weight_file(file: Path) -> WeightFile:
         raise CheckpointError(f"{file}: expected weights, found a git-lfs pointer to them; run `git lfs pull`")
     if start[8:9] == b"{" or file.suffix == ".safetensors":
         return WeightFile("safetensors", _guarded(file, read_safetensors(file)), None)
+    if start[:4] in GGML:
+        raise CheckpointError(
+            f"{file}: expected safetensors, a torch file or GGUF, found GGML, the format before GGUF; take the "
+            f"checkpoint that it was made from"
+        )
     raise CheckpointError(
         f"{file}: expected safetensors, a torch file or GGUF, found something else that begins with {start[:8]!r}"
     )
