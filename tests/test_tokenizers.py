@@ -205,6 +205,25 @@ def test_ids_are_sentencepieces(spm, text):
     assert tokenizer.eos_token_ids == (library.eos_id(),) and tokenizer.vocab_size == library.get_piece_size()
 
 
+# Of the languages that models of this family were trained for.
+LANGUAGES = [
+    "Žluťoučký kůň úpěl ďábelské ódy.", "Việt Nam có 63 tỉnh thành, dân số trên 100 triệu người.",
+    "吾輩は猫である。名前はまだ無い。",
+    "ภาษาไทยไม่เว้นวรรคระหว่างคำ", "আমার সোনার বাংলা, আমি তোমায় ভালোবাসি।", "சிங்கப்பூர் ஒரு தீவு நாடு", "한국어 모델입니다.",
+    "Nel mezzo del cammin di nostra vita", "हिन्दी में एक वाक्य", "ĳ ﬁ Å ｶﾞ ½ ①", "👩‍👩‍👧‍👦 🇮🇹",
+]  # fmt: skip
+
+
+def test_ids_are_sentencepieces_in_many_languages(spm):
+    from mpt_eqx.text import load_tokenizer
+
+    directory, library = spm
+    tokenizer = load_tokenizer(directory)
+    for text in (*LANGUAGES, " ".join(LANGUAGES), *TEXTS):
+        ids = library.encode(text)
+        assert tokenizer.encode(text) == ids and tokenizer.decode(ids) == library.decode(ids)
+
+
 def test_added_tokens_and_messages(spm, tmp_path):
     import shutil
 
@@ -252,6 +271,176 @@ def test_sentencepiece_files_that_are_wrong(tmp_path, files, message):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
         load_tokenizer(tmp_path)
+
+
+CODE = """def f(x):
+    if x:\t# a tab,  two  spaces
+
+        return {'a': [1,\t2]}   \n\n\n\tprint("日本語 é 🙂")  """
+
+
+def test_whitespace_of_code_is_kept(tmp_path):
+    """As replit-code-v1 has it: a unigram model of code, whose special tokens its own files name."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+
+    from mpt_eqx.text import load_tokenizer
+
+    proto = trained(
+        "unigram", normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
+        eos_piece="<|endoftext|>", unk_piece="<|unk|>", pad_piece="<|pad|>", pad_id=3, bos_id=-1,
+        user_defined_symbols=["    ", "\t", "\n"],
+    )  # fmt: skip
+    (tmp_path / "spiece.model").write_bytes(proto)
+    names = {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>", "unk_token": "<|unk|>"}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(names))
+    settings = {**names, "bos_token": None, "sep_token": None, "tokenizer_class": "ReplitLMTokenizer"}
+    settings |= {"clean_up_tokenization_spaces": False, "model_max_length": 2048, "padding_side": "right"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "sp_model_kwargs": {}}))
+    library, tokenizer = sentencepiece.SentencePieceProcessor(model_proto=proto), load_tokenizer(tmp_path)
+    for text in (*TEXTS[:3], CODE, " ", "\n", "    x"):
+        ids = library.encode(text)
+        assert tokenizer.encode(text) == ids and tokenizer.decode(ids) == text
+        assert "".join(tokenizer.decode_stream(ids)) == text
+    end = library.eos_id()
+    assert tokenizer.eos_token_ids == (end,) and library.id_to_piece(end) == "<|endoftext|>"
+    # The token's text is the token, and spaces around it stay.
+    both = [*library.encode("a "), end, *library.encode("  b")]
+    assert tokenizer.encode("a <|endoftext|>  b") == both and tokenizer.decode(both) == "a   b"
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_what_follows_an_added_token(tmp_path, kind):
+    """By itself, or as transformers has it with legacy false: without the space that begins a text."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+
+    from mpt_eqx.text import load_tokenizer
+
+    proto, bare = (trained(kind, add_dummy_prefix=prefix) for prefix in (True, False))
+    (tmp_path / "tokenizer.model").write_bytes(proto)
+    library, without = (sentencepiece.SentencePieceProcessor(model_proto=content) for content in (proto, bare))
+    assert library.encode("the") != without.encode("the")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<x>": library.get_piece_size()}))
+    for legacy, after in ((None, library), (True, library), (False, without)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy}))
+        pieces = [piece.replace("\u2581", " ") for piece in after.encode("key", out_type=str)]
+        tokenizer = load_tokenizer(tmp_path)
+        ids = tokenizer.encode("the<x>key")
+        first = library.encode("the")
+        assert ids[: len(first) + 1] == [*first, library.get_piece_size()]
+        assert "".join(library.id_to_piece(i) for i in ids[len(first) + 1 :]) == "".join(pieces).replace(" ", "\u2581")
+        assert tokenizer.encode("the key") == library.encode("the key")
+
+
+def test_what_a_class_adds_to_every_text(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece")
+
+    from mpt_eqx.text import load_tokenizer
+
+    (tmp_path / "tokenizer.model").write_bytes(trained("bpe"))
+    library = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    plain, begin, end = library.encode("the key"), library.bos_id(), library.eos_id()
+    for settings, ids in (
+        ({}, plain),
+        ({"tokenizer_class": "LlamaTokenizer"}, [begin, *plain]),
+        ({"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": False, "add_eos_token": True}, [*plain, end]),
+        ({"tokenizer_class": "SEABPETokenizer"}, plain),
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        assert load_tokenizer(tmp_path).encode("the key") == ids
+
+
+@pytest.fixture
+def two_files(tmp_path):
+    """The shipped tokenizer as GPT-2 kept it, and its directory."""
+    from mpt_eqx import SHIPPED_MODEL
+    from mpt_eqx.text import load_tokenizer
+
+    model = json.loads((SHIPPED_MODEL / "tokenizer.json").read_text())["model"]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    names = {"eos_token": "<|endoftext|>", "pad_token": {"content": "<absent>"}}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(names))
+    return load_tokenizer(SHIPPED_MODEL), tmp_path
+
+
+def test_vocab_json_and_merges_txt(two_files):
+    from mpt_eqx.text import load_tokenizer
+
+    whole, directory = two_files
+    tokenizer = load_tokenizer(directory)
+    for text in (*TEXTS, "a  b <|endoftext|>", CODE):
+        ids = whole.encode(text)
+        assert tokenizer.encode(text) == ids and tokenizer.decode(ids) == whole.decode(ids)
+    assert tokenizer.eos_token_ids == whole.eos_token_ids == (0,) and tokenizer.vocab_size == whole.vocab_size
+    spaced = {"add_prefix_space": True, "add_bos_token": True, "bos_token": "<|endoftext|>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(spaced))
+    assert load_tokenizer(directory).encode("a") == [0, *whole.encode(" a")]
+
+
+def test_tokens_that_other_files_add(two_files):
+    from mpt_eqx.text import load_tokenizer
+
+    whole, directory = two_files
+    size = whole.vocab_size
+    (directory / "added_tokens.json").write_text(json.dumps({"<b>": size + 1, "<a>": size}))
+    decoder = {f"{size + 2}": {"content": "<c>", "special": True, "rstrip": True}}
+    (directory / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
+    for _ in range(2):  # beside vocab.json, and beside tokenizer.json
+        tokenizer = load_tokenizer(directory)
+        assert tokenizer.vocab_size == size + 3
+        ids = [size, *whole.encode("x"), size + 1, size + 2, *whole.encode("y")]
+        assert tokenizer.encode("<a>x<b><c>  y") == ids and tokenizer.decode(ids) == "<a>x<b>y"
+        (directory / "tokenizer.json").write_text(whole._backend.to_str())
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"merges.txt": None}, "expected tokenizer.json, or vocab.json and merges.txt .*no merges.txt; convert"),
+        ({"tokenizer_config.json": {"tokenizer_class": "BertTokenizer"}}, "found .* tokenizer_class 'BertTokenizer'"),
+        ({"merges.txt": "a b c"}, "vocab.json: expected a working tokenizer, found one that fails .*[Mm]erges"),
+        ({"merges.txt": "qq zz"}, "expected a working tokenizer, found one that fails .*out of vocabulary"),
+        ({"vocab.json": "[1]"}, "expected a working tokenizer, found one that fails"),
+        ({"vocab.json": {"a": -1}}, "expected a working tokenizer, found one that fails"),
+        ({"added_tokens.json": {"<a>": 9999}}, "'<a>' with id 9999, which would become 4096"),
+        ({"added_tokens.json": {"<a>": 4096, "<b>": 4096}}, "one added token with id 4096, found '<a>' and '<b>'"),
+        ({"added_tokens.json": {"<a>": None}}, "expected a whole number for the added token '<a>', found None"),
+        ({"added_tokens.json": "["}, "added_tokens.json: expected JSON, found something else"),
+        (
+            {
+                "added_tokens.json": {"<a>": 4096},
+                "tokenizer_config.json": {"added_tokens_decoder": {"4097": {"content": "<a>"}}},
+            },
+            "expected one id for the added token '<a>', found 4096 in added_tokens.json and 4097",
+        ),
+        ({"tokenizer_config.json": {"added_tokens_decoder": [1]}}, "expected added_tokens_decoder as an object"),
+        (
+            {"tokenizer_config.json": {"added_tokens_decoder": {"x": {"content": "<a>"}}}},
+            "expected a whole number for the added token '<a>', found 'x'",
+        ),
+    ],
+)  # fmt: skip
+def test_files_of_a_tokenizer_that_are_wrong(two_files, files, message):
+    from mpt_eqx import MPTError
+    from mpt_eqx.text import load_tokenizer
+
+    for name, content in files.items():
+        if content is None:
+            (two_files[1] / name).unlink()
+        else:
+            (two_files[1] / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(MPTError, match=message):
+        load_tokenizer(two_files[1])
+
+
+def test_a_large_vocabulary_is_refused(two_files, monkeypatch):
+    from mpt_eqx import CheckpointError
+    from mpt_eqx.text import byte_bpe, load_tokenizer
+
+    monkeypatch.setattr(byte_bpe, "MAX_BYTES", 10)
+    with pytest.raises(CheckpointError, match="vocab.json: expected at most 10 bytes, found"):
+        load_tokenizer(two_files[1])
 
 
 def test_without_the_wheel(tmp_path, monkeypatch):

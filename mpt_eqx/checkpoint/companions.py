@@ -22,7 +22,17 @@ PATTERNS = (
 )
 """The files, as patterns of names. Code of a tokenizer (tokenization_….py) is left behind."""
 
-TOKENIZERS = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "sentencepiece.bpe.model", "spm.model"}
+TOKENIZERS = {
+    *(
+        "tokenizer.json",
+        "tokenizer.model",
+        "spiece.model",
+        "vocab.json",
+        "sentencepiece.model",
+        "sentencepiece.bpe.model",
+    ),
+    "spm.model",
+}
 """Those that are a tokenizer by themselves."""
 
 TEMPLATES = "additional_chat_templates"

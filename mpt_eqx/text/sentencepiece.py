@@ -7,27 +7,39 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from mpt_eqx.config.json_file import read_json_object
-from mpt_eqx.errors import CheckpointError, MPTError
+from mpt_eqx.errors import CheckpointError, MPTError, printable
+from mpt_eqx.text.added_tokens import named_tokens, read_settings
 
 NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.model", "sentencepiece.bpe.model", "spm.model")
 """The files, in the order in which they are looked for."""
+
+ADDED_ENDS = {"LlamaTokenizer": (True, False), "CodeLlamaTokenizer": (True, False), "GemmaTokenizer": (True, False)}
+"""Classes of transformers that begin or end every text with a token, unless tokenizer_config.json says otherwise."""
 
 
 class SentencePieceBackend:
     """A SentencePiece model and added tokens, with the methods of `tokenizers.Tokenizer` that this library uses."""
 
-    def __init__(self, processor: Any, added: Mapping[str, tuple[int, bool]], *, bos: bool = False, eos: bool = False):
+    def __init__(
+        self,
+        processor: Any,
+        added: Mapping[str, tuple[int, bool]],
+        *,
+        follower: Any = None,
+        bos: bool = False,
+        eos: bool = False,
+    ):
         """Wraps a SentencePieceProcessor.
 
         Args:
             processor: the model.
-            added: tokens that the model does not have: their ids, and whether they are special, so that they are no
-                text.
+            added: tokens that are found in text before the model sees it: their ids, and whether they are special, so
+                that they are no text.
+            follower: the model for what follows an added token, where that gets no space in front.
             bos: whether every text begins with the model's token for that.
             eos: whether every text ends with the model's token for that.
         """
-        self._processor = processor
+        self._processor, self._follower = processor, follower or processor
         self._added = dict(added)
         self._ends = (bos, eos)
         self._size = processor.get_piece_size()
@@ -39,7 +51,7 @@ class SentencePieceBackend:
         """Returns an object with the `ids` of a text; added tokens in it are those tokens."""
         ids: list[int] = []
         for at, part in enumerate(self._split.split(text) if self._split else [text]):
-            ids += [self._added[part][0]] if at % 2 else self._plain(part)
+            ids += [self._added[part][0]] if at % 2 else self._plain(part, follows=at > 0)
         begin, end = (add_special_tokens and wanted for wanted in self._ends)
         before = [self._processor.bos_id()] if begin and self._processor.bos_id() >= 0 else []
         after = [self._processor.eos_id()] if end and self._processor.eos_id() >= 0 else []
@@ -109,8 +121,8 @@ class SentencePieceBackend:
         p, piece = self._processor, self._processor.id_to_piece(id_)
         return len(piece) > 1 and not p.is_byte(id_) and not p.is_unknown(id_) and p.get_score(id_) == 0.0
 
-    def _plain(self, text: str) -> list[int]:
-        ids: list[int] = self._processor.encode(text) if text else []
+    def _plain(self, text: str, *, follows: bool = False) -> list[int]:
+        ids: list[int] = (self._follower if follows else self._processor).encode(text) if text else []
         return ids
 
     def _text(self, ids: list[int]) -> str:
@@ -134,47 +146,33 @@ def load_sentencepiece(path: Path, directory: Path) -> SentencePieceBackend:
             f"pip install 'mpt_eqx[text,sentencepiece]'"
         ) from None
     try:
-        processor = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+        proto = path.read_bytes()
+        processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
     except Exception as error:  # the library has RuntimeError and OSError
         text = " ".join(str(error).split())
         raise CheckpointError(f"{path}: expected a SentencePiece model, found something else ({text:.200})") from None
-    settings = _read(directory / "tokenizer_config.json")
-    added: dict[str, tuple[int, bool]] = {}
-    for token, id_ in _read(directory / "added_tokens.json").items():
-        added[token] = (id_, False)
-    for id_, token in (settings.get("added_tokens_decoder") or {}).items():
-        if isinstance(token, dict) and isinstance(token.get("content"), str) and id_.isdecimal():
-            added[token["content"]] = (int(id_), bool(token.get("special")))
-    special = {value.get("content") if isinstance(value, dict) else value for value in _special(directory, settings)}
+    settings = read_settings(directory)
     size, kept = processor.get_piece_size(), {}
-    for token, (id_, is_special) in added.items():
-        if not token or isinstance(id_, bool) or not isinstance(id_, int) or not 0 <= id_ < 2**31:
-            raise CheckpointError(
-                f"{directory}: expected a whole number for the added token {token!r:.60}, found {id_!r}"
-            )
-        if id_ >= size:
-            kept[token] = (id_, is_special or token in special)
-        elif processor.id_to_piece(id_) != token:
+    for token, (id_, special, _) in named_tokens(directory).items():
+        if id_ is None:
+            id_ = processor.piece_to_id(token)
+            if processor.id_to_piece(id_) != token:
+                continue
+        elif id_ < size and processor.id_to_piece(id_) != token:
             raise CheckpointError(
                 f"{directory}: expected added tokens from id {size} on, which {path.name} does not have, found "
-                f"{token!r:.60} with id {id_}, which is {processor.id_to_piece(id_)!r:.60} there"
+                f"'{printable(token)}' with id {id_}, which is '{printable(processor.id_to_piece(id_))}' there"
             )
+        kept[token] = (id_, special)
+    follower = None
+    if settings.get("legacy") is False:
+        # A model's settings can be written anew at its end: add_dummy_prefix false.
+        follower = sentencepiece.SentencePieceProcessor(model_proto=proto + b"\x1a\x02\x18\x00")
+    begins, ends = ADDED_ENDS.get(str(settings.get("tokenizer_class")).removesuffix("Fast"), (False, False))
     return SentencePieceBackend(
-        processor, kept, bos=settings.get("add_bos_token") is True, eos=settings.get("add_eos_token") is True
+        processor,
+        kept,
+        follower=follower,
+        bos=settings.get("add_bos_token", begins) is True,
+        eos=settings.get("add_eos_token", ends) is True,
     )
-
-
-def _special(directory: Path, settings: Mapping[str, Any]) -> list[Any]:
-    """Returns the special tokens that a checkpoint names."""
-    found: list[Any] = []
-    for content in (settings, _read(directory / "special_tokens_map.json")):
-        for key, value in content.items():
-            if key.endswith("_token"):
-                found.append(value)
-            elif key == "additional_special_tokens" and isinstance(value, list):
-                found += value
-    return [value for value in found if isinstance(value, str | dict)]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return read_json_object(path) if path.is_file() else {}

@@ -13,7 +13,9 @@ from mpt_eqx.checkpoint.companions import gguf_files
 from mpt_eqx.checkpoint.hub import find_checkpoint
 from mpt_eqx.config.json_file import read_json_object
 from mpt_eqx.errors import CheckpointError, MPTError
+from mpt_eqx.text.added_tokens import add_named_tokens
 from mpt_eqx.text.answers import answer_parts
+from mpt_eqx.text.byte_bpe import VOCABULARY, load_byte_bpe
 from mpt_eqx.text.chat_template import Piece, chat_pieces, encode_pieces
 from mpt_eqx.text.checks import backend_errors, check_text, is_failure, token_id, token_ids
 from mpt_eqx.text.sentencepiece import NAMES, SentencePieceBackend, load_sentencepiece
@@ -223,11 +225,13 @@ def load_tokenizer(
     """Returns the tokenizer of a checkpoint; arguments as in `from_pretrained`.
 
     It is read from tokenizer.json, else from a SentencePiece model (with the extra `sentencepiece`, whose library makes
-    the ids), else from the header of a GGUF file. The end-of-text ids are those of generation_config.json, else of
-    config.json, else the eos_token of tokenizer_config.json or special_tokens_map.json, else the model's own.
+    the ids), else from vocab.json and merges.txt, else from the header of a GGUF file, with the tokens that
+    tokenizer_config.json, added_tokens.json and special_tokens_map.json add. The end-of-text ids are those of
+    generation_config.json, else of config.json, else the eos_token of tokenizer_config.json or special_tokens_map.json,
+    else the model's own.
 
     Raises:
-        CheckpointError: there is no checkpoint, no valid tokenizer, or a tokenizer.json with gaps before its added ids.
+        CheckpointError: there is no checkpoint, no valid tokenizer, or added tokens whose ids cannot be had.
         MPTError: the extra `text` is not installed, or the extra `sentencepiece` where it is needed.
     """
     try:
@@ -246,13 +250,13 @@ def load_tokenizer(
         with_weights=str(source).endswith(".gguf"),
     )
     directory = place.parent if place.is_file() else place
-    if any((directory / name).is_file() for name in ("tokenizer.json", *NAMES)):
+    if any((directory / name).is_file() for name in ("tokenizer.json", *NAMES, VOCABULARY)):
         return _from_directory(directory)
     if not (files := gguf_files(place)):
         raise CheckpointError(
             f"{directory}: expected tokenizer.json, found no such file; give token ids to mpt_eqx.generate instead, or "
             f"copy the tokenizer of the model it was made from, as save_pretrained(…, companions_from=source) does; a "
-            f"SentencePiece model ({', '.join(NAMES)}) would do, too"
+            f"SentencePiece model ({', '.join(NAMES)}) would do, too, or vocab.json and merges.txt"
         )
     # Written out, so that chat templates and what ends a text are found as in any other checkpoint.
     room = Path(tempfile.mkdtemp(prefix="mpt_eqx-"))
@@ -273,9 +277,11 @@ def _from_directory(directory: Path) -> Tokenizer:
 
     path = directory / "tokenizer.json"
     if not path.is_file():
-        model = next(directory / name for name in NAMES if (directory / name).is_file())
-        spm = load_sentencepiece(model, directory)
-        return Tokenizer(spm, _eos_token_ids(directory, spm) or spm.eos_ids(), directory=directory)
+        if model := next((directory / name for name in NAMES if (directory / name).is_file()), None):
+            spm = load_sentencepiece(model, directory)
+            return Tokenizer(spm, _eos_token_ids(directory, spm) or spm.eos_ids(), directory=directory)
+        backend = load_byte_bpe(directory)
+        return Tokenizer(backend, _eos_token_ids(directory, backend), directory=directory)
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except BaseException as error:  # the library raises plain Exception, or panics
@@ -283,6 +289,7 @@ def _from_directory(directory: Path) -> Tokenizer:
             raise
         raise CheckpointError(f"{path}: expected a tokenizer, found something else ({error!s:.300})") from None
     _check_added_ids(path, backend)
+    add_named_tokens(backend, directory)
     # Settings for training batches, which would silently truncate text.
     backend.no_truncation()
     backend.no_padding()
