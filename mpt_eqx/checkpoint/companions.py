@@ -23,15 +23,8 @@ PATTERNS = (
 """The files, as patterns of names. Code of a tokenizer (tokenization_….py) is left behind."""
 
 TOKENIZERS = {
-    *(
-        "tokenizer.json",
-        "tokenizer.model",
-        "spiece.model",
-        "vocab.json",
-        "sentencepiece.model",
-        "sentencepiece.bpe.model",
-    ),
-    "spm.model",
+    *("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.model", "spm.model"),
+    "sentencepiece.bpe.model",
 }
 """Those that are a tokenizer by themselves."""
 
