@@ -31,7 +31,10 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "cli": (
         "the commands of mpt-eqx",
-        ("errors", "config", "ops", "model", "surgery", "checkpoint", "lora", "generation", "evaluation", "text", "train"),
+        (
+            *("errors", "config", "ops", "model", "surgery", "checkpoint", "lora", "generation", "evaluation", "text"),
+            "train",
+        ),
     ),
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ A test compares what is committed with what this would write.
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def tables() -> dict[str, str]:
         "memory": to_markdown([["format", "how", "peak memory / weights"], *memory]),
         "loading": to_markdown([["step", "seconds", "peak memory, GB"], *loading]),
         "census": to_markdown(census_rows()),
+        "tokenizers": to_markdown(tokenizer_rows()),
         "quality": to_markdown(markdown_tables(RESULTS / "quality.md")[0]),
     }
 
@@ -79,6 +81,18 @@ def census_rows() -> list[list[str]]:
         else:
             others = [said(found), config.get("llama.cpp", "–"), config.get("vLLM", "–")]
         rows.append([", ".join(names), size, special, outcome, *others, {"excerpt": "in part"}.get(basis, basis)])
+    return rows
+
+
+def tokenizer_rows() -> list[list[str]]:
+    """Returns the table of the tokenizers that public checkpoints have."""
+    census = json.loads(CENSUS.read_text())
+    used = Counter(entry["tokenizer"] for entry in census["repositories"] if entry["outcome"] == "runs")
+    rows = [["tokenizer", "kind", "repositories", "read from"]]
+    for name, entry in census["tokenizers"].items():
+        if name in used:
+            read = f"`{entry['reads']}`" if entry["reads"] and "." in entry["reads"] else entry["reads"] or "?"
+            rows.append([name, entry["kind"] + ("" if entry["certain"] else " (?)"), str(used[name]), read])
     return rows
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import sys
 
+import census
 import pytest
 from conftest import examples
 from hypothesis import given
@@ -349,6 +350,46 @@ def test_what_a_class_adds_to_every_text(tmp_path):
         assert load_tokenizer(tmp_path).encode("the key") == ids
 
 
+KNOWN = {name: entry for name, entry in census.CENSUS["tokenizers"].items() if "." in (entry["reads"] or "")}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_tokenizer_of_a_public_checkpoint(tmp_path, name):
+    """As the census has it: the files, the special tokens, and code, which is not run."""
+    import tokenizers
+
+    from mpt_eqx import SHIPPED_MODEL
+    from mpt_eqx.text import load_tokenizer
+
+    entry = KNOWN[name]
+    named = list(entry["special"]) or ["<|endoftext|>"]
+    end = "<|endoftext|>"
+    if entry["reads"] == "tokenizer.json":
+        backend = tokenizers.Tokenizer.from_file(str(SHIPPED_MODEL / "tokenizer.json"))
+        backend.add_special_tokens(named)
+        backend.save(str(tmp_path / "tokenizer.json"))
+    else:
+        rest = [token for token in named if token not in (end, "<unk>", "<|unk|>", "<|pad|>")]
+        pieces = {"eos_piece": end, "eos_id": 1, "unk_id": 0, "bos_id": -1, "pad_id": 3, "control_symbols": rest}
+        pieces |= {"unk_piece": next(token for token in named if "unk" in token), "pad_piece": "<|pad|>"}
+        pieces |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+        (tmp_path / entry["reads"]).write_bytes(trained(entry["kind"].split()[-1].lower(), **pieces))
+    settings = {"tokenizer_class": entry["class"], "eos_token": end, "additional_special_tokens": named}
+    for file in entry["files"]:
+        if file.endswith(".py"):
+            (tmp_path / file).write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+        elif file != entry["reads"]:
+            (tmp_path / file).write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.eos_token_ids == tuple(tokenizer.ids_of([end])) and not (tmp_path / "run").exists()
+    for token in named:
+        one = tokenizer.encode(token)
+        assert one == tokenizer.ids_of([token]) and tokenizer.decode(one) == ""
+        assert tokenizer.encode(f"x{token}")[-1:] == one
+    text = "def f(x):\n    return x"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
 @pytest.fixture
 def two_files(tmp_path):
     """The shipped tokenizer as GPT-2 kept it, and its directory."""
@@ -392,6 +433,59 @@ def test_tokens_that_other_files_add(two_files):
         ids = [size, *whole.encode("x"), size + 1, size + 2, *whole.encode("y")]
         assert tokenizer.encode("<a>x<b><c>  y") == ids and tokenizer.decode(ids) == "<a>x<b>y"
         (directory / "tokenizer.json").write_text(whole._backend.to_str())
+
+
+def test_ids_are_those_that_transformers_gives(two_files):
+    """Recorded with transformers 5.24, from the same files with tokenizer_class GPT2Tokenizer or GPTNeoXTokenizer."""
+    from mpt_eqx.text import load_tokenizer
+
+    whole, directory = two_files
+    flags = {"special": True, "rstrip": True, "lstrip": False, "single_word": False, "normalized": False}
+    decoder = {"4096": {"content": "<a>"}, "4097": {"content": "<b>"}, "4098": {"content": "<c>", **flags}}
+    settings = {"eos_token": "<|endoftext|>", "additional_special_tokens": ["return"], "added_tokens_decoder": decoder}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    for _ in range(2):  # beside vocab.json, and beside tokenizer.json
+        tokenizer = load_tokenizer(directory)
+        ids = tokenizer.encode("<a>x<b><c>  y <|endoftext|> def return")
+        assert ids == [4096, 88, 4097, 4098, 89, 221, 0, 445, 221, 1363] and tokenizer.decode(ids) == "<a>x<b>y  def "
+        (directory / "tokenizer.json").write_text(whole._backend.to_str())
+
+
+@examples(60)
+@given(st.sampled_from(["vocab.json", "merges.txt", "spiece.model", "added_tokens.json"]), st.data())
+def test_damaged_files_give_one_error_or_a_tokenizer(damaged, name, data):
+    from mpt_eqx import MPTError
+    from mpt_eqx.text import load_tokenizer
+
+    directory, contents = damaged
+    for file in ("spiece.model", "vocab.json", "merges.txt", "added_tokens.json"):
+        (directory / file).unlink(missing_ok=True)
+    for file in ("vocab.json", "merges.txt") if name in ("vocab.json", "merges.txt") else ("spiece.model",):
+        (directory / file).write_bytes(contents[file])
+    content = bytearray(contents[name])
+    for at in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=4)):
+        content[at] = data.draw(st.integers(0, 255))
+    (directory / name).write_bytes(content[: data.draw(st.sampled_from([None, -1, len(content) // 2]))])
+    try:
+        tokenizer = load_tokenizer(directory)
+        tokenizer.decode(tokenizer.encode("the key 日本"))
+    except MPTError:
+        pass
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    """A directory, and the content of files of tokenizers, to be damaged."""
+    pytest.importorskip("sentencepiece")
+    model = trained("bpe")
+    letters = {"a": 0, "b": 1, "t": 2, "h": 3, "e": 4, "th": 5, "the": 6, "k": 7, "y": 8}
+    contents = {
+        "vocab.json": json.dumps(letters).encode(),
+        "merges.txt": b"#version: 0.2\nt h\nth e\n",
+        "spiece.model": model,
+        "added_tokens.json": json.dumps({"<x>": 340, "<y>": 341}).encode(),
+    }
+    return tmp_path_factory.mktemp("damaged"), contents
 
 
 @pytest.mark.parametrize(
