@@ -29,36 +29,22 @@ def missing(baseline: str) -> str | None:
     return f"{baseline}: skipped, {' and '.join(absent)} not installed; {INSTALL[baseline]}" if absent else None
 
 
+# What counts in training only, and is no difference to what is measured.
+TRAINING = {
+    *("attn_config.attn_pdrop", "resid_pdrop", "emb_pdrop", "embedding_fraction", "pad_token_id"),
+    "attn_config.attn_uses_sequence_id",
+}
+
+
 def unsupported(baseline: str, config: "MPTConfig", dtype: str) -> str | None:
     """Returns what of a model a baseline does not support, or None."""
-    from benchmarks.speed.gguf_writer import not_in_llama_cpp
+    from mpt_eqx.checkpoint.formats.gguf_writer import BLOCKS
+    from mpt_eqx.config.programs import differences
 
-    if baseline == "transformers":
-        return not_in_transformers(config)
-    return not_in_llama_cpp(config, THEIR_DTYPES[baseline][dtype])
-
-
-def not_in_transformers(config: "MPTConfig") -> str | None:
-    """Returns what of a configuration transformers' MPT does not support, or None."""
-    attn, ffn = config.attn_config, config.ffn_config
-    wrong = [
-        (not attn.alibi or attn.rope, "no ALiBi"),
-        (config.kv_heads != config.n_heads, f"{config.kv_heads} heads of keys and values"),
-        (not attn.fused_qkv, "fused_qkv false"),
-        (attn.qk_ln or attn.qk_gn, "norms of queries and keys"),
-        (attn.attn_logit_softcapping is not None, "attn_logit_softcapping"),
-        (attn.sliding_window_size != -1, "sliding_window_size"),
-        (not config.no_bias or config.has_attention_bias, "biases"),
-        (config.head_size * config.n_heads != config.d_model, "head_dim"),
-        (config.block_overrides is not None, "block_overrides"),
-        (config.logit_scale is not None, "logit_scale"),
-        (config.final_logit_softcapping is not None, "final_logit_softcapping"),
-        ("layernorm" not in config.norm_type, f"norm_type {config.norm_type}"),
-        (ffn.ffn_type != "mptmlp", f"ffn_type {ffn.ffn_type}"),
-        (ffn.ffn_act_fn is not None and ffn.ffn_act_fn.name != "gelu", "another activation than GELU"),
-        (config.ffn_hidden_size != 4 * config.d_model, f"an FFN of width {config.ffn_hidden_size}"),
-    ]
-    return next((reason for is_so, reason in wrong if is_so), None)
+    block = BLOCKS.get(THEIR_DTYPES[baseline][dtype], 1) if baseline == "llama.cpp" else 1
+    if config.d_model % block or config.ffn_hidden_size % block:
+        return f"d_model {config.d_model} or an FFN of {config.ffn_hidden_size}, no multiples of {block}"
+    return next((str(one) for one in differences(baseline, config) if one.key not in TRAINING), None)
 
 
 def uses_gpu(baseline: str) -> bool:

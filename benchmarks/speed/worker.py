@@ -50,10 +50,10 @@ def reference(kept: dict[str, Any], place: str, prompt: list[int], steps: int, f
 
 def write_gguf(kept: dict[str, Any], place: str, file: str, kind: str) -> dict[str, Any]:
     """Writes a GGUF file of a checkpoint."""
-    from benchmarks.speed import gguf_writer
     from mpt_eqx import from_pretrained
+    from mpt_eqx.checkpoint import save_gguf
 
-    gguf_writer.write_gguf(from_pretrained(place), file, kind)
+    save_gguf(from_pretrained(place), file, type=kind)
     return {}
 
 

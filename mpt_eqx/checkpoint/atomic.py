@@ -17,6 +17,7 @@ One save at a time: a lock on the directory keeps others out, and ends with the 
 """
 
 import contextlib
+import glob
 import importlib
 import os
 import re
@@ -60,6 +61,33 @@ def replace_checkpoint(
         except BaseException:
             _undo(save)
             raise
+
+
+def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Writes a file in the place of the one at a path, in one step.
+
+    Args:
+        path: the file; its directory is made if it does not exist.
+        write: writes the new one to a path, and syncs it.
+
+    Raises:
+        CheckpointError: another save into the directory is in progress, or a directory stands in the file's place.
+        OSError: it cannot be written.
+    """
+    make_directory(path.parent)
+    if path.is_dir():
+        raise CheckpointError(f"{path}: expected a file to replace, or nothing, found a directory; move it away")
+    with locked(path.parent):
+        for left in path.parent.glob(f"{glob.escape(path.name)}.mpt_eqx-*"):  # by a save that was killed
+            left.unlink()
+        new = path.with_name(f"{path.name}.mpt_eqx-{secrets.token_hex(4)}")
+        try:
+            write(new)
+            os.replace(new, path)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
+        sync_directory(path.parent)
 
 
 class _Save(NamedTuple):

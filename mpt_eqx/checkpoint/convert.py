@@ -1,5 +1,6 @@
 """Converting any readable checkpoint to safetensors that load without copying, one tensor at a time."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from jaxtyping import DTypeLike
 
 from mpt_eqx.checkpoint.companions import read_companions, read_text_keys
 from mpt_eqx.checkpoint.diagnose import stored_types
+from mpt_eqx.checkpoint.formats.gguf_vocabulary import read_vocabulary
 from mpt_eqx.checkpoint.formats.safetensors import TensorToWrite
 from mpt_eqx.checkpoint.formats.tensors import release_pages
 from mpt_eqx.checkpoint.host_arrays import is_finite, loaded_dtype
@@ -19,9 +21,11 @@ from mpt_eqx.checkpoint.hub import find_checkpoint
 from mpt_eqx.checkpoint.info import CheckpointInfo, raise_if_blocked, read_checkpoint
 from mpt_eqx.checkpoint.load import target_dtype, weights
 from mpt_eqx.checkpoint.names import is_quantized, named_leaves, stored_name
+from mpt_eqx.checkpoint.programs import gguf_path, target_for, write_target
 from mpt_eqx.checkpoint.progress import byte_bar, is_shown
 from mpt_eqx.checkpoint.save import parse_size, write_checkpoint
 from mpt_eqx.config import MPTConfig
+from mpt_eqx.config.programs import check_program, config_json_for
 from mpt_eqx.config.quantization import Quantization, check_quantization
 from mpt_eqx.errors import CheckpointError, ConfigError
 from mpt_eqx.model import MPT
@@ -36,6 +40,9 @@ def convert(
     dtype: DTypeLike | None = None,
     quantize: str | None = None,
     embeddings: bool = False,
+    program: str | None = None,
+    type: str | None = None,
+    lossy: bool = False,
     max_shard_size: int | str = "5GB",
     config_overrides: Mapping[str, Any] | None = None,
     ignore: Sequence[str] = (),
@@ -46,12 +53,19 @@ def convert(
 
     Tensors are read, checked for NaN and infinity, converted and written one by one, so only one is in memory.
 
+    For a program it writes what that program reads, in its own dialect. What the program ignores of the model, or
+    computes otherwise, is refused by name (`mpt_eqx.config.programs.differences` lists it); with `lossy`, what the
+    program does compute is written, in configuration and tensors, and `lost` of what is returned names the rest.
+
     Args:
         source: as in `from_pretrained`.
-        destination: directory to write to, as in `save_pretrained`; not the source.
+        destination: directory to write to, as in `save_pretrained`; not the source. For llama.cpp a .gguf file.
         dtype: as in `from_pretrained`.
         quantize: "int8" or "int4" to quantise the weights as `mpt_eqx.quantize` does; None to leave them.
         embeddings: as in `mpt_eqx.quantize`.
+        program: "transformers", "llama.cpp" or "llm-foundry"; None for this library.
+        type: for llama.cpp, as in `save_gguf`, in place of `dtype`.
+        lossy: write what `program` computes of a model, where it does not compute the model itself.
         max_shard_size: as in `save_pretrained`.
         config_overrides: as in `from_pretrained`.
         ignore: as in `from_pretrained`.
@@ -59,8 +73,10 @@ def convert(
         **hub: revision, subfolder, cache_dir, token and local_files_only, as in `from_pretrained`.
 
     Raises:
-        CheckpointError: the source cannot be loaded or holds NaN or infinity, or the destination cannot be written.
-        ConfigError: its config.json is not one of a supported MPT, or there is no such quantisation.
+        CheckpointError: the source cannot be loaded or holds NaN or infinity, the destination cannot be written, or
+            `program` does not compute this model.
+        ConfigError: its config.json is not one of a supported MPT, there is no such quantisation or program, or two
+            arguments exclude each other.
         MPTError: a weight does not fit the quantisation.
     """
     quantization = None if quantize is None else Quantization(quantize, embeddings)
@@ -68,18 +84,22 @@ def convert(
         check_quantization(quantization)
     elif embeddings:
         raise ConfigError("embeddings: expected quantize='int8' or 'int4' with it, found none")
+    _check_program(program, dtype, quantize, type, lossy)
     limit = parse_size(max_shard_size)
+    place = gguf_path(destination) if program == "llama.cpp" else Path(destination)
     info = read_checkpoint(find_checkpoint(source, progress=progress, **hub), config_overrides, ignore)
     raise_if_blocked(info)
-    target = target_dtype(info, dtype) if dtype is not None or not _has_float64(info) else np.dtype(np.float64)
-    directory = Path(destination)
-    if directory.exists() and directory.samefile(info.directory):
-        raise CheckpointError(f"{directory}: expected another directory than the source")
-    if quantization is not None and info.quantization is not None:
+    unchanged = program == "llama.cpp" or (dtype is None and _has_float64(info))
+    target = _stored(info) if unchanged else target_dtype(info, dtype)
+    if place.exists() and any(place.samefile(path) for path in (info.directory, *_files(info))):
+        raise CheckpointError(f"{place}: expected another {'file' if place.is_file() else 'directory'} than the source")
+    if (quantize or program) and info.quantization is not None:
         raise CheckpointError(
             f"{info.directory}: expected weights that are not quantised, found {info.quantization.scheme}; "
             f"convert what it was made from"
         )
+    if program is not None and not unchanged and target is None:
+        raise CheckpointError(f"{info.directory}: expected tensors of one type for {program}; pass dtype=")
     named = weights(info)
 
     def read(name: str) -> np.ndarray:
@@ -97,12 +117,21 @@ def convert(
 
     def to_write(name: str) -> TensorToWrite:
         tensor = named[name]
-        dtype = loaded_dtype(name, tensor, target)
-        return TensorToWrite(stored_name(name, info.config), tensor.shape, dtype, lambda: read(name))
+        return TensorToWrite(name, tensor.shape, loaded_dtype(name, tensor, target), lambda: read(name))
 
-    if quantization is None:
-        tensors = [to_write(name) for name in named]
-    else:
+    companions = read_companions(info.directory / info.tensors[0].file)
+    everything = {name: to_write(name) for name in named}
+    if program == "llama.cpp":
+        vocabulary = read_vocabulary(companions, info.config.vocab_size)
+        wanted = target_for(program, info.config, everything, lossy, vocabulary)
+        write_target(place, wanted, type, vocabulary, show=is_shown(progress))
+        return dataclasses.replace(info, lost=tuple(wanted.differences))
+    content, config, tensors = info.config.to_dict(), info.config, list(everything.values())
+    if program is not None:
+        config, tensors, lost = target_for(program, info.config, everything, lossy)
+        content = config_json_for(program, config)
+        info = dataclasses.replace(info, lost=tuple(lost))
+    if quantization is not None:
         outside = target or info.weight_dtype
         assert outside is not None  # one of the two is there
         tensors = _quantized(info.config, quantization, outside, to_write, read)
@@ -111,17 +140,48 @@ def convert(
     total = sum(tensor.nbytes for tensor in tensors)
     with byte_bar(f"converting {info.directory.name}", total, is_shown(progress)) as bar:
         write_checkpoint(
-            directory,
-            info.config,
-            tensors,
+            place,
+            content,
+            [tensor._replace(name=stored_name(tensor.name, config)) for tensor in tensors],
             limit,
             quantization=quantization or info.quantization,
             weight_dtype=info.weight_dtype if target is None else None,
-            companions=read_companions(info.directory / info.tensors[0].file),
+            companions=companions,
             text_keys=keys,
             progress=bar.update,
         )
     return info
+
+
+def _check_program(program: str | None, dtype: object, quantize: object, type: object, lossy: bool) -> None:
+    """Raises where arguments of `convert` exclude each other."""
+    if program is None:
+        for name, value in (("type", type), ("lossy", lossy)):
+            if value:
+                raise ConfigError(f"{name}: expected program='transformers', 'llama.cpp' or 'llm-foundry' with it")
+        return
+    check_program(program)
+    if quantize is not None:
+        raise ConfigError(
+            f"quantize: expected none for {program}, found {quantize!r}; no other program reads it (for llama.cpp take "
+            f"type='Q8_0' or 'Q4_0')"
+        )
+    if program == "llama.cpp" and dtype is not None:
+        raise ConfigError("dtype: expected none for llama.cpp, whose types are asked for by type='F16' and the like")
+    if program != "llama.cpp" and type is not None:
+        raise ConfigError(
+            f"type: expected none for {program}, whose types are asked for by dtype='float16' and the like"
+        )
+
+
+def _files(info: CheckpointInfo) -> list[Path]:
+    """Returns the weight files that a GGUF file must not replace."""
+    return [info.directory / name for name in sorted({tensor.file for tensor in info.tensors})]
+
+
+def _stored(info: CheckpointInfo) -> np.dtype | None:
+    """Returns float64 where that is what all tensors have, else None: each stays as it is."""
+    return np.dtype(np.float64) if _has_float64(info) else None
 
 
 def _quantized(
@@ -142,9 +202,7 @@ def _quantized(
 
     def part(name: str, leaf: jax.ShapeDtypeStruct) -> TensorToWrite:
         weight, _, which = name.rpartition(".")
-        return TensorToWrite(
-            stored_name(name, config), leaf.shape, leaf.dtype, lambda: np.asarray(getattr(quantize(weight), which))
-        )
+        return TensorToWrite(name, leaf.shape, leaf.dtype, lambda: np.asarray(getattr(quantize(weight), which)))
 
     model = eqx.filter_eval_shape(lambda: with_zeros(MPT(config, key=jax.random.key(0)), quantization, dtype))
     leaves = named_leaves(model).items()

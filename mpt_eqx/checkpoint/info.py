@@ -20,6 +20,7 @@ from mpt_eqx.config.dialects import override
 from mpt_eqx.config.json_file import read_json_object
 from mpt_eqx.config.keys import STORED_TYPES
 from mpt_eqx.config.mpt_config import read_config
+from mpt_eqx.config.programs import Difference
 from mpt_eqx.config.quantization import Quantization
 from mpt_eqx.config.validation import NULL, check, choice, either
 from mpt_eqx.errors import CheckpointError, ConfigError, MPTError, first_of
@@ -41,6 +42,7 @@ class CheckpointInfo:
         blocking_problems: those of the problems that `dtype=` does not solve.
         weight_dtype: the type of the model's weights, where its tensors have several types and `save_pretrained` noted
             that each is to be loaded in its own; None otherwise.
+        lost: what the program that `convert` wrote it for ignores or computes otherwise; empty in other places.
     """
 
     directory: Path
@@ -53,6 +55,7 @@ class CheckpointInfo:
     problems: tuple[str, ...]
     blocking_problems: tuple[str, ...]
     weight_dtype: np.dtype | None = None
+    lost: tuple[Difference, ...] = ()
 
 
 def checkpoint_info(

@@ -18,7 +18,6 @@ from mpt_eqx.checkpoint.host_arrays import gather_to_host
 from mpt_eqx.checkpoint.hub import find_checkpoint
 from mpt_eqx.checkpoint.names import is_quantized, named_leaves, stored_name
 from mpt_eqx.checkpoint.savable import check_savable
-from mpt_eqx.config import MPTConfig
 from mpt_eqx.config.keys import STORED_TYPES
 from mpt_eqx.config.quantization import KEY, Quantization
 from mpt_eqx.errors import CheckpointError
@@ -71,13 +70,13 @@ def save_pretrained(
     limit = parse_size(max_shard_size)
     model = unstack(model) if isinstance(model, MPT) else model
     quantization, weight_dtype = check_savable(model)
-    tensors = [_to_write(stored_name(name, model.config), parts) for name, parts in _whole_tensors(model).items()]
+    tensors = [to_write(stored_name(name, model.config), parts) for name, parts in whole_tensors(model).items()]
 
     def write(tensors: Sequence[TensorToWrite]) -> None:
-        companions, keys = (None, None) if companions_from is None else _text_of(companions_from)
+        companions, keys = (None, None) if companions_from is None else text_of(companions_from)
         write_checkpoint(
             Path(directory),
-            model.config,
+            model.config.to_dict(),
             tensors,
             limit,
             quantization=quantization,
@@ -94,7 +93,7 @@ def save_pretrained(
 
 def write_checkpoint(
     directory: Path,
-    config: MPTConfig,
+    config: Mapping[str, Any],
     tensors: Sequence[TensorToWrite],
     limit: int,
     *,
@@ -108,7 +107,7 @@ def write_checkpoint(
 
     Args:
         directory: where to write; made if it does not exist.
-        config: the model's configuration.
+        config: the content of config.json.
         tensors: the weights; each is read when it is its turn.
         limit: largest size of a weight file in bytes.
         quantization: how the weights are quantised; None if they are not.
@@ -133,7 +132,7 @@ def write_checkpoint(
         return _json({"metadata": {"total_size": total}, "weight_map": weight_map})
 
     try:
-        small_files = {**(companions or {}), CONFIG: _json({**(text_keys or {}), **config.to_dict(), **keys})}
+        small_files = {**(companions or {}), CONFIG: _json({**(text_keys or {}), **config, **keys})}
         writers = [functools.partial(write_safetensors, tensors=shard, progress=progress) for shard in shards]
         replace_checkpoint(directory, writers, small_files, make_index)
     except OSError as error:
@@ -152,7 +151,7 @@ def parse_size(size: int | str) -> int:
     return int(match[1]) * UNITS[match[2]]
 
 
-def _whole_tensors(model: MPT) -> dict[str, list[jax.Array | np.ndarray]]:
+def whole_tensors(model: MPT) -> dict[str, list[jax.Array | np.ndarray]]:
     """Returns the weights by the canonical names of the tensors; that of a Wqkv may be in its three parts."""
     tensors: dict[str, list[jax.Array | np.ndarray]] = {}
     for name, leaf in named_leaves(model).items():
@@ -161,7 +160,7 @@ def _whole_tensors(model: MPT) -> dict[str, list[jax.Array | np.ndarray]]:
     return tensors
 
 
-def _to_write(name: str, parts: Sequence[jax.Array | np.ndarray]) -> TensorToWrite:
+def to_write(name: str, parts: Sequence[jax.Array | np.ndarray]) -> TensorToWrite:
     """Returns a tensor of these parts, one below the other."""
     first, types = parts[0], sorted({part.dtype.name for part in parts})
     if len(types) > 1:
@@ -175,7 +174,7 @@ def _to_write(name: str, parts: Sequence[jax.Array | np.ndarray]) -> TensorToWri
     return TensorToWrite(name, shape, jax.numpy.dtype(types[0]), read)
 
 
-def _text_of(source: str | Path) -> tuple[dict[str, bytes], dict[str, Any]]:
+def text_of(source: str | Path) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Returns the files of a checkpoint that are about text, and the keys of its config.json that are."""
     place = find_checkpoint(source, with_weights=str(source).endswith(".gguf"))
     directory = place.parent if place.is_file() else place

@@ -62,7 +62,7 @@ def read_gguf(file: Path) -> tuple[list[TensorInfo], dict[str, Any], str]:
 
         reader = Reader(file)
         fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
-        ids = (f"{TOKENIZER}{name}_token_id" for name in ("bos", "eos", "padding"))
+        ids = (f"{TOKENIZER}{name}_token_id" for name in ("bos", "eos", "eot", "padding"))
         fields |= {name: reader.fields[name].contents() for name in ids if name in reader.fields}
         if fields.get("general.architecture") != "mpt":
             raise ValueError(f"expected general.architecture 'mpt', found {fields.get('general.architecture')!r}")
@@ -124,20 +124,23 @@ def _config(fields: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[
 
     heads, kv_heads = value("attention.head_count"), value("attention.head_count_kv")
     width = value("embedding_length")
-    alibi = float(value("attention.max_alibi_bias", 0.0))
+    alibi = _float(value("attention.max_alibi_bias", 0.0))
     biased = "transformer.blocks.0.ffn.up_proj.bias" in shapes
     attn_config: dict[str, Any] = {
         "alibi": alibi > 0,
         "alibi_bias_max": alibi or 8,
-        "clip_qkv": float(value("attention.clamp_kqv", 0.0)),
+        "clip_qkv": _float(value("attention.clamp_kqv", 0.0)),
         "qk_ln": "transformer.blocks.0.attn.q_ln.weight" in shapes,
     }
     if kv_heads not in (None, heads):
         attn_config |= {"attn_type": "grouped_query_attention", "kv_n_heads": kv_heads}
     vocab_size = shapes["transformer.wte.weight"][0]
     # What begins and ends a text; a number that is no token says that there is none.
-    found = {name: fields.get(f"{TOKENIZER}{name}_token_id") for name in ("bos", "eos", "padding")}
-    text = {name: id_ for name, id_ in found.items() if isinstance(id_, int) and 0 <= id_ < vocab_size}
+    found = {name: fields.get(f"{TOKENIZER}{name}_token_id") for name in ("bos", "eos", "eot", "padding")}
+    text: dict[str, Any] = {name: id_ for name, id_ in found.items() if isinstance(id_, int) and 0 <= id_ < vocab_size}
+    ends = {text[name] for name in ("eos", "eot") if name in text}
+    if (turn := text.pop("eot", None)) is not None and len(ends) > 1:
+        text["eos"] = [text["eos"], turn]
     names = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
     return {
         "model_type": "mpt",
@@ -148,7 +151,7 @@ def _config(fields: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[
         "n_layers": value("block_count"),
         "max_seq_len": value("context_length"),
         "vocab_size": vocab_size,
-        "norm_eps": round(float(value("attention.layer_norm_epsilon", 1e-5)), 12),
+        "norm_eps": _float(value("attention.layer_norm_epsilon", 1e-5)),
         "no_bias": not biased,
         "attention_bias": "transformer.blocks.0.attn.Wqkv.bias" in shapes,
         "learned_pos_emb": "transformer.wpe.weight" in shapes,
@@ -156,6 +159,11 @@ def _config(fields: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[
         "attn_config": attn_config,
         "ffn_config": {"ffn_hidden_size": value("feed_forward_length")},
     }
+
+
+def _float(value: Any) -> float:
+    """Returns the shortest decimal that is this float32: 1e-05, not 9.99999974737875e-06."""
+    return float(str(np.float32(value)))
 
 
 def scan_header(data: np.ndarray) -> dict[int, int]:

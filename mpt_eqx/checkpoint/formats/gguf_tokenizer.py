@@ -42,10 +42,10 @@ def read_gguf_tokenizer(file: Path) -> dict[str, bytes]:
         if not header.get("ggml.tokens"):
             return {}
         kind = header.get("ggml.model")
-        if kind not in ("gpt2", "llama"):
+        if kind not in ("gpt2", "llama", "t5"):
             raise CheckpointError(
-                f"{file}: expected tokenizer.ggml.model 'gpt2' or 'llama', found {printable(str(kind))!r}; put the "
-                f"model's tokenizer.json beside the file"
+                f"{file}: expected tokenizer.ggml.model 'gpt2', 'llama' or 't5', found {printable(str(kind))!r}; put "
+                f"the model's tokenizer.json beside the file"
             )
         words = header.get("ggml.pre")
         if kind == "gpt2" and words not in GPT2_WORDS:
@@ -53,10 +53,16 @@ def read_gguf_tokenizer(file: Path) -> dict[str, bytes]:
                 f"{file}: expected words as GPT-2 splits them (tokenizer.ggml.pre of mpt or gpt-2), found "
                 f"{printable(str(words))!r}; put the model's tokenizer.json beside the file"
             )
-        main = (
-            {"tokenizer.json": _byte_level(header)} if kind == "gpt2" else {"tokenizer.model": _sentencepiece(header)}
-        )
-        return main | {"tokenizer_config.json": _json(_settings(header))}
+        settings = _settings(header)
+        if kind == "gpt2":
+            files = {"tokenizer.json": _byte_level(header)}
+        else:
+            files = {"tokenizer.model": _sentencepiece(header)}
+            settings["added_tokens_decoder"] = _added(header)
+        ends = [header.get(f"ggml.{name}_token_id") for name in ("eos", "eot")]
+        if None not in ends and ends[0] != ends[1]:
+            files["generation_config.json"] = _json({"eos_token_id": ends})
+        return files | {"tokenizer_config.json": _json(settings)}
     except CheckpointError:
         raise
     except Exception as error:
@@ -115,14 +121,17 @@ def _byte_level(header: Mapping[str, Any]) -> bytes:
         if types[i] in (CONTROL, USER_DEFINED)
     ]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    begin = header.get("ggml.bos_token_id") if header.get("ggml.add_bos_token") else None
-    template = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
-    if begin is not None:
-        name = tokens[begin]
-        single = [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    template: dict[str, Any] = {**byte_level, "trim_offsets": False}
+    ids = {name: header.get(f"ggml.{name}_token_id") for name in ("bos", "eos")}
+    begin, end = (
+        [id_] if header.get(f"ggml.add_{name}_token") and id_ is not None else [] for name, id_ in ids.items()
+    )
+    if begin or end:
+        one, other = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+        before, after = ([{"SpecialToken": {"id": tokens[id_], "type_id": 0}} for id_ in ids] for ids in (begin, end))
         template = {
-            "type": "TemplateProcessing", "single": single, "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {name: {"id": name, "ids": [begin], "tokens": [name]}},
+            "type": "TemplateProcessing", "single": [*before, one, *after], "pair": [*before, one, *after, other],
+            "special_tokens": {tokens[i]: {"id": tokens[i], "ids": [i], "tokens": [tokens[i]]} for i in begin + end},
         }  # fmt: skip
     return _json(
         {
@@ -143,6 +152,7 @@ def _byte_level(header: Mapping[str, Any]) -> bytes:
 def _sentencepiece(header: Mapping[str, Any]) -> bytes:
     """Returns the SentencePiece model."""
     tokens, types = _tokens(header)
+    tokens, types = tokens[: _model_size(types)], types[: _model_size(types)]
     scores = header.get("ggml.scores") or [0.0] * len(tokens)
     # SentencePiece's BPE numbers its tokens down, its unigram model has logarithms of probabilities.
     ranked = all(score == int(score) for score, kind in zip(scores, types, strict=False) if kind == NORMAL)
@@ -150,13 +160,30 @@ def _sentencepiece(header: Mapping[str, Any]) -> bytes:
         _field(1, _field(1, token.encode()) + b"\x15" + struct.pack("<f", score) + _number(3, kind))
         for token, score, kind in zip(tokens, scores, types, strict=False)
     )
-    trainer = _number(3, BPE if ranked else UNIGRAM) + _number(4, len(tokens)) + _number(35, int(BYTE in types))
+    trainer = (
+        _number(3, BPE if ranked and header["ggml.model"] != "t5" else UNIGRAM)
+        + _number(4, len(tokens))
+        + _number(35, int(BYTE in types))
+    )
     for field, name in ((40, "unknown"), (41, "bos"), (42, "eos"), (43, "padding")):
-        trainer += _number(field, header.get(f"ggml.{name}_token_id", -1 if field != 40 else types.index(UNKNOWN)))
+        id_ = header.get(f"ggml.{name}_token_id", -1 if field != 40 else types.index(UNKNOWN))
+        trainer += _number(field, id_ if id_ < len(tokens) else -1)
     charsmap = bytes(byte & 255 for byte in header.get("ggml.precompiled_charsmap") or ())
     normalizer = (_field(2, charsmap) if charsmap else b"") + _number(3, int(header.get("ggml.add_space_prefix", True)))
     normalizer += _number(4, int(header.get("ggml.remove_extra_whitespaces", False))) + _number(5, 1)
     return pieces + _field(2, trainer) + _field(3, normalizer)
+
+
+def _added(header: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the tokens that a SentencePiece model does not have itself, as tokenizer_config.json says it."""
+    tokens, types = _tokens(header)
+    ids = range(_model_size(types), len(tokens))
+    return {str(i): {"content": tokens[i], "special": types[i] == CONTROL} for i in ids}
+
+
+def _model_size(types: Sequence[int]) -> int:
+    """Returns the number of a SentencePiece model's own tokens: those that control something come first in one."""
+    return max((i + 1 for i, kind in enumerate(types) if kind not in (CONTROL, USER_DEFINED, UNUSED)), default=0)
 
 
 def _tokens(header: Mapping[str, Any]) -> tuple[list[str], Sequence[int]]:
@@ -173,7 +200,8 @@ def _tokens(header: Mapping[str, Any]) -> tuple[list[str], Sequence[int]]:
 
 def _settings(header: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the content of tokenizer_config.json."""
-    tokens, settings = header["ggml.tokens"], {}
+    tokens = header["ggml.tokens"]
+    settings: dict[str, Any] = {}
     for key, name in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
         id_ = header.get(f"ggml.{key}_token_id")
         if id_ is not None and 0 <= id_ < len(tokens):
