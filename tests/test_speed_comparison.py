@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN, some
+from conftest import GOLDEN
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # where the benchmarks are, which are not installed
 
@@ -432,12 +432,13 @@ def test_our_process_decodes_what_generate_does(checkpoint):
     np.testing.assert_allclose(opened.logits(prompts[0]), logits, rtol=1e-4, atol=1e-5)
 
 
-GGUF = ("hf_default", "f_bias", "f_gqa_kv2", "f_learned_pos", "f_qk_ln", "f_untied", "hf_clip_qkv")
-
-
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("f_gqa_kv2", "attn_config.attn_type"), ("f_bias", "no_bias=False: biases"), ("f_learned_pos", "attn_config.alibi")],
+    [
+        ("f_gqa_kv2", "attn_config.attn_type"),
+        ("f_bias", "no_bias=False: biases"),
+        ("f_learned_pos", "attn_config.alibi"),
+    ],
 )
 def test_what_transformers_does_not_support(name, reason):
     from benchmarks.speed.baselines import unsupported

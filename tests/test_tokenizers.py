@@ -115,7 +115,10 @@ def test_gguf_is_converted_with_its_tokenizer(bpe, golden, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: w.add_tokenizer_model("t5"), "expected tokenizer.ggml.model 'gpt2' or 'llama', found 't5'; put the"),
+        (
+            lambda w: w.add_tokenizer_model("bert"),
+            "expected tokenizer.ggml.model 'gpt2', 'llama' or 't5', found 'bert'; put the",
+        ),
         (
             lambda w: w.add_tokenizer_pre("llama-bpe"),
             "expected words as GPT-2 splits them .*found 'llama-bpe'; put the",

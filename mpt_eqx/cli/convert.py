@@ -6,10 +6,10 @@ import time
 from typing import Any
 
 EXAMPLES = """examples:
-  mpt-eqx convert ./mpt-7b ./mpt-7b-aligned                               for this library: safetensors that load in place
-  mpt-eqx convert ./storywriter ./copy --for llm-foundry                  in llm-foundry's dialect
-  mpt-eqx convert ./mpt-7b ./mpt-7b.gguf --for llama.cpp --type Q8_0      one GGUF file with the tokenizer
-  mpt-eqx convert ./sea-lion ./lossy --for transformers --lossy           what transformers computes of it
+  mpt-eqx convert ./mpt-7b ./mpt-7b-aligned                           safetensors that load in place
+  mpt-eqx convert ./storywriter ./copy --for llm-foundry              in llm-foundry's dialect
+  mpt-eqx convert ./mpt-7b ./mpt-7b.gguf --for llama.cpp --type Q8_0  one GGUF file with the tokenizer
+  mpt-eqx convert ./sea-lion ./lossy --for transformers --lossy       what transformers computes of it
 """
 
 
@@ -18,8 +18,8 @@ def add_to(commands: Any, shared: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "convert", parents=[shared], help="rewrite a checkpoint as aligned safetensors, or for another program",
         description="Converts any readable checkpoint to aligned (memory-mappable) safetensors, one tensor at a time. "
-        "The tokenizer files are copied. With --for it writes what another program reads, and refuses by name what that "
-        "program would ignore or compute otherwise.",
+        "The tokenizer files are copied. With --for it writes what another program reads, and refuses by name what "
+        "that program would ignore or compute otherwise.",
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("source", metavar="SRC", help="directory, weight file or Hub repository id")

@@ -109,16 +109,16 @@ def _left_out(reason: str) -> Vocabulary:
 
 def _byte_level(d: Mapping[str, Any]) -> Vocabulary:
     """Returns the tokenizer of a tokenizer.json, or why llama.cpp has none of its kind."""
-    model, normalizer, words = d["model"], d.get("normalizer"), d.get("pre_tokenizer") or {}
-    if (normalizer or {}).get("type") == "Sequence" and len(normalizer["normalizers"]) < 2:
-        normalizer = next(iter(normalizer["normalizers"]), None)
+    model, normalizer, words = d["model"], d.get("normalizer") or {}, d.get("pre_tokenizer") or {}
+    if normalizer.get("type") == "Sequence" and len(normalizer["normalizers"]) < 2:
+        normalizer = next(iter(normalizer["normalizers"]), {})
     begin, end, is_known = _ends_of_text(d.get("post_processor"))
     wrong = [
         reason
         for is_so, reason in (
             (model.get("type", "BPE") != "BPE" or model.get("byte_fallback"), "no byte-level BPE"),
             (words.get("type") != "ByteLevel" or not words.get("use_regex", True), "other words than GPT-2's"),
-            ((normalizer or {"type": "NFC"})["type"] != "NFC", "another normalizer than NFC"),
+            (normalizer.get("type", "NFC") != "NFC", "another normalizer than NFC"),
             (bool(model.get("ignore_merges")), "ignore_merges"),
             (bool(model.get("dropout")), "dropout"),
             (bool(model.get("continuing_subword_prefix")), "continuing_subword_prefix"),
@@ -133,7 +133,7 @@ def _byte_level(d: Mapping[str, Any]) -> Vocabulary:
     named = {id_: token for token, id_ in model["vocab"].items()} | {i: t["content"] for i, t in added.items()}
     types = {i: CONTROL if token.get("special") else USER_DEFINED for i, token in added.items()}
     entries: dict[str, Any] = {
-        "pre": "gpt-2" if normalizer is None else "mpt",
+        "pre": "mpt" if normalizer else "gpt-2",
         "merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
         "add_bos_token": begin is not None,
         "add_eos_token": end is not None,

@@ -141,8 +141,8 @@ def _add_vocabulary(writer: Any, config: MPTConfig, vocabulary: Vocabulary, gguf
     for name, id_ in (("bos", config.bos_token_id), ("padding", config.text_pad_token_id)):
         if id_ is not None:
             entries[f"{name}_token_id"] = id_
-    ends = config.eos_token_id if isinstance(config.eos_token_id, tuple) else [config.eos_token_id]
-    ends = vocabulary.ends or [id_ for id_ in ends if id_ is not None]
+    own = config.eos_token_id
+    ends = vocabulary.ends or (own if isinstance(own, tuple) else () if own is None else (own,))
     if ends:
         entries["eos_token_id"] = ends[0]
     if len(ends) > 1:
