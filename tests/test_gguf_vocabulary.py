@@ -146,6 +146,7 @@ def pieces(request, tmp_path_factory):
     proto = trained(request.param.split()[0], **KINDS[request.param])
     files = {"spiece.model": proto, "added_tokens.json": {"<word>": 4098}}
     files["tokenizer_config.json"] = {
+        "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
         "add_bos_token": True, "added_tokens_decoder": {"4099": {"content": "<|im_start|>", "special": True}},
     }  # fmt: skip
     source = checkpoint(tmp_path_factory.mktemp("spm") / "m", files)
@@ -164,6 +165,45 @@ def test_ids_are_those_of_the_sentencepiece_model(pieces, text):
     one, other, _ = pieces
     assert one.encode(text) == other.encode(text)
     assert one.decode(one.encode(text)) == other.decode(other.encode(text))
+
+
+def test_gpt2s_two_files(tmp_path):
+    """vocab.json and merges.txt, with tokens that other files name, and begin every text with one."""
+    from mpt_eqx.checkpoint import convert
+    from mpt_eqx.text import load_tokenizer
+
+    model = shipped()["model"]
+    settings = {"add_bos_token": True, "bos_token": "<|endoftext|>", "tokenizer_class": "GPT2Tokenizer"}
+    files = {
+        "vocab.json": model["vocab"], "tokenizer_config.json": settings, "added_tokens.json": {"<word>": 4096},
+        "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, model["merges"]), ""]).encode(),
+    }  # fmt: skip
+    source = checkpoint(tmp_path / "m", files)
+    assert convert(source, tmp_path / "m.gguf", program="llama.cpp").lost == ()
+    one, other = load_tokenizer(source), load_tokenizer(tmp_path / "m.gguf")
+    for text in (*TEXTS, MORE):
+        assert one.encode(text) == other.encode(text)
+    assert one.encode("a")[0] == 0 and 4096 in one.encode(MORE)
+
+
+def test_other_vocabularies_in_json():
+    from mpt_eqx.checkpoint.formats.gguf_vocabulary import read_vocabulary
+
+    settings = json.dumps({"tokenizer_class": "BertTokenizer"}).encode()
+    found = read_vocabulary({"vocab.json": b"{}", "merges.txt": b"", "tokenizer_config.json": settings}, 5000)
+    reason = "vocab.json is not one of a tokenizer like GPT-2's"
+    assert found.problems == [f"left out, because {reason}: the file takes token ids only"]
+
+
+def test_a_class_that_puts_tokens_at_the_ends():
+    """And one that puts no space after a special token, which llama.cpp does."""
+    from mpt_eqx.checkpoint.formats.gguf_vocabulary import read_vocabulary
+
+    settings = json.dumps({"tokenizer_class": "LlamaTokenizerFast", "legacy": False}).encode()
+    model = trained("bpe", **KINDS["bpe"])
+    found = read_vocabulary({"tokenizer.model": model, "tokenizer_config.json": settings}, 5000)
+    assert found.entries["add_bos_token"] is True and found.entries["add_eos_token"] is False
+    assert found.problems == ["a space is put before what follows a special token, too"]
 
 
 def test_the_header_says_which_model_of_sentencepiece(pieces):

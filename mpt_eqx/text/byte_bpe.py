@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpt_eqx.checkpoint.formats.gguf_vocabulary import GPT2_CLASSES
 from mpt_eqx.errors import CheckpointError, printable
 from mpt_eqx.text.added_tokens import add_named_tokens, read_settings
 from mpt_eqx.text.checks import backend_errors
@@ -11,8 +12,6 @@ if TYPE_CHECKING:
     import tokenizers
 
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
-CLASSES = {"GPT2Tokenizer", "GPT2TokenizerFast", "GPTNeoXTokenizer", "GPTNeoXTokenizerFast"}
-"""Those of transformers that split text as GPT-2 does, and add nothing but what add_bos_token says."""
 MAX_BYTES = 64 * 2**20
 
 
@@ -27,7 +26,7 @@ def load_byte_bpe(directory: Path) -> "tokenizers.Tokenizer":
 
     settings = read_settings(directory)
     kind = settings.get("tokenizer_class") or "GPT2Tokenizer"
-    if not (directory / MERGES).is_file() or kind not in CLASSES:
+    if not (directory / MERGES).is_file() or kind not in GPT2_CLASSES:
         found = f"tokenizer_class {printable(repr(kind))}" if (directory / MERGES).is_file() else f"no {MERGES}"
         raise CheckpointError(
             f"{directory}: expected tokenizer.json, or {VOCABULARY} and {MERGES} of a tokenizer like GPT-2's, found "

@@ -7,14 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from mpt_eqx.checkpoint.formats.gguf_vocabulary import ADDED_ENDS, SENTENCEPIECE
 from mpt_eqx.errors import CheckpointError, MPTError, printable
 from mpt_eqx.text.added_tokens import named_tokens, read_settings
 
-NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.model", "sentencepiece.bpe.model", "spm.model")
-"""The files, in the order in which they are looked for."""
-
-ADDED_ENDS = {"LlamaTokenizer": (True, False), "CodeLlamaTokenizer": (True, False), "GemmaTokenizer": (True, False)}
-"""Classes of transformers that begin or end every text with a token, unless tokenizer_config.json says otherwise."""
+NAMES = SENTENCEPIECE
 
 
 class SentencePieceBackend:

@@ -24,6 +24,15 @@ from mpt_eqx.checkpoint.formats.gguf_tokenizer import (
 from mpt_eqx.errors import CheckpointError
 
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.model", "sentencepiece.bpe.model", "spm.model")
+"""The files of a SentencePiece model, in the order in which they are looked for."""
+
+ADDED_ENDS = {"LlamaTokenizer": (True, False), "CodeLlamaTokenizer": (True, False), "GemmaTokenizer": (True, False)}
+"""Classes of transformers that begin or end every text with a token, unless tokenizer_config.json says otherwise."""
+
+GPT2_CLASSES = {"GPT2Tokenizer", "GPT2TokenizerFast", "GPTNeoXTokenizer", "GPTNeoXTokenizerFast"}
+"""Those of transformers that split text as GPT-2 does, and add nothing but what add_bos_token says."""
+
+MOST = 10_000_000  # tokens, so that a file cannot fill the memory
 SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # in settings, and in the header
 
 
@@ -36,6 +45,7 @@ class Vocabulary:
         tokens: the tokens in the order of their ids.
         types: what kind each is.
         entries: the other entries, by the name behind "tokenizer.ggml.".
+        fixed: those of them that nothing else may change: the tokens that are put before and after a text.
         ends: the ids that end a text, as generation_config.json says.
         template: the chat template.
         problems: what llama.cpp does not do with this tokenizer, a line each.
@@ -45,6 +55,7 @@ class Vocabulary:
     tokens: Sequence[str] = ()
     types: Sequence[int] = ()
     entries: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fixed: Mapping[str, int] = dataclasses.field(default_factory=dict)
     ends: Sequence[int] = ()
     template: str | None = None
     problems: Sequence[str] = ()
@@ -80,16 +91,22 @@ def read_vocabulary(files: Mapping[str, bytes], size: int) -> Vocabulary:
 def _read(files: Mapping[str, bytes]) -> Vocabulary:
     settings = _object(files, "tokenizer_config.json")
     pieces = next((files[name] for name in SENTENCEPIECE if name in files), None)
-    found = _byte_level(_object(files, "tokenizer.json")) if "tokenizer.json" in files else Vocabulary()
+    named = _named(files, settings)
+    found = Vocabulary()
+    if "tokenizer.json" in files:
+        found = _byte_level(_object(files, "tokenizer.json"))
+    elif pieces is None and "vocab.json" in files:
+        found = _of_two_files(files, settings)
     if found.model == "no_vocab" and pieces is not None:
-        found = _sentencepiece(pieces, _added(files, settings), settings)
+        found = _sentencepiece(pieces, settings)
+    found = _with_named(found, named)
     ids = {token: i for i, token in enumerate(found.tokens)}
-    named = {**_object(files, "special_tokens_map.json"), **settings}
     special = {}
     for theirs, ours in SPECIAL.items():
-        token = named.get(f"{theirs}_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str) and token in ids:
+        token = _content(
+            settings.get(f"{theirs}_token", _object(files, "special_tokens_map.json").get(f"{theirs}_token"))
+        )
+        if token in ids:
             special[f"{ours}_token_id"] = ids[token]
     template = (
         files["chat_template.jinja"].decode() if "chat_template.jinja" in files else settings.get("chat_template")
@@ -97,7 +114,7 @@ def _read(files: Mapping[str, bytes]) -> Vocabulary:
     ends = _object(files, "generation_config.json").get("eos_token_id")
     return dataclasses.replace(
         found,
-        entries={**special, **found.entries},
+        entries={**found.entries, **special, **found.fixed},
         template=template if isinstance(template, str) else None,
         ends=[] if ends is None else ends if isinstance(ends, list) else [ends],
     )
@@ -138,8 +155,7 @@ def _byte_level(d: Mapping[str, Any]) -> Vocabulary:
         "add_bos_token": begin is not None,
         "add_eos_token": end is not None,
     }
-    entries |= {} if begin is None else {"bos_token_id": begin}
-    entries |= {} if end is None else {"eos_token_id": end}
+    fixed = {f"{name}_token_id": id_ for name, id_ in (("bos", begin), ("eos", end)) if id_ is not None}
     problems = []
     if words.get("add_prefix_space", True):
         entries["add_space_prefix"] = True
@@ -152,8 +168,22 @@ def _byte_level(d: Mapping[str, Any]) -> Vocabulary:
         [named.get(i, f"[PAD{i}]") for i in ids],
         [types.get(i, NORMAL) if i in named else UNUSED for i in ids],
         entries,
+        fixed,
         problems=problems,
     )
+
+
+def _of_two_files(files: Mapping[str, bytes], settings: Mapping[str, Any]) -> Vocabulary:
+    """Returns the tokenizer of vocab.json and merges.txt, as GPT-2's were kept."""
+    if "merges.txt" not in files or settings.get("tokenizer_class", "GPT2Tokenizer") not in GPT2_CLASSES:
+        return _left_out("vocab.json is not one of a tokenizer like GPT-2's")
+    lines = files["merges.txt"].decode().splitlines()
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    words = {"type": "ByteLevel", "add_prefix_space": settings.get("add_prefix_space") is True}
+    found = _byte_level({"model": {"vocab": _object(files, "vocab.json"), "merges": merges}, "pre_tokenizer": words})
+    start = _content(settings.get("bos_token"))
+    begins = settings.get("add_bos_token") is True and start in found.tokens
+    return dataclasses.replace(found, entries={**found.entries, "add_bos_token": begins})
 
 
 def _ends_of_text(processor: Mapping[str, Any] | None) -> tuple[int | None, int | None, bool]:
@@ -173,8 +203,8 @@ def _ends_of_text(processor: Mapping[str, Any] | None) -> tuple[int | None, int 
     return begin, end, True
 
 
-def _sentencepiece(proto: bytes, added: Mapping[int, tuple[str, bool]], settings: Mapping[str, Any]) -> Vocabulary:
-    """Returns a SentencePiece model with added tokens, which follow its own."""
+def _sentencepiece(proto: bytes, settings: Mapping[str, Any]) -> Vocabulary:
+    """Returns a SentencePiece model."""
     model = _fields(proto)
     pieces = [_fields(piece) for piece in model[1]]
     trainer, normalizer = (_fields(model[field][-1]) if field in model else {} for field in (2, 3))
@@ -193,17 +223,12 @@ def _sentencepiece(proto: bytes, added: Mapping[int, tuple[str, bool]], settings
     tokens = [piece[1][0].decode() for piece in pieces]
     types = [number(piece, 3, NORMAL) for piece in pieces]
     scores = [struct.unpack("<f", piece[2][0])[0] if 2 in piece else 0.0 for piece in pieces]
-    count = max([len(tokens), *(id_ + 1 for id_ in added)])
-    for i in range(len(tokens), count):
-        token, special = added.get(i, (f"[PAD{i}]", None))
-        tokens.append(token)
-        types.append(UNUSED if special is None else CONTROL if special else USER_DEFINED)
-        scores.append(0.0)
     charsmap = normalizer.get(2, [b""])[-1]
-    entries = {
+    begins, ends = ADDED_ENDS.get(str(settings.get("tokenizer_class")).removesuffix("Fast"), (False, False))
+    entries: dict[str, Any] = {
         "scores": scores,
-        "add_bos_token": settings.get("add_bos_token") is True,
-        "add_eos_token": settings.get("add_eos_token") is True,
+        "add_bos_token": settings.get("add_bos_token", begins) is True,
+        "add_eos_token": settings.get("add_eos_token", ends) is True,
         "add_space_prefix": bool(number(normalizer, 3, 1)),
         "remove_extra_whitespaces": bool(number(normalizer, 4, 1)),
         **({"precompiled_charsmap": list(charsmap)} if charsmap else {}),
@@ -212,25 +237,59 @@ def _sentencepiece(proto: bytes, added: Mapping[int, tuple[str, bool]], settings
     for name, id_ in (*ids, ("padding", number(trainer, 43, -1))):
         if 0 <= id_ < len(pieces):
             entries[f"{name}_token_id"] = id_
-    for name in ("bos", "eos"):  # what the settings name counts, unless the model itself puts its own there
-        content = settings.get(f"{name}_token")
-        content = content.get("content") if isinstance(content, dict) else content
-        if not entries[f"add_{name}_token"] and content in tokens:
-            entries[f"{name}_token_id"] = tokens.index(content)
+    # What the model itself puts at the ends is its own.
+    fixed = {f"{n}_token_id": entries[f"{n}_token_id"] for n in ("bos", "eos") if entries[f"add_{n}_token"]}
     problems = []
     if kind == BPE and (charsmap or entries["remove_extra_whitespaces"]):
         problems.append("a text is not normalised, as this SentencePiece model asks for")
     if kind == UNIGRAM and BYTE in types:
         problems.append("a character without a token becomes the unknown token, and not bytes")
-    return Vocabulary("llama" if kind == BPE else "t5", tokens, types, entries, problems=problems)
+    if settings.get("legacy") is False and entries["add_space_prefix"]:
+        problems.append("a space is put before what follows a special token, too")
+    return Vocabulary("llama" if kind == BPE else "t5", tokens, types, entries, fixed, problems=problems)
 
 
-def _added(files: Mapping[str, bytes], settings: Mapping[str, Any]) -> dict[int, tuple[str, bool]]:
-    """Returns the tokens that other files add to a SentencePiece model, and whether each is special, by id."""
-    found = {id_: (token, False) for token, id_ in _object(files, "added_tokens.json").items()}
+def _named(files: Mapping[str, bytes], settings: Mapping[str, Any]) -> dict[str, tuple[int | None, bool]]:
+    """Returns the tokens that files name beside a vocabulary: their ids, where one says it, and whether special."""
+    found: dict[str, tuple[int | None, bool]] = {}
+    for content in (_object(files, "special_tokens_map.json"), settings):
+        for key, value in content.items():
+            values = value if key == "additional_special_tokens" and isinstance(value, list) else [value]
+            if key.endswith("_token") or key == "additional_special_tokens":
+                found |= {token: (None, True) for one in values if (token := _content(one))}
+    for token, id_ in _object(files, "added_tokens.json").items():
+        found[token] = (id_, token in found)
     for id_, token in (settings.get("added_tokens_decoder") or {}).items():
-        found[int(id_)] = (token["content"], bool(token.get("special")))
+        content = token["content"]
+        found[content] = (int(id_), bool(token.get("special")) or found.get(content, (None, False))[1])
     return found
+
+
+def _with_named(found: Vocabulary, named: Mapping[str, tuple[int | None, bool]]) -> Vocabulary:
+    """Returns a vocabulary with the tokens that other files name: new ones, and what those are that it has."""
+    if found.model == "no_vocab":
+        return found
+    tokens, types = list(found.tokens), list(found.types)
+    ids = {token: i for i, token in enumerate(tokens)}
+    for token, (id_, special) in named.items():
+        id_ = ids.get(token) if id_ is None else id_
+        if id_ is None or not 0 <= id_ < MOST:
+            continue  # no such token could have been trained
+        while id_ >= len(tokens):
+            tokens.append(f"[PAD{len(tokens)}]")
+            types.append(UNUSED)
+        if types[id_] in (NORMAL, UNUSED, USER_DEFINED):
+            tokens[id_], types[id_] = token, CONTROL if special else USER_DEFINED
+    entries = dict(found.entries)
+    if "scores" in entries:
+        entries["scores"] = [*entries["scores"], *[0.0] * (len(tokens) - len(found.tokens))]
+    return dataclasses.replace(found, tokens=tokens, types=types, entries=entries)
+
+
+def _content(token: Any) -> str | None:
+    """Returns the text of a token as settings have it: by itself, or in an object."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) and token else None
 
 
 def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
