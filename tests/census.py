@@ -10,6 +10,7 @@ import numpy as np
 import torch_bytes
 
 CENSUS = json.loads((Path(__file__).parent / "census.json").read_text())
+THEIRS = json.loads((Path(__file__).parent / "census_transformers.json").read_text())
 REPOSITORIES = {entry["repository"]: entry for entry in CENSUS["repositories"]}
 
 EARLY = (("norm_1", "ln_1"), ("norm_2", "ln_2"), ("norm_f", "ln_f"), ("ffn.up_proj", "mlp.mlp_up"))

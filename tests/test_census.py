@@ -107,5 +107,7 @@ def test_an_entry_says_how_sure_it_is():
             "derived",
         )
         assert entry["config"] in census.CENSUS["configs"] or entry["weights"] == ["model.gguf"]
+    run = {entry["config"] for entry in census.REPOSITORIES.values() if entry["outcome"] == "runs"} - {None}
+    assert census.THEIRS["outcomes"].keys() == run  # recorded anew by tests/reference/record_census.py
     used = {entry["config"] for entry in census.REPOSITORIES.values()} - {None}
     assert used == census.CENSUS["configs"].keys()

@@ -438,6 +438,15 @@ def test_tokens_that_other_files_add(two_files):
         (directory / "tokenizer.json").write_text(whole._backend.to_str())
 
 
+def test_an_added_token_may_be_any_text(two_files):
+    from mpt_eqx.text import load_tokenizer
+
+    whole, directory = two_files
+    (directory / "added_tokens.json").write_text(json.dumps({"\n\n": 4096, "\x00": 4097, "x" * 2000: 4098}))
+    ids = load_tokenizer(directory).encode("a\n\n\x00" + "x" * 2000)
+    assert ids == [*whole.encode("a"), 4096, 4097, 4098]
+
+
 def test_ids_are_those_that_transformers_gives(two_files):
     """Recorded with transformers 5.24, from the same files with tokenizer_class GPT2Tokenizer or GPTNeoXTokenizer."""
     from mpt_eqx.text import load_tokenizer
@@ -502,6 +511,7 @@ def damaged(tmp_path_factory):
         ({"vocab.json": {"a": -1}}, "expected a working tokenizer, found one that fails"),
         ({"added_tokens.json": {"<a>": 9999}}, "'<a>' with id 9999, which would become 4096"),
         ({"added_tokens.json": {"<a>": 4096, "<b>": 4096}}, "one added token with id 4096, found '<a>' and '<b>'"),
+        ({"added_tokens.json": {"return": 4096}}, "expected id .* for the token 'return', as its vocabulary .*4096 in"),
         ({"added_tokens.json": {"<a>": None}}, "expected a whole number for the added token '<a>', found None"),
         ({"added_tokens.json": "["}, "added_tokens.json: expected JSON, found something else"),
         (

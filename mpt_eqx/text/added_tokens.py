@@ -93,6 +93,11 @@ def add_named_tokens(backend: "tokenizers.Tokenizer", directory: Path) -> None:
     there = {token.content for token in backend.get_added_tokens_decoder().values()}
     for name, (id_, special, flags) in named_tokens(directory).items():
         known = backend.token_to_id(name)
+        if known is not None and id_ not in (None, known):
+            raise CheckpointError(
+                f"{directory}: expected id {known} for the token '{printable(name)}', as its vocabulary has it, found "
+                f"{id_} in tokenizer_config.json or added_tokens.json; make the files agree"
+            )
         if name not in there and (known is not None or id_ is not None):
             token = tokenizers.AddedToken(name, special=special, **{"normalized": not special, **flags})
             with backend_errors(str(directory), CheckpointError):
@@ -113,7 +118,7 @@ def read_settings(directory: Path, name: str = "tokenizer_config.json") -> dict[
         ConfigError: it is no JSON object.
     """
     path = directory / name
-    return read_json_object(path, max_bytes=LARGEST) if path.is_file() else {}
+    return read_json_object(path, max_bytes=LARGEST, any_keys=True) if path.is_file() else {}
 
 
 def _special(content: Mapping[str, Any]) -> dict[str, dict[str, bool]]:
