@@ -105,6 +105,39 @@ def test_an_end_equal_to_the_padding_counts_once(one_block_model, prompts):
     assert result.lengths[0] <= 3 and result.finish_reasons == ["stop"]
 
 
+def test_until_ends_rows_where_it_says(one_block_model, prompts):
+    """As an end-of-sequence token does: what stands after is padding, in whatever batch."""
+    from mpt_eqx import generate
+
+    rows, ends = prompts(4, 9, 5), [3, None, 12]
+    options = {"max_new_tokens": 20, "pad_token_id": 7, "return_logits": True}
+    whole = generate(one_block_model, rows, **options)
+    eos = int(whole.tokens[1, 15])
+    asked = []
+
+    def until(row, tokens):
+        asked.append((row, len(tokens)))
+        assert tokens == whole.tokens[row, : len(tokens)].tolist()
+        return len(tokens) == ends[row]
+
+    found = generate(one_block_model, rows, until=until, eos_token_ids=[eos], **options)
+    first_eos = whole.tokens[1].tolist().index(eos) + 1
+    lengths = [min(end or 20, [*whole.tokens[i].tolist(), eos].index(eos) + 1) for i, end in enumerate(ends)]
+    assert lengths[1] == first_eos and found.lengths.tolist() == lengths and found.finish_reasons == ["stop"] * 3
+    for row, n in enumerate(lengths):
+        for name, rest in (("tokens", 7), ("logprobs", 0), ("logits", 0)):
+            np.testing.assert_array_equal(getattr(found, name)[row, :n], getattr(whole, name)[row, :n])
+            assert (getattr(found, name)[row, n:] == rest).all()
+    assert max(n for _, n in asked) <= max(lengths) and len(asked) == len(set(asked))
+
+
+def test_where_until_never_ends_a_row_its_length_does(one_block_model, prompts):
+    from mpt_eqx import generate
+
+    found = generate(one_block_model, prompts(4, 9), max_new_tokens=9, until=lambda row, tokens: row == 1)
+    assert found.lengths.tolist() == [9, 1] and found.finish_reasons == ["length", "stop"]
+
+
 def test_keys(one_block_model, prompts):
     from mpt_eqx import generate
 
@@ -252,6 +285,7 @@ def test_no_prompts_no_rows(one_block_model):
         ({"num_return_sequences": 2}, "num_return_sequences: expected 1 with temperature=0, found 2; .* beam_search"),
         ({"temperature": 1e39}, "temperature: expected a finite number ≥ 0, found 1e"),
         ({"repetition_penalty": 1e300}, "repetition_penalty: expected a finite number > 0, found 1e"),
+        ({"until": 5}, "until: expected a function of a row's number and tokens, found int"),
         ({"key": 5}, r"key: expected one key, such as jax.random.key\(0\), or 1, one for each row, found int"),
         ({"key": jax.random.split(jax.random.key(0), 3)}, r"key: expected one key, such as .*, or 1, one for each row, "
          r"found an array of shape \(3,\) and type key<fry>"),

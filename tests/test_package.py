@@ -96,6 +96,7 @@ ORDER = (
         "evaluation",
         "text",
         "train",
+        "lm_eval",
         "cli",
     ),
 )

@@ -36,6 +36,28 @@ def test_the_name_of_a_special_token_is_that_token(tokenizer):
     assert tokens == [*tokenizer.encode("a"), 0, *tokenizer.encode("b")] and tokenizer.decode(tokens) == "ab"
 
 
+def test_tokens_that_begin_a_text_are_added_or_not(tokenizer, tmp_path):
+    """Where tokenizer.json adds one; which it is stands in tokenizer_config.json."""
+    import tokenizers
+
+    from mpt_eqx import SHIPPED_MODEL
+    from mpt_eqx.text import load_tokenizer
+
+    backend = tokenizers.Tokenizer.from_file(str(SHIPPED_MODEL / "tokenizer.json"))
+    backend.post_processor = tokenizers.processors.TemplateProcessing("<|endoftext|> $A", None, [("<|endoftext|>", 0)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text((SHIPPED_MODEL / "config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<|endoftext|>"}}))
+    found = load_tokenizer(tmp_path)
+    assert found.encode("a") == [0, *tokenizer.encode("a")] and found.bos_token_id == 0
+    assert found.encode("a", add_special_tokens=False) == tokenizer.encode("a") and tokenizer.bos_token_id is None
+
+
+def test_the_text_of_a_chat_template(tokenizer):
+    assert tokenizer.chat_template("{{ 1 }}") == "{{ 1 }}" and "<|im_start|>" in tokenizer.chat_template("chatml")
+    assert "message.content" in tokenizer.chat_template()
+
+
 def test_no_character_is_cut_in_half(tokenizer):
     text = "naïve 🙂 日本"
     pieces = list(tokenizer.decode_stream(tokenizer.encode(text)))

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from mpt_eqx import __version__
-from mpt_eqx.cli import bench, chat, console, convert, generate, inspect, perplexity, score, train
+from mpt_eqx.cli import bench, chat, console, convert, eval, generate, inspect, perplexity, score, train
 from mpt_eqx.errors import MPTError
 
 COMMANDS = (
@@ -14,6 +14,7 @@ COMMANDS = (
     chat,
     score,
     perplexity,
+    eval,
     inspect,
     convert,
     train,
@@ -29,6 +30,7 @@ EXAMPLES = """examples:
   mpt-eqx inspect ./mpt-7b                                    what a checkpoint contains, and what is wrong with it
   mpt-eqx convert ./mpt-7b ./mpt-7b-aligned                   torch files or GGUF to memory-mapped safetensors
   mpt-eqx train --data notes.jsonl --output run               fine-tune that small model on your texts
+  mpt-eqx eval --tasks lambada_openai --model ./mpt-7b        tasks of lm-evaluation-harness
   mpt-eqx bench --model ./mpt-7b --dtypes bfloat16,int8       its speed and memory here, in two dtypes
 """
 

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from mpt_eqx.generation import stream
     from mpt_eqx.generation.interrupts import held_interrupts
 
-    template = _template(args.template)
+    template = read_template(args.template)
     place, tokenizer, options = read_options(args)
     max_new_tokens = options.pop("max_new_tokens")
     end_ids = {*options.pop("eos_token_ids"), *tokenizer.ids_of(END_TOKENS)}
@@ -148,7 +148,7 @@ def _longer(config: "MPTConfig") -> str:
     return "" if config.learned_pos_emb else ", or allow more tokens with --max-seq-len N"
 
 
-def _template(name: str | None) -> str | None:
+def read_template(name: str | None) -> str | None:
     """Returns the name of a built-in template, or the text of a file."""
     from mpt_eqx.text.chat_template import BUILT_IN
 

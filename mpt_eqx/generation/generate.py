@@ -1,7 +1,7 @@
 """generate and stream: from prompts to new tokens."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
 import numpy as np
@@ -67,6 +67,7 @@ def generate(
     logits_processors: Sequence[LogitsProcessor] = (),
     edits: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
     prefix: Prefix | None = None,
+    until: Callable[[int, list[int]], bool] | None = None,
     progress: bool | None = None,
     **options: Unpack[SamplingOptions],
 ) -> GenerateResult:
@@ -99,6 +100,8 @@ def generate(
             from the start of the prefix or prompt, and apply to what the call computes; `interp.Add(vector,
             positions=slice(len(prompt), None))` steers the new tokens. New numbers never compile again.
         prefix: what stands before every prompt, from `prefill` with this model; prompts may then be empty.
+        until: a function of a row's number and its new tokens, called after each; True ends the row there, as an
+            end-of-sequence token does.
         progress: whether to show a bar on stderr when it takes over two seconds; None: where that is a terminal.
         **options: how tokens are chosen, greedily by default: temperature, top_k, top_p, min_p, typical_p,
             epsilon_cutoff, eta_cutoff, repetition_penalty, no_repeat_ngram_size, min_new_tokens, eos_token_ids,
@@ -112,6 +115,8 @@ def generate(
     model = check_model(model)
     params = check_options(model.config, max_new_tokens, options, least=0)
     processors = check_processors(logits_processors, model.config.vocab_size)
+    if until is not None and not callable(until):
+        raise GenerationError(f"until: expected a function of a row's number and tokens, found {type(until).__name__}")
     temperature, pad_token_id = float(params.temperature), int(params.pad_token_id)
     check_count("num_return_sequences", num_return_sequences)
     max_new_tokens, num_return_sequences = int(max_new_tokens), int(num_return_sequences)  # numpy's are welcome
@@ -128,14 +133,21 @@ def generate(
     tokens = np.full((count, max_new_tokens), pad_token_id, np.int32)
     logprobs = np.zeros((count, max_new_tokens), np.float32)
     logits = np.zeros((count, max_new_tokens, model.config.vocab_size), np.float32) if return_logits else None
-    decoded = 0
+    decoded, endless = 0, max_new_tokens + 1
+    until_ends = np.full(count, endless)  # how many tokens a row has that `until` ended
 
     def result(unfinished: str) -> GenerateResult:
         ends = np.isin(tokens[:, :decoded], params.eos_token_ids)
-        stopped = np.any(ends, axis=1)
-        lengths = np.where(stopped, np.argmax(ends, axis=1) + 1, decoded) if decoded else np.zeros(count, np.int64)
+        stopped = np.any(ends, axis=1) | (until_ends < endless)
+        lengths = np.where(np.any(ends, axis=1), np.argmax(ends, axis=1) + 1, decoded) if decoded else until_ends * 0
         reasons = ["stop" if stop else unfinished for stop in stopped.tolist()]
-        return GenerateResult(tokens, lengths, reasons, logprobs, logits)
+        return GenerateResult(tokens, np.minimum(lengths, until_ends), reasons, logprobs, logits)
+
+    def end_of(row: int, here: slice, until: Callable[[int, list[int]], bool]) -> int:
+        for n in range(here.start, here.stop):
+            if tokens[row, n] in params.eos_token_ids or until(row, tokens[row, : n + 1].tolist()):
+                return n + 1
+        return endless
 
     if not rows or not max_new_tokens:
         return result("length")
@@ -158,6 +170,15 @@ def generate(
                     logits[:, here] = np.swapaxes(output.logits, 0, 1)
                 decoded = here.stop
                 shown.update(len(output.tokens))
+                if until is not None:
+                    for row in np.flatnonzero(until_ends == endless).tolist():
+                        until_ends[row] = end_of(row, here, until)
+                    beyond = np.arange(max_new_tokens) >= until_ends[:, None]
+                    tokens[beyond], logprobs[beyond] = pad_token_id, 0
+                    if logits is not None:
+                        logits[beyond] = 0
+                    if (until_ends < endless).all():
+                        break
     except KeyboardInterrupt:
         raise Interrupted(result("interrupted")) from None
     decoded = max_new_tokens  # where all rows ended early, the rest is padding

@@ -16,7 +16,7 @@ from mpt_eqx.errors import CheckpointError, MPTError
 from mpt_eqx.text.added_tokens import add_named_tokens
 from mpt_eqx.text.answers import answer_parts
 from mpt_eqx.text.byte_bpe import VOCABULARY, load_byte_bpe
-from mpt_eqx.text.chat_template import Piece, chat_pieces, encode_pieces
+from mpt_eqx.text.chat_template import Piece, chat_pieces, encode_pieces, find_template
 from mpt_eqx.text.checks import backend_errors, check_text, is_failure, token_id, token_ids
 from mpt_eqx.text.sentencepiece import NAMES, SentencePieceBackend, load_sentencepiece
 
@@ -56,15 +56,24 @@ class Tokenizer:
         # Not the number of tokens, because ids may have gaps.
         self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
 
-    def encode(self, text: str) -> list[int]:
+    @property
+    def bos_token_id(self) -> int | None:
+        """The id that begins a text, where tokenizer_config.json or special_tokens_map.json names one."""
+        return None if self._directory is None else _named_id(self._directory, "bos_token", self._backend)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Returns the token ids of `text`; start and end tokens are added only if tokenizer.json says so.
+
+        Args:
+            text: the text; special tokens in it are those tokens.
+            add_special_tokens: False adds no start and end tokens.
 
         Raises:
             MPTError: it is not a text of whole characters, or the tokenizer fails.
         """
         check_text(text, "text")
         with backend_errors(self._name):
-            return self._backend.encode(text).ids
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, tokens: Sequence[int], *, prompt: Sequence[int] = (), stop: str | Sequence[str] = ()) -> str:
         """Returns the text of token ids without special tokens.
@@ -181,6 +190,10 @@ class Tokenizer:
             self._backend, messages,
             directory=self._directory, chat_template=chat_template, add_generation_prompt=add_generation_prompt,
         )  # fmt: skip
+
+    def chat_template(self, name: str | None = None) -> str:
+        """Returns the text of a chat template, of which `name` is as in `apply_chat_template`; errors as there."""
+        return find_template(name, self._directory)[0]
 
     def encode_answers(
         self, messages: Sequence[Mapping[str, Any]], *, chat_template: str | None = None
@@ -346,11 +359,17 @@ def _eos_token_ids(directory: Path, backend: "tokenizers.Tokenizer | SentencePie
         ids = read_json_object(path).get("eos_token_id") if path.is_file() else None
         if ids is not None:
             return list(ids) if isinstance(ids, list) else [ids]
+    id_ = _named_id(directory, "eos_token", backend)
+    return [] if id_ is None else [id_]
+
+
+def _named_id(directory: Path, key: str, backend: "tokenizers.Tokenizer | SentencePieceBackend") -> int | None:
+    """Returns the id of the token that the tokenizer's files call `key`."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         path = directory / name
-        token = read_json_object(path).get("eos_token") if path.is_file() else None
+        token = read_json_object(path).get(key) if path.is_file() else None
         content = token.get("content") if isinstance(token, dict) else token
         id_ = backend.token_to_id(content) if isinstance(content, str) else None
         if id_ is not None:
-            return [id_]
-    return []
+            return id_
+    return None
