@@ -112,7 +112,7 @@ class MPTLM(TemplateLM):  # type: ignore[misc]  # it has no types
             MPTError: an argument is not valid, or the checkpoint cannot be read.
         """
         super().__init__()
-        check_known(self.__init__, others)
+        check_known(type(self), others)
         self.batch_size = read_batch_size(batch_size)
         check_count("max_gen_toks", max_gen_toks)
         for name, number in (("max_length", max_length), ("max_batch_size", max_batch_size)):
@@ -180,7 +180,7 @@ class MPTLM(TemplateLM):  # type: ignore[misc]  # it has no types
         """Returns the log-likelihood of each continuation, and whether greedy decoding would give it."""
         rows = [cut(request, self.max_length) for request in requests]
         found: dict[int, tuple[float, bool]] = {}
-        most = BATCH_TOKENS if self.batch_size == "auto" else self.batch_size * self.max_length
+        most = BATCH_TOKENS if isinstance(self.batch_size, str) else self.batch_size * self.max_length
         # Answers to one question come together, which `score` reads once, and long ones first, as in the harness.
         order = sorted(range(len(rows)), key=lambda i: (-rows[i][1], rows[i][0][: rows[i][1]], -len(rows[i][0])))
         with self._bar(len(rows), "loglikelihood", disable_tqdm) as bar:
