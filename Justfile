@@ -42,9 +42,10 @@ docs:
 docs-serve:
     zensical serve
 
-# Compare with transformers, live; needs the extra `reference`.
+# Compare with transformers and llama.cpp, live; needs the extras `reference` and `bench`.
 reference:
     python -m pytest -n0 tests/reference/compare_with_transformers.py
+    python -m pytest -n0 tests/reference/compare_conversions.py
 
 # Compare speed and memory with transformers and llama.cpp; needs the extras `bench` and `reference`, and a quiet machine.
 bench *args:

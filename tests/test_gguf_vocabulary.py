@@ -137,6 +137,13 @@ def test_the_header_says_the_rest(byte_level):
     assert found["ggml.pre"] in ("gpt-2", "mpt") and found["ggml.eot_token_id"] == 0
 
 
+LOST = {
+    "unigram": "a character without a token becomes the unknown token, and not bytes",
+    "bpe": "a space is put before what follows a symbol that the model never splits",
+    "unigram without bytes": "a space is put before a text",
+}
+
+
 @pytest.fixture(scope="module", params=KINDS)
 def pieces(request, tmp_path_factory):
     pytest.importorskip("sentencepiece")
@@ -152,8 +159,7 @@ def pieces(request, tmp_path_factory):
     source = checkpoint(tmp_path_factory.mktemp("spm") / "m", files)
     info = convert(source, source / "m.gguf", program="llama.cpp", lossy=True)
     lost = [one.consequence for one in info.lost]
-    bytes_only = "a character without a token becomes the unknown token, and not bytes"
-    assert lost == ([bytes_only] if request.param == "unigram" else [])
+    assert lost == [LOST[request.param]]
     (source.parent / "alone").mkdir()
     path = (source / "m.gguf").rename(source.parent / "alone" / "m.gguf")
     return load_tokenizer(source), load_tokenizer(path), path
@@ -203,7 +209,7 @@ def test_a_class_that_puts_tokens_at_the_ends():
     model = trained("bpe", **KINDS["bpe"])
     found = read_vocabulary({"tokenizer.model": model, "tokenizer_config.json": settings}, 5000)
     assert found.entries["add_bos_token"] is True and found.entries["add_eos_token"] is False
-    assert found.problems == ["a space is put before what follows a special token, too"]
+    assert found.problems == [LOST["bpe"], "a space is put before what follows a special token, too"]
 
 
 def test_the_header_says_which_model_of_sentencepiece(pieces):
@@ -211,6 +217,7 @@ def test_the_header_says_which_model_of_sentencepiece(pieces):
     assert one.eos_token_ids == other.eos_token_ids
     found = header(path)
     assert found["ggml.model"] in ("llama", "t5")
+    assert len(found["ggml.scores"]) == len(found["ggml.token_type"]) == len(found["ggml.tokens"]) == 5000
     assert found["ggml.add_bos_token"] is True and found["ggml.add_eos_token"] is False
 
 

@@ -85,7 +85,10 @@ def read_vocabulary(files: Mapping[str, bytes], size: int) -> Vocabulary:
         )
     fill = range(count, size)
     tokens, types = [*found.tokens, *(f"[PAD{i}]" for i in fill)], [*found.types, *(UNUSED for _ in fill)]
-    return dataclasses.replace(found, tokens=tokens, types=types)
+    entries = dict(found.entries)
+    if "scores" in entries:  # llama.cpp wants one for each
+        entries["scores"] = [*entries["scores"], *[0.0] * len(fill)]
+    return dataclasses.replace(found, tokens=tokens, types=types, entries=entries)
 
 
 def _read(files: Mapping[str, bytes]) -> Vocabulary:
@@ -244,6 +247,10 @@ def _sentencepiece(proto: bytes, settings: Mapping[str, Any]) -> Vocabulary:
         problems.append("a text is not normalised, as this SentencePiece model asks for")
     if kind == UNIGRAM and BYTE in types:
         problems.append("a character without a token becomes the unknown token, and not bytes")
+    if kind == UNIGRAM and not entries["add_space_prefix"]:
+        problems.append("a space is put before a text")
+    if kind == BPE and USER_DEFINED in types and entries["add_space_prefix"]:
+        problems.append("a space is put before what follows a symbol that the model never splits")
     if settings.get("legacy") is False and entries["add_space_prefix"]:
         problems.append("a space is put before what follows a special token, too")
     return Vocabulary("llama" if kind == BPE else "t5", tokens, types, entries, fixed, problems=problems)
