@@ -183,13 +183,13 @@ def test_the_program_has_the_same_size_at_any_depth(tiny_config):
     assert sizes(2) == sizes(24)
 
 
-def kept(model):
-    """How many numbers a gradient keeps of the forward pass, beside the model."""
+def kept(model, size="size"):
+    """How many numbers (or with "nbytes" bytes) a gradient keeps of the forward pass, beside the model."""
     from mpt_eqx.train import next_token_loss
 
     tokens = jnp.zeros((2, 64), jnp.int32)
     backward = jax.eval_shape(lambda m: jax.vjp(lambda m: next_token_loss(m, tokens), m)[1], model)
-    return sum(leaf.size for leaf in jax.tree.leaves(backward))
+    return sum(getattr(leaf, size, leaf.size * leaf.dtype.itemsize) for leaf in jax.tree.leaves(backward))
 
 
 @pytest.mark.parametrize("form", ["single", "stacked"])
@@ -202,6 +202,16 @@ def test_what_is_kept_for_a_gradient(tiny_config, form):
     assert sizes["full"] < sizes["dots"] < sizes["none"]
     # Of each of 4 blocks, for 2 rows of 64 positions, what Wqkv, out_proj and up_proj return.
     assert sizes["dots"] - sizes["full"] == 4 * 2 * 64 * (96 + 32 + 128)
+
+
+def test_what_is_kept_in_16_bits_has_16_bits(tiny_config):
+    """Results of linear maps, not their sums in float32."""
+    from mpt_eqx import MPT, surgery
+
+    model = eqx.filter_eval_shape(lambda: MPT(tiny_config(n_layers=2), key=jax.random.key(0)))
+    half = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), model)
+    sizes = {how: kept(surgery.remat(half, how), "nbytes") for how in ("dots", "full")}
+    assert sizes["dots"] - sizes["full"] == 2 * 2 * 64 * (96 + 32 + 128) * 2
 
 
 @pytest.mark.slow

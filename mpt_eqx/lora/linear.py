@@ -6,7 +6,7 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from mpt_eqx.model.leaves import with_fields
 from mpt_eqx.model.linear import Linear
-from mpt_eqx.ops.numerics import accum_dtype, apply_dropout
+from mpt_eqx.ops.numerics import accum_dtype, apply_dropout, rounded
 
 
 class LoRALinear(eqx.Module):
@@ -37,7 +37,7 @@ class LoRALinear(eqx.Module):
         y = self.base(x, accum_dtype(x.dtype))
         h = apply_dropout(x, self.dropout, self.key).astype(jax.tree.leaves(self.lora_A.weight)[0].dtype)
         y = y + self.lora_B(self.lora_A(h), y.dtype) * self.scale
-        return y.astype(x.dtype if dtype is None else dtype)
+        return rounded(y, x.dtype if dtype is None else dtype)
 
     @property
     def scale(self) -> float:

@@ -4,6 +4,7 @@ import equinox as eqx
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from mpt_eqx.ops.matmul import matmul, take_rows
+from mpt_eqx.ops.numerics import rounded
 from mpt_eqx.ops.quantized import QuantizedWeight
 
 
@@ -18,7 +19,7 @@ class Linear(eqx.Module):
         y = matmul(self.weight, x)
         if self.bias is not None:
             y = y + self.bias.astype(y.dtype)
-        return y.astype(x.dtype if dtype is None else dtype)
+        return rounded(y, x.dtype if dtype is None else dtype)
 
 
 class Embedding(eqx.Module):

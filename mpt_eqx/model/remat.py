@@ -10,18 +10,18 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from mpt_eqx.model.positions import Positions
 from mpt_eqx.model.taps import Tap
 from mpt_eqx.ops.layer_cache import KeysValues, LayerCache
-from mpt_eqx.ops.product import is_product
+from mpt_eqx.ops.numerics import ROUNDED
 
 save = jax.checkpoint_policies
 
 POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": None,
     "full": save.nothing_saveable,
-    "dots": save.save_from_both_policies(save.dots_with_no_batch_dims_saveable, is_product),
+    "dots": save.save_from_both_policies(save.dots_with_no_batch_dims_saveable, save.save_only_these_names(ROUNDED)),
 }
 """Which results within a block are kept; None for what XLA chooses."""
 
-IN_SCAN = save.save_from_both_policies(save.dots_saveable, is_product)
+IN_SCAN = save.save_from_both_policies(save.dots_saveable, save.save_only_these_names(ROUNDED))
 """In place of None within a scan, all of whose results would be kept otherwise. Products are not computed again."""
 
 

@@ -9,16 +9,25 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from mpt_eqx.ops import cpu
 from mpt_eqx.ops.platform import MAX_DECODE_ROWS, by_platform, on_mesh
 from mpt_eqx.ops.sizes import at_most
 
+ROUNDED = "rounded"
+"""What `jax.checkpoint` knows the results of `rounded` by."""
+
 
 def accum_dtype(dtype: DTypeLike) -> np.dtype:
     """Returns the type that sums and functions are computed in: float32, or float64 for float64."""
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def rounded(x: Float[Array, "*shape"], dtype: DTypeLike) -> Float[Array, "*shape"]:
+    """Returns the result of a linear map in a type; for a gradient this may be kept, in place of the wider sums."""
+    return checkpoint_name(x.astype(dtype), ROUNDED)
 
 
 def scale(x: Float[Array, "*shape"], factor: float) -> Float[Array, "*shape"]:

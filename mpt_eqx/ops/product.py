@@ -28,11 +28,6 @@ def product(weight: Float[Array, "out in"], x: Float[Array, "T in"]) -> Float[Ar
     return _product.bind(x, weight, precision=precision)
 
 
-def is_product(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Tells whether an operation is a `product`: a policy of `jax.checkpoint`."""
-    return primitive is _product
-
-
 def _wider(a: np.dtype, b: np.dtype) -> np.dtype:
     return a if a.itemsize >= b.itemsize else b
 
