@@ -1,7 +1,7 @@
 """A step of LoRA on MPT-7B's shape with random weights, over a base in bfloat16 or 4 bits: speed, MFU and memory.
 
-    python -m benchmarks.lora --output DIR                   writes DIR/lora.json; on a GPU five minutes, on two
-                                                             CPU cores half an hour, and as much memory as it says
+    python -m benchmarks.lora --output DIR                   writes DIR/lora.json; on a GPU five minutes
+    python -m benchmarks.lora --output DIR --cpu             in 10 GB of memory, half an hour on two cores
     python -m benchmarks.lora --output DIR --layers 2        some of the layers
     python -m benchmarks.lora --output DIR --tiny            small sizes, on a CPU, too
 
