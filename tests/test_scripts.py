@@ -60,7 +60,7 @@ def test_each_prompt_of_a_file_gets_what_it_gets_alone(one_layer, sampled, writt
 
 
 def test_the_first_line_is_what_a_lone_prompt_gets(sampled, written):
-    """Also with a stop string, which ends its text and its tokens."""
+    """Also with a stop string, which ends its text and its tokens, and the call when all rows have one."""
     alone = json.loads(run("generate", PROMPTS[0]["prompt"], "--json", *sampled).stdout)
     stop = alone["text"][2:5]
     for more in ((), ("--stop", stop)):

@@ -123,12 +123,21 @@ def run_many(args: argparse.Namespace) -> int:
         with at_line(args.input, number):
             check_prompts(model.config, [prompt], max_new_tokens=options["max_new_tokens"], before=0)
     key = options.pop("key")
+    # A stop string ends in the newest token, and a token has a byte at least.
+    window = max((len(stop.encode()) for stop in args.stop), default=0) + 4
 
     def continued(first: int, records: list[Record]) -> list[Record]:
         places = np.arange(first, first + len(records))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, places)
         rows = [prompts[place] for place in places]
-        result = generate(model, rows, key=keys, progress=False, **options)
+
+        def stopped(row: int, tokens: list[int]) -> bool:
+            last = tokens[-window:]
+            text = tokenizer.decode(last, prompt=[*rows[row], *tokens[: -len(last)]])
+            return any(stop in text for stop in args.stop)
+
+        until = stopped if args.stop else None
+        result = generate(model, rows, key=keys, until=until, progress=False, **options)
         return [
             answer(tokenizer, row, tokens[:length].tolist(), args.stop)
             for row, tokens, length in zip(rows, result.tokens, result.lengths, strict=True)

@@ -151,23 +151,27 @@ def find(args: argparse.Namespace) -> tuple[Path, "Tokenizer"]:
 
 
 def find_prefix_token(args: argparse.Namespace, tokenizer: "Tokenizer") -> int:
-    """Returns the id before a text: that of --prefix-token, else the first that ends texts.
+    """Returns the id before a text: that of --prefix-token, else the one that begins texts, else one that ends them.
 
     Raises:
         GenerationError: there is none.
     """
     if args.prefix_token is not None:
         return int(args.prefix_token)
-    if not tokenizer.eos_token_ids:
-        raise GenerationError("--prefix-token: expected an id, because the tokenizer has no end-of-text token")
-    return int(tokenizer.eos_token_ids[0])
+    known = [*([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]), *tokenizer.eos_token_ids]
+    if not known:
+        raise GenerationError(
+            "--prefix-token: expected an id, because the tokenizer has none that ends texts"
+        )
+    return int(known[0])
 
 
 def add_prefix_token(parser: argparse.ArgumentParser) -> None:
     """Adds the option for the id before a text."""
     parser.add_argument(
         "--prefix-token", type=count(0), metavar="ID",
-        help="id before a text, given which its first token is scored (default: the end-of-text token)",
+        help="id before a text, given which its first token is scored (default: the tokenizer's bos_token, else its "
+        "end-of-text token)",
     )  # fmt: skip
 
 
