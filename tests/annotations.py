@@ -1,6 +1,9 @@
 """The check of annotated types and shapes that the tests run with."""
 
+import functools
+
 import beartype
+from jaxtyping import _decorator
 
 _checked = {}
 
@@ -16,3 +19,21 @@ def check(function):
     if key not in _checked:
         _checked[key] = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))(function)
     return _checked[key]
+
+
+def once(make):
+    """Returns what `make` made for equal arguments."""
+    kept = functools.cache(make)
+
+    @functools.wraps(make)
+    def made(*args, **kwargs):
+        try:
+            return kept(*args, **kwargs)
+        except TypeError:  # a default value that has no hash
+            return make(*args, **kwargs)
+
+    return made
+
+
+# The functions without a body, too: each is written as text and compiled.
+_decorator._make_fn_with_signature = once(_decorator._make_fn_with_signature)

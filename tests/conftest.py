@@ -12,6 +12,7 @@ import threading
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import equinox as eqx
 import jax
@@ -64,16 +65,18 @@ GOLDEN = Path(__file__).parent / "golden"
 ROOT = Path(__file__).parent.parent
 
 
-# With these flags of XLA the passes over a program are the same, and its machine code is plainer: most tests take the
-# time to compile, which becomes a quarter. JAX 0.11 has another way to compile fusions, and not the second flag.
-QUICK = "--xla_backend_optimization_level=0" + (
+# With these flags of XLA the passes over a program are the same, and its machine code is plainer and made in one piece:
+# most tests take the time to compile, which becomes a fifth. JAX 0.11 has another way to compile fusions, and not the
+# last flag.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1" + (
     " --xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
 )
 # What undoes them for one program.
-AS_USERS = {"xla_backend_optimization_level": 3} | (
+AS_USERS = {"xla_backend_optimization_level": 3, "xla_cpu_parallel_codegen_split_count": 32} | (
     {"xla_cpu_use_fusion_emitters": True} if jax.__version_info__ < (0, 11) else {}
 )
-optimized = SimpleNamespace(now=False)  # whether the test that runs is about compiled code
+# How the test that runs has its programs: as users compile them, if it is about compiled code; without the kernel.
+sort = SimpleNamespace(optimized=False, way="kernel")
 
 
 def pytest_addoption(parser):
@@ -92,30 +95,36 @@ def pytest_configure(config):
         options = compiler.get_compile_options
 
         def get_compile_options(*args, env_options_overrides=None, **kwargs):
-            overrides = {**(env_options_overrides or {}), **(AS_USERS if optimized.now else {})}
+            overrides = {**(env_options_overrides or {}), **(AS_USERS if sort.optimized else {})}
             return options(*args, env_options_overrides=overrides, **kwargs)
 
         compiler.get_compile_options = get_compile_options
 
 
+def sort_of(item) -> SimpleNamespace:
+    optimized = item.config.option.quick and item.get_closest_marker("optimized") is not None
+    without = hasattr(item, "callspec") and item.callspec.params.get("way") == "XLA"
+    return SimpleNamespace(optimized=optimized, way="XLA" if without else "kernel")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """Before any fixture is made: what was compiled for tests of the other sort is not for this one."""
-    now = item.get_closest_marker("optimized") is not None
-    if item.config.option.quick and optimized.now != now:
+    """Before any fixture is made: what was compiled for tests of another sort is not for this one."""
+    now = sort_of(item)
+    if sort != now:
         jax.clear_caches()
-        optimized.now = now
+        vars(sort).update(vars(now))
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """Keeps the names of all tests that were collected, before any are deselected: pages name them.
 
-    Those of compiled code run first, one after the other: between the two sorts all that was compiled is dropped.
+    Those of one sort run one after the other: between two sorts all that was compiled is dropped.
     """
     config.collected_names = {item.name for item in items}
-    if config.option.quick:
-        items.sort(key=lambda item: item.get_closest_marker("optimized") is None)
+    order = {(True, "kernel"): 0, (True, "XLA"): 1, (False, "XLA"): 2, (False, "kernel"): 3}
+    items.sort(key=lambda item: order[sort_of(item).optimized, sort_of(item).way])
 
 
 # One of each way to know positions, to share keys, and of networks.
@@ -220,27 +229,71 @@ def lowered_in_one_place():
         yield
 
 
+PROGRAMS = (
+    "ops",
+    "model",
+    "generation",
+    "evaluation",
+    "interp",
+    "lora",
+    "quantization",
+    "sharding",
+    "surgery",
+    "train",
+)
+patched = SimpleNamespace(module=False)  # whether a test of this module has put something in the place of their code
+
+
+@pytest.fixture(autouse=True, scope="session")
+def programs_of_patched_code():
+    """A program in a cache knows no patch: those of other modules are dropped before a module patches any code.
+
+    Code is that of rooms which are traced, and JAX's.
+    """
+    original = pytest.MonkeyPatch.setattr
+
+    def setattr_(self, target, *args, **kwargs):
+        name = (
+            target
+            if isinstance(target, str)
+            else getattr(target, "__module__", None) or getattr(target, "__name__", "")
+        )
+        rooms = tuple(f"mpt_eqx.{room}" for room in PROGRAMS)
+        if not patched.module and name.startswith((*rooms, "jax")):
+            jax.clear_caches()
+            patched.module = True
+        return original(self, target, *args, **kwargs)
+
+    with mock.patch.object(pytest.MonkeyPatch, "setattr", setattr_):
+        yield
+
+
+def memory_maps() -> int:
+    with open("/proc/self/maps") as file:
+        return sum(1 for _ in file)
+
+
 @pytest.fixture(autouse=True, scope="module")
-def fresh_caches():
-    """Drops what a module has compiled: thousands of programs would fill a process's memory maps and end it."""
+def fresh_caches(programs_of_patched_code):
+    """Drops what a module has compiled, if it has patched code or if much is compiled: the rest serves the next module.
+
+    Thousands of programs would fill a process's memory maps, of which Linux gives 65,530, and end it.
+    """
+    patched.module = False
     yield
-    jax.clear_caches()
+    if patched.module or not sys.platform.startswith("linux") or memory_maps() > 20_000:
+        jax.clear_caches()
 
 
 @pytest.fixture(params=["kernel", "XLA"])
-def way(request, monkeypatch):
-    """Each test runs with the kernel and without."""
+def way(request):
+    """Each test runs with the kernel and without; what was compiled the other way is dropped (`sort`)."""
     from mpt_eqx.ops import cpu
 
-    if request.param == "kernel":
-        if not cpu.available():
-            pytest.skip(f"no kernel: {cpu.missing()}")
+    if request.param == "kernel" and not cpu.available():
+        pytest.skip(f"no kernel: {cpu.missing()}")
+    with mock.patch.object(cpu, "available", cpu.available if request.param == "kernel" else lambda: False):
         yield request.param
-        return
-    monkeypatch.setattr(cpu, "available", lambda: False)
-    jax.clear_caches()
-    yield request.param
-    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
