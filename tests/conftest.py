@@ -229,60 +229,11 @@ def lowered_in_one_place():
         yield
 
 
-PROGRAMS = (
-    "ops",
-    "model",
-    "generation",
-    "evaluation",
-    "interp",
-    "lora",
-    "quantization",
-    "sharding",
-    "surgery",
-    "train",
-)
-patched = SimpleNamespace(module=False)  # whether a test of this module has put something in the place of their code
-
-
-@pytest.fixture(autouse=True, scope="session")
-def programs_of_patched_code():
-    """A program in a cache knows no patch: those of other modules are dropped before a module patches any code.
-
-    Code is that of rooms which are traced, and JAX's.
-    """
-    original = pytest.MonkeyPatch.setattr
-
-    def setattr_(self, target, *args, **kwargs):
-        name = (
-            target
-            if isinstance(target, str)
-            else getattr(target, "__module__", None) or getattr(target, "__name__", "")
-        )
-        rooms = tuple(f"mpt_eqx.{room}" for room in PROGRAMS)
-        if not patched.module and name.startswith((*rooms, "jax")):
-            jax.clear_caches()
-            patched.module = True
-        return original(self, target, *args, **kwargs)
-
-    with mock.patch.object(pytest.MonkeyPatch, "setattr", setattr_):
-        yield
-
-
-def memory_maps() -> int:
-    with open("/proc/self/maps") as file:
-        return sum(1 for _ in file)
-
-
 @pytest.fixture(autouse=True, scope="module")
-def fresh_caches(programs_of_patched_code):
-    """Drops what a module has compiled, if it has patched code or if much is compiled: the rest serves the next module.
-
-    Thousands of programs would fill a process's memory maps, of which Linux gives 65,530, and end it.
-    """
-    patched.module = False
+def fresh_caches():
+    """Drops what a module has compiled: thousands of programs would fill a process's memory maps and end it."""
     yield
-    if patched.module or not sys.platform.startswith("linux") or memory_maps() > 20_000:
-        jax.clear_caches()
+    jax.clear_caches()
 
 
 @pytest.fixture(params=["kernel", "XLA"])
