@@ -247,5 +247,5 @@ def test_another_word_for_remat(model):
     assert remat(model, "full").remat == "full" and model.remat == "none"
     assert eqx.tree_equal(remat(remat(model, "dots"), "none"), model)
     for how in ("some", True, None):
-        with pytest.raises(MPTError, match="how: expected 'none', 'full', 'dots', found"):
+        with pytest.raises(MPTError, match="how: expected 'none', 'full', 'dots', 'offload', found"):
             check_how(how)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 
 import equinox as eqx
@@ -101,7 +102,8 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(room, one_layer, monkeypa
     assert lines["steps"].startswith("5 of 2 rows, ") and lines["steps"].endswith(", 160 tokens")
     assert lines["rate"] == "0.0002 after 0 steps, then linear to 0"
     assert lines["memory"].startswith("2.5 MB of state (2.5 MB of weights) and ")
-    assert set(lines) == {"weights", "data", "steps", "rate", "operations", "memory", "disk"}
+    assert re.match(r"\S+ s a step and \S+ s in all, if all of it ran at the \S+ operations per second of", lines["time"])
+    assert set(lines) == {"weights", "data", "steps", "rate", "operations", "time", "memory", "disk"}
     assert not (room / "run").exists()
 
 

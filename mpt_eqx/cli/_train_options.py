@@ -42,10 +42,25 @@ def one_of(*known: str) -> Callable[[str], str]:
     return parse
 
 
+AXES = ("dp", "fsdp", "tp", "sp")
+
+
+def mesh_axes(text: str) -> dict[str, int]:
+    """Returns the sizes of the axes of a mesh, from a text such as fsdp=2,tp=4."""
+    found = {}
+    for part in text.split(","):
+        name, _, size = (word.strip() for word in part.partition("="))
+        if name not in AXES or name in found:
+            raise argparse.ArgumentTypeError(f"expected each of {', '.join(AXES)} at most once, found {part!r}")
+        found[name] = count(1)(size)
+    return found
+
+
 TARGETS = some_of(("Wqkv", "Wq", "Wk", "Wv", "out_proj", "up_proj", "down_proj", "gate_proj"))
 TYPE = one_of("float32", "bfloat16", "float16")
-SCHEDULE, SCHEME, REMAT = one_of("cosine", "linear"), one_of("int8", "int4"), one_of("none", "full", "dots")
-WORDS = (str, TARGETS, TYPE, SCHEDULE, SCHEME, REMAT)
+SCHEDULE, SCHEME, REMAT = one_of("cosine", "linear"), one_of("int8", "int4"), one_of("none", "full", "dots", "offload")
+OPTIMIZER, BLOCKS = one_of("adamw", "lionw"), one_of("single", "stacked")
+WORDS = (str, mesh_axes, TARGETS, TYPE, SCHEDULE, SCHEME, REMAT, OPTIMIZER, BLOCKS)
 """The parsers of options that are texts in a TOML file; the others are numbers there."""
 
 # Group; flag, parser, metavar, help, and the default where it is a word for what the command does without the option.
@@ -57,6 +72,7 @@ OPTIONS = (
     ("model", "--lora", count(1), "RANK", "train an adapter of this rank only", "all weights"),
     ("model", "--lora-alpha", positive, "A", "the adapter counts A / RANK", "RANK"),
     ("model", "--lora-targets", TARGETS, "A,B", "linear maps that get an adapter", "Wqkv"),
+    ("model", "--lora-dropout", share, "P", "of the adapter's input, in training", "0"),
     ("model", "--quantize", SCHEME, "S", "int8 or int4, under an adapter", "as stored"),
     ("model", "--freeze", str, "P,Q", "weights that stay as they are, such as wte.weight,blocks.0.*", "none"),
     ("data", "--data", str, "FILE", "what is trained on", "none; it is needed"),
@@ -70,19 +86,28 @@ OPTIONS = (
     ("recipe", "--epochs", count(1), "N", "passes over the data, without --steps", "the preset's, else 1"),
     ("recipe", "--batch-size", count(1), "N", "rows of a step", "the preset's, else 8"),
     ("recipe", "--accumulate", count(1), "N", "parts of a batch, computed one after another", "1"),
+    ("recipe", "--optimizer", OPTIMIZER, "O", "adamw or lionw, with decoupled weight decay", "adamw"),
     ("recipe", "--learning-rate", positive, "R", "the highest", "the preset's, else 1e-5, with --lora 2e-4, with "
-     "--new 6e-4"),
+     "--new 6e-4; with lionw a tenth of these"),
     ("recipe", "--schedule", SCHEDULE, "S", "cosine or linear", "the preset's, else linear, with --new cosine"),
     ("recipe", "--warmup-steps", count(0), "N", "steps in which the rate rises", "the preset's, else a tenth, at most "
      "100"),
     ("recipe", "--floor", share, "F", "the last rate, as a part of the highest", "the preset's, else 0, with --new "
      "0.1"),
-    ("recipe", "--b2", share, "B", "of AdamW", "the preset's, else 0.95"),
-    ("recipe", "--weight-decay", share, "W", "of AdamW, times the schedule only", "the preset's, else 0"),
+    ("recipe", "--b2", share, "B", "of the optimizer", "the preset's, else 0.95, with lionw 0.99"),
+    ("recipe", "--weight-decay", share, "W", "of the optimizer, times the schedule only", "the preset's, else 0"),
     ("recipe", "--max-grad-norm", positive, "G", "larger gradients are scaled down", "the preset's, else 1"),
     ("computing", "--compute-dtype", TYPE, "D", "of the forward and backward pass", "that of the weights, which is "
      "float32 where they are trained"),
-    ("computing", "--remat", REMAT, "R", "none, full or dots: time for memory", "none"),
+    ("computing", "--remat", REMAT, "R", "none, dots, full or offload: time for memory", "none"),
+    ("computing", "--blocks", BLOCKS, "B", "single, or stacked: compiled as one, in a time that no depth changes",
+     "single"),
+    ("computing", "--mesh", mesh_axes, "AXES", "devices by axis: dp and fsdp share rows, fsdp weights, tp heads and "
+     "hidden units, sp positions; such as fsdp=8 or fsdp=2,tp=4", "one device"),
+    ("processes", "--coordinator", str, "HOST:PORT", "of process 0, or auto: on Slurm, TPU pods and Kubernetes",
+     "one process"),
+    ("processes", "--processes", count(1), "N", "that run this command, with --coordinator HOST:PORT", "JAX finds it"),
+    ("processes", "--process", count(0), "I", "which of them this is", "JAX finds it"),
     ("output", "--output", str, "DIR", "directory of this run", "none; it is needed"),
     ("output", "--save-every", count(1), "N", "steps between saved states, of which three stay", "a tenth of the run"),
     ("output", "--eval-every", count(1), "N", "steps between measurements and samples", "a tenth of the run"),
@@ -144,9 +169,15 @@ def read_options(args: argparse.Namespace) -> SimpleNamespace:
     ):
         if getattr(options, one) is not None and getattr(options, other) is not None:
             raise MPTError(f"--{one} and --{other}: expected one of them, found both; {why}")
-    for name in ("lora_alpha", "lora_targets", "quantize"):
+    for name in ("lora_alpha", "lora_targets", "lora_dropout", "quantize"):
         if getattr(options, name) is not None and options.lora is None:
             raise MPTError(f"--{name.replace('_', '-')}: expected --lora with it, found none")
+    for name in ("processes", "process"):
+        if getattr(options, name) is not None and options.coordinator is None:
+            raise MPTError(f"--{name}: expected --coordinator with it, found none")
+    if options.coordinator is not None and options.mesh is None:
+        raise MPTError("--coordinator: expected --mesh with it, of the devices of all processes, found none")
     options.model = str(SHIPPED_MODEL) if options.model is None else options.model
     options.seed, options.accumulate = options.seed or 0, options.accumulate or 1
+    options.remat = options.remat or "none"
     return options

@@ -11,6 +11,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mpt_eqx.cli._train_log import Log
+from mpt_eqx.cli._train_mesh import ROWS, connect, make_mesh, new_on_mesh
+from mpt_eqx.cli._train_needs import needs
 from mpt_eqx.cli._train_options import OPTIONS, read_options
 from mpt_eqx.errors import MPTError, printable
 
@@ -27,6 +29,8 @@ EPILOG = """examples:
   mpt-eqx train --data qa.jsonl --output run --lora 8          an adapter; the model stays as it is
   mpt-eqx train --model ./mpt-7b --quantize int4 --lora 16 --data qa.jsonl --output run     over 4 bits
   mpt-eqx train run.toml --learning-rate 1e-4                  options of a file, and one in another value
+  mpt-eqx train run.toml --mesh fsdp=4,tp=2                    on eight devices
+  mpt-eqx train run.toml --mesh fsdp=32 --coordinator auto     on several machines, started by Slurm
 
 a file run.toml:
   model = "./mpt-7b"
@@ -69,12 +73,13 @@ def read_recipe(options: SimpleNamespace, longest: int) -> "Recipe":
 
     if options.preset is not None and options.preset not in RECIPES:
         raise MPTError(f"--preset: expected {' or '.join(RECIPES)}, found {printable(repr(options.preset))}")
-    rate = 6e-4 if options.new else 2e-4 if options.lora else 1e-5
+    lion = options.optimizer == "lionw"
+    rate = (6e-4 if options.new else 2e-4 if options.lora else 1e-5) / (10 if lion else 1)
     recipe = RECIPES.get(options.preset) or Recipe(
-        rate, 0.95, "cosine" if options.new else "linear", 100, 0.1 if options.new else 0.0, 8, min(512, longest),
+        rate, 0.99 if lion else 0.95, "cosine" if options.new else "linear", 100, 0.1 if options.new else 0.0, 8, min(512, longest),
         None, 1, "defaults",
     )  # fmt: skip
-    given = {f.name: getattr(options, f.name, None) for f in dataclasses.fields(recipe)}
+    given = {f.name: getattr(options, f.name, None) for f in dataclasses.fields(recipe)} | {"rule": options.optimizer}
     recipe = dataclasses.replace(recipe, **{name: value for name, value in given.items() if value is not None})
     if options.epochs is not None and options.steps is None:
         recipe = dataclasses.replace(recipe, steps=None)
@@ -83,6 +88,13 @@ def read_recipe(options: SimpleNamespace, longest: int) -> "Recipe":
     if recipe.batch_size % options.accumulate:
         raise MPTError(
             f"--accumulate: expected a divisor of --batch-size {recipe.batch_size}, found {options.accumulate}"
+        )
+    rows = recipe.batch_size // options.accumulate
+    devices = math.prod(size for axis, size in (options.mesh or {}).items() if axis in ROWS)
+    if rows % devices:
+        raise MPTError(
+            f"--mesh: expected {' × '.join(ROWS)} to divide the {rows} rows that are computed at a time, --batch-size "
+            f"/ --accumulate, found {devices}"
         )
     return recipe
 
@@ -118,6 +130,7 @@ class Plan(NamedTuple):
         start: returns the state before the first step.
         shapes: does so without its numbers, from nothing.
         step: of training.
+        optimizer: that it is made of.
         dtype: that the model is saved in.
     """
 
@@ -132,6 +145,7 @@ class Plan(NamedTuple):
     start: Callable[[], "TrainState"]
     shapes: Callable[[], "TrainState"]
     step: Callable[..., Any]
+    optimizer: Any
     dtype: str
 
 
@@ -139,8 +153,9 @@ def prepare(options: SimpleNamespace, revision: str | None) -> Plan:
     """Returns the plan of a run, for which data, but no weights are read."""
     import jax
 
-    from mpt_eqx import MPT, MPTConfig, checkpoint_info, from_pretrained, lora, quantize, train
+    from mpt_eqx import MPT, MPTConfig, checkpoint_info, from_pretrained, lora, quantize, stack, train
     from mpt_eqx.checkpoint.hub import find_checkpoint
+    from mpt_eqx.sharding import shard
     from mpt_eqx.text import load_tokenizer
 
     place = find_checkpoint(options.model, revision=revision)
@@ -180,6 +195,7 @@ def prepare(options: SimpleNamespace, revision: str | None) -> Plan:
         recipe = dataclasses.replace(recipe, warmup_steps=min(100, steps // 10))
     optimizer = recipe.optimizer(steps)
     key = jax.random.key(options.seed)
+    mesh, rules = (None, None) if options.mesh is None else make_mesh(options.mesh)
     one = train.make_train_step(
         optimizer, accumulate=options.accumulate, max_grad_norm=recipe.max_grad_norm, remat=options.remat,
         compute_dtype=options.compute_dtype,
@@ -189,25 +205,33 @@ def prepare(options: SimpleNamespace, revision: str | None) -> Plan:
         trainable: Any = None
         if scheme is not None:
             model = quantize(model, scheme)
+        if options.blocks == "stacked":
+            model = stack(model)
         if options.lora:
-            targets = options.lora_targets or ("Wqkv",)
-            model = lora.add(model, rank=options.lora, alpha=options.lora_alpha, targets=targets, key=key)
+            targets, dropout = options.lora_targets or ("Wqkv",), options.lora_dropout or 0.0
+            model = lora.add(
+                model, rank=options.lora, alpha=options.lora_alpha, targets=targets, dropout=dropout, key=key
+            )
             trainable = lora.trainable(model)
         elif options.freeze:
             trainable = train.not_named(*options.freeze.split(","))
         with warnings.catch_warnings(action="ignore"):  # weights of 16 bits are widened, as --help says
             return train.TrainState.create(model, optimizer, key=key, trainable=trainable)
 
+    def new() -> MPT:
+        return MPT(config, key=key) if mesh is None else new_on_mesh(config, key, mesh, rules)
+
     def empty() -> "TrainState":
         model = MPT(config, key=key)
         if not options.new:
             model = jax.tree.map(lambda x: x.astype(dtype) if hasattr(x, "astype") else x, model)
-        return state_of(model if stored is None else quantize(model, stored.scheme, embeddings=stored.embeddings))
+        model = model if stored is None else quantize(model, stored.scheme, embeddings=stored.embeddings)
+        return state_of(model if mesh is None else shard(model, mesh, rules))
 
     return Plan(
         options, place, tokenizer, recipe, steps, (len(counted), sum(counted)), rows, eval_rows,
-        lambda: state_of(MPT(config, key=key) if options.new else from_pretrained(place)), empty,
-        lambda state, batch: one(state, used(batch)), dtype,
+        lambda: state_of(new() if options.new else from_pretrained(place, mesh=mesh, rules=rules)), empty,
+        lambda state, batch: one(state, used(batch)), optimizer, dtype,
     )  # fmt: skip
 
 
@@ -218,65 +242,23 @@ def _dtype_of(info: Any) -> Any:
     return max((x for x in info.tensors if x.dtype in FLOAT_NAMES), key=lambda x: x.size).dtype
 
 
-def needs(plan: Plan) -> str:
-    """Returns what a run needs, for which its step is compiled, and nothing computed."""
-    import equinox as eqx
-    import jax
-
-    from mpt_eqx import count_flops
-
-    shapes, recipe = eqx.filter_eval_shape(plan.shapes), plan.recipe
-    row = jax.ShapeDtypeStruct((recipe.batch_size, recipe.length), "int32")
-    given, rest = eqx.partition(shapes, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
-    batch = dict.fromkeys(("tokens", "labels", "sequence_ids"), row)
-    one = jax.jit(
-        lambda given, batch: eqx.filter(plan.step(eqx.combine(given, rest), batch), eqx.is_array), donate_argnums=0
-    )
-    trained = sum(math.prod(x.shape) for x in _arrays(eqx.filter(shapes.model, shapes.trainable)))
-    whole = shapes.model.config.num_parameters() + (trained if plan.options.lora else 0)
-    during = one.lower(given, batch).compile().memory_analysis()
-    working = "an unknown amount" if during is None else _mb(during.temp_size_in_bytes)
-    size, weights = _bytes(shapes), _bytes(shapes.model)
-    rows, tokens = plan.epoch
-    lines = {
-        "weights": f"{trained:,} trained of {whole:,}",
-        "data": f"{rows:,} rows of {recipe.length} tokens in a pass, {tokens:,} trained tokens",
-        "steps": f"{plan.steps:,} of {recipe.batch_size} rows, {plan.steps * recipe.batch_size / rows:.3g} passes, "
-        f"{plan.steps * recipe.batch_size * recipe.length:,} tokens",
-        "rate": f"{recipe.learning_rate:g} after {recipe.warmup_steps} steps, then {recipe.schedule} to "
-        f"{recipe.learning_rate * recipe.floor:g}",
-        "operations": f"{recipe.batch_size * count_flops(shapes.model.config, recipe.length):.3g} in a step",
-        "memory": f"{_mb(size)} of state ({_mb(weights)} of weights) and {working} during a step, on one device",
-        "disk": f"{_mb(size)} for each saved state, of which 3 stay",
-    }
-    return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
-
-
-def _arrays(tree: Any) -> list[Any]:
-    import jax
-
-    return [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape")]
-
-
-def _bytes(tree: Any) -> int:
-    return sum(math.prod(x.shape) * getattr(x.dtype, "itemsize", 8) for x in _arrays(tree))
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
-
-
 def run(args: argparse.Namespace) -> int:
     """Trains; returns 0 also where a signal ended the run after it was saved."""
-    plan = prepare(read_options(args), args.revision)
-    if args.dry_run:
-        print(needs(plan))
-        return 0
+    options = read_options(args)
+    connect(options)
+    plan = prepare(options, args.revision)
     import jax
+
+    first = jax.process_index() == 0
+    if args.dry_run:
+        text = needs(plan)
+        if first:
+            print(text)
+        return 0
 
     from mpt_eqx import generate, lora, save_pretrained, train
 
-    options, output, every = plan.options, Path(plan.options.output), max(plan.steps // 10, 1)
+    output, every = Path(options.output), max(plan.steps // 10, 1)
     log = Log(output, plan.steps)
 
     def evaluate(model: Any) -> dict[str, Any]:
@@ -294,20 +276,23 @@ def run(args: argparse.Namespace) -> int:
         state = train.run(
             plan.start, plan.step, plan.rows, output / "states", steps=plan.steps,
             batch_size=plan.recipe.batch_size, save_every=options.save_every or every, evaluate=evaluate,
-            eval_every=options.eval_every or every, log=log,
+            eval_every=options.eval_every or every, log=log if first else None,
         )  # fmt: skip
     finally:
         log.close()
     if (done := int(state.step)) < plan.steps:
-        print(f"stopped and saved after step {done} of {plan.steps}; the same command goes on", file=sys.stderr)
+        if first:
+            print(f"stopped and saved after step {done} of {plan.steps}; the same command goes on", file=sys.stderr)
         return 0
     if options.lora:
         place = output / "adapter"
-        lora.save(state.model, place, base=options.model)
+        if first:  # every device has the adapters whole
+            lora.save(state.model, place, base=options.model)
     else:
         place, dtype = output / "model", options.save_dtype or plan.dtype
         model = jax.tree.map(lambda x: x.astype(dtype) if hasattr(x, "astype") else x, state.model)
         save_pretrained(model, place, companions_from=plan.place)
-    log.draw()
-    print(place)
+    if first:
+        log.draw()
+        print(place)
     return 0

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from mpt_eqx.model.positions import Positions
@@ -14,10 +15,19 @@ from mpt_eqx.ops.numerics import ROUNDED
 
 save = jax.checkpoint_policies
 
+INPUT = "block input"
+"""The name by which a policy knows what a block reads."""
+
+OFFLOAD = save.save_and_offload_only_these_names(
+    names_which_can_be_saved=[], names_which_can_be_offloaded=[INPUT], offload_src="device", offload_dst="pinned_host"
+)
+"""Keeps what a block reads, in the host's memory; where the device's memory is the host's, that moves nothing."""
+
 POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": None,
     "full": save.nothing_saveable,
     "dots": save.save_from_both_policies(save.dots_with_no_batch_dims_saveable, save.save_only_these_names(ROUNDED)),
+    "offload": OFFLOAD,
 }
 """Which results within a block are kept; None for what XLA chooses."""
 
@@ -51,12 +61,13 @@ def run_block(
         in_scan: whether it runs in a scan, out of which XLA moves nothing.
     """
     block = block if key is None else _with_keys(block, key)
+    policy = POLICIES[remat] or (IN_SCAN if in_scan else None)
 
     def run(x: Float[Array, "T D"]) -> tuple[Float[Array, "T D"], KeysValues | LayerCache, dict[str, Array]]:
+        x = checkpoint_name(x, INPUT) if policy is OFFLOAD else x
         after, read = block(x, positions, kv, x_kv, key=key, tap=tap)
         return after, read, tap.found
 
-    policy = POLICIES[remat] or (IN_SCAN if in_scan else None)
     return run(x) if policy is None else jax.checkpoint(run, policy=policy, prevent_cse=not in_scan)(x)
 
 

@@ -56,6 +56,23 @@ class Layout(eqx.Module):
 
         return jax.tree.map(one, tree)
 
+    def spread(self, tree: PyTree[Shaped[jax.Array, "B T"]]) -> PyTree[Shaped[jax.Array, "B T"]]:
+        """Returns batches of the host with their rows over the devices; what is on several, or traced, stays.
+
+        Several processes must all pass the same.
+        """
+
+        def one(x: jax.Array) -> jax.Array:
+            if isinstance(x, jax.core.Tracer) or len(x.sharding.device_set) > 1:
+                return x
+            sharding = self.sharding(x.shape, "batch", None)
+            if not self.several_processes:
+                return jax.device_put(x, sharding)
+            host = np.asarray(x)
+            return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+        return jax.tree.map(one, tree)
+
     def constrain_replicated(self, tree: PyTree[Shaped[jax.Array, "..."]]) -> PyTree[Shaped[jax.Array, "..."]]:
         """Returns computed arrays replicated, so that every process can read them; inside jit."""
         return jax.lax.with_sharding_constraint(tree, self._named(PartitionSpec()))

@@ -8,7 +8,7 @@ from mpt_eqx.model.leaves import with_fields
 from mpt_eqx.model.remat import POLICIES
 
 
-def remat(model: MPT, how: Literal["none", "full", "dots"]) -> MPT:
+def remat(model: MPT, how: Literal["none", "full", "dots", "offload"]) -> MPT:
     """Returns the model with another choice of what is kept of its blocks for a gradient; values stay the same.
 
     A gradient then needs less memory, and more time. The choice is a part of the model, `model.remat`; checkpoints do
@@ -19,9 +19,9 @@ def remat(model: MPT, how: Literal["none", "full", "dots"]) -> MPT:
 
     Args:
         model: a model, stacked or not.
-        how: "full" keeps the input of each block; "dots" also the products with weights, so that what is computed again
-            is little, but for attention; "none", as models are made, keeps what XLA chooses, and in a stacked model all
-            products.
+        how: "full" keeps the input of each block; "offload" keeps it in the host's memory, where the device has one of
+            its own; "dots" keeps it and the products with weights, so that what is computed again is little, but for
+            attention; "none", as models are made, keeps what XLA chooses, and in a stacked model all products.
 
     Raises:
         MPTError: it is none of these.

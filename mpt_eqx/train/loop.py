@@ -1,5 +1,6 @@
 """A run: steps over rows, with states, evaluations and a log, from the start or from where it was."""
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -43,6 +44,11 @@ def run(
     It goes on from the newest readable state of `directory`, to the bit as if it had not been stopped, and saves the
     last state there. A run whose loss or gradient is not finite saves nothing more.
 
+    A step begins before what the one before it returned is read, so that the device does not wait for the host.
+
+    A model on a mesh is trained there. On several processes all call it with the same rows, of which each device gets
+    those that it computes; the loss is divided once, by the tokens that count in all of them. Give `log` to one only.
+
     Args:
         start: returns the state before the first step; where a state is restored, only the shapes in it count.
         step: of `make_train_step`.
@@ -67,28 +73,48 @@ def run(
     source = rows(place)
     done = int(state.step)
     saved = -1 if place is None else done
-    with stop_on_signals() as has_come:
+    running: tuple[int, Metrics] | None = None  # a step that was begun and is not in the log
+    began = time.perf_counter()
+
+    def ended(more: Callable[[], Mapping[str, Any]] = dict) -> None:
+        """Waits for the step, raises unless it is finite, and logs it with what is measured after it."""
+        nonlocal running, began
+        if running is None:
+            return
+        number, metrics = running
+        running = None
+        check_finite(metrics, number)
+        record: Record = {"step": number, **{name: float(metrics[name]) for name in FLOATS}}
+        record["tokens"] = int(metrics["tokens"])
+        record["tokens_per_s"] = record["tokens"] / (time.perf_counter() - began)
+        record |= more()
+        if log is not None:
+            log(record)
         began = time.perf_counter()
+
+    def save() -> None:
+        nonlocal saved, began
+        save_state(state, directory, data=source.state, keep=keep)
+        saved, began = done, time.perf_counter()
+
+    with stop_on_signals() as has_come:
         for batch in batches(source, batch_size) if done < steps else ():
             state, metrics = step(state, batch)
             done += 1
-            check_finite(metrics, done)
-            record: Record = {"step": done, **{name: float(metrics[name]) for name in FLOATS}}
-            record["tokens"] = int(metrics["tokens"])
-            record["tokens_per_s"] = record["tokens"] / (time.perf_counter() - began)
+            ended()  # that before, while this one is computed
+            running = done, metrics
             stopped = done == steps or has_come()
-            if evaluate is not None and (done == steps or (eval_every is not None and done % eval_every == 0)):
-                record |= evaluate(state.model)
-            if log is not None:
-                log(record)
+            measures = evaluate is not None and (done == steps or (eval_every is not None and done % eval_every == 0))
+            if evaluate is not None and measures:
+                ended(functools.partial(evaluate, state.model))
             if stopped or (save_every is not None and done % save_every == 0):
-                save_state(state, directory, data=source.state, keep=keep)
-                saved = done
+                ended()
+                save()
             if stopped:
                 break
-            began = time.perf_counter()
+        ended()
     if saved != done:
-        save_state(state, directory, data=source.state, keep=keep)
+        save()
     return state
 
 

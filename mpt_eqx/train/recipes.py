@@ -6,17 +6,17 @@ from typing import Literal
 import optax
 
 from mpt_eqx.errors import MPTError
-from mpt_eqx.train.optimizers import decoupled_adamw
+from mpt_eqx.train.optimizers import decoupled_adamw, decoupled_lionw
 from mpt_eqx.train.schedules import cosine_with_warmup, linear_with_warmup
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A run as its yaml describes it: decoupled AdamW with eps 1e-8, in bfloat16 over float32 weights.
+    """A run as its yaml describes it: a decoupled optimizer, in bfloat16 over float32 weights.
 
     Attributes:
         learning_rate: the highest.
-        b2: of AdamW; b1 is 0.9.
+        b2: of the optimizer; b1 is 0.9.
         schedule: "cosine" or "linear", after a warm-up.
         warmup_steps: of the schedule.
         floor: where the schedule ends, as a part of `learning_rate`.
@@ -25,8 +25,9 @@ class Recipe:
         steps: of the run; None where it is counted in epochs.
         epochs: of the run; None where it is counted in steps.
         source: the yaml, in github.com/mosaicml/llm-foundry.
-        weight_decay: of AdamW.
+        weight_decay: of the optimizer.
         max_grad_norm: for `make_train_step`.
+        rule: "adamw", with eps 1e-8, or "lionw".
     """
 
     learning_rate: float
@@ -41,6 +42,7 @@ class Recipe:
     source: str
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    rule: Literal["adamw", "lionw"] = "adamw"
 
     def optimizer(self, total_steps: int | None = None) -> optax.GradientTransformation:
         """Returns the optimizer with its schedule.
@@ -59,9 +61,8 @@ class Recipe:
             )
         schedule = {"cosine": cosine_with_warmup, "linear": linear_with_warmup}[self.schedule]
         rate = schedule(self.learning_rate, total, warmup_steps=self.warmup_steps, floor=self.floor)
-        return decoupled_adamw(
-            rate, b1=0.9, b2=self.b2, eps=1e-8, weight_decay=self.weight_decay, peak=self.learning_rate
-        )
+        make = {"adamw": decoupled_adamw, "lionw": decoupled_lionw}[self.rule]
+        return make(rate, b1=0.9, b2=self.b2, weight_decay=self.weight_decay, peak=self.learning_rate)
 
 
 def _pretrained(name: str, learning_rate: float, batch_size: int, steps: int) -> Recipe:

@@ -30,7 +30,7 @@ def make_train_step(
     accumulate: int = 1,
     max_grad_norm: float | None = None,
     compute_dtype: DTypeLike | None = None,
-    remat: Literal["none", "full", "dots"] | None = None,
+    remat: Literal["none", "full", "dots", "offload"] = "none",
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns a function (state, batch) -> (state, metrics) that does one step, compiled for each shape of batch.
 
@@ -47,7 +47,7 @@ def make_train_step(
         max_grad_norm: gradients of a larger norm, over all weights, are scaled down to it; None: as they are.
         compute_dtype: the type that the forward and backward pass run in, such as "bfloat16", while the weights and
             the optimizer's state stay as they are; None: that of the weights.
-        remat: what is kept for the gradient, as in `mpt_eqx.surgery.remat`; None: as the model says.
+        remat: what is kept for the gradient, as in `mpt_eqx.surgery.remat`; "none" leaves it to the model.
 
     Raises:
         MPTError: an argument is not valid; or, when the function is called, the batch is not.
@@ -56,14 +56,13 @@ def make_train_step(
         raise MPTError(f"accumulate: expected a whole number ≥ 1, found {accumulate!r}")
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise MPTError(f"max_grad_norm: expected a number > 0 or None, found {max_grad_norm!r}")
-    if remat is not None:
-        check_how(remat)
+    check_how(remat)
     if compute_dtype is not None and not jnp.issubdtype(jnp.dtype(compute_dtype), jnp.floating):
         raise MPTError(f"compute_dtype: expected a floating type, found {jnp.dtype(compute_dtype)}")
 
     def mean_loss(trained: MPT, frozen: MPT, batch: Batch, key: Key[Array, ""]) -> Float32[Array, ""]:
         model = eqx.combine(trained, frozen)
-        model = model if remat is None else with_remat(model, remat)
+        model = model if remat == "none" else with_remat(model, remat)
         if compute_dtype is not None:
             model = jax.tree.map(lambda x: x.astype(compute_dtype) if eqx.is_inexact_array(x) else x, model)
         return loss(model, **batch, key=key)
@@ -105,7 +104,8 @@ def make_train_step(
 
     @library_function
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        return one(_checked(batch, accumulate), state)
+        batch = _checked(batch, accumulate)
+        return one(batch if state.model.layout is None else state.model.layout.spread(batch), state)
 
     return step
 
