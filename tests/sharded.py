@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections import Counter
@@ -287,6 +288,58 @@ def adapted(preset: str, axes: dict[str, int], targets: list[str], kind: str = "
     wanted = sharding.shard(lora.merge(after[0]), mesh, rules)
     lies = [a.sharding == b.sharding for a, b in zip(*map(jax.tree.leaves, (merged, wanted)), strict=True)]
     return {"wrong": wrong + ["merged lies elsewhere"] * (not all(lies))}
+
+
+@functools.cache
+def learned_alone(form: str) -> tuple:
+    return learned_by(alone("hf_generate")[0], form)
+
+
+def learned_by(model, form: str) -> tuple:
+    """The metrics of three steps, and the weights after them: of two micro-batches with other masks, clipped."""
+    optimizer = train.decoupled_adamw(1e-3, eps=1e-4, weight_decay=0.1)
+    model = jax.tree.map(jax.numpy.copy, stack(model) if form == "stacked" else model)
+    state, metrics = train.TrainState.create(model, optimizer), []
+    step = train.make_train_step(
+        optimizer, accumulate=2, max_grad_norm=0.5, remat="full" if form == "stacked" else "none"
+    )
+    mask = np.ones(TOKENS.shape, bool)
+    mask[0, 2:] = mask[2, :7] = mask[3] = False
+    for _ in range(3):
+        state, found = step(state, {"tokens": TOKENS, "mask": mask})
+        metrics.append([found[name] for name in ("loss", "grad_norm", "tokens")])
+    return metrics, (unstack(state.model) if form == "stacked" else state.model)
+
+
+def learned(preset: str, axes: dict[str, int], form: str = "plain") -> dict:
+    """How far training on a mesh is from training on one device."""
+    (wanted, model), rules = learned_alone(form), rules_of(preset, None)
+    metrics, found = learned_by(sharding.shard(alone("hf_generate")[0], mesh_of("auto", axes), rules), form)
+    model = sharding.split_qkv(model) if rules.heads else model
+    return {"metrics": largest(metrics, wanted), "weights": largest(found, model)}
+
+
+def commanded(directory: str, meshes: list[str], options: list[str]) -> dict:
+    """How far a run of the command on one mesh that goes on, after half of it, on another is from one on one device."""
+    from mpt_eqx.cli import main
+
+    def command(args: list[str]) -> int:
+        with contextlib.redirect_stdout(sys.stderr):
+            return main(args)
+
+    os.chdir(directory)
+    options = ["train", *options, "--steps", "4", "--save-every", "2"]
+    assert command([*options, "--output", "alone"]) == 0
+    assert command([*options, "--output", "run", "--mesh", meshes[0]]) == 0
+    shutil.rmtree("run/states/step-00000004")
+    assert command([*options, "--output", "run", "--mesh", meshes[1]]) == 0
+    logs = [[json.loads(line) for line in Path(run, "log.jsonl").read_text().splitlines()] for run in ("alone", "run")]
+    return {
+        "steps": [line["step"] for line in logs[1]],
+        "losses": largest(*([line["loss"] for line in log] for log in logs)),
+        "model": (Path(directory) / "run" / "model" / "model.safetensors").is_file(),
+        "sharded": Path("run/states/step-00000002/sharded").is_dir(),
+    }
 
 
 def explicit(inside: bool, how: str) -> dict:

@@ -142,6 +142,35 @@ def test_a_wrapped_model_on_a_mesh_computes_what_one_device_does(ask, preset):
     assert found == {"far": {}, "tokens": True, "gradients": True}
 
 
+LEARNED = {
+    **{preset: (preset, MESHES[preset][0], "plain") for preset in MESHES},
+    "stacked": ("FSDP_TP", {"fsdp": 2, "tp": 2}, "stacked"),
+}
+
+
+@pytest.mark.parametrize("case", some(LEARNED, ("FSDP",)))
+def test_training_on_a_mesh_is_that_of_one_device(ask, case):
+    """Three steps of two micro-batches, of which tokens count by their number, clipped; to float32's rounding."""
+    preset, axes, form = LEARNED[case]
+    found = ask("learned", preset=preset, axes=axes, form=form)
+    assert found["metrics"] < 2e-5 and found["weights"] < 2e-6, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("meshes", [("fsdp=8", "fsdp=4"), ("dp=2,fsdp=2,tp=2", "fsdp=2,tp=4")])
+def test_the_command_trains_on_a_mesh_and_goes_on_on_another(ask, tmp_path, meshes):
+    """New weights; the loss of each step is that of one device, to float32's rounding."""
+    pytest.importorskip("orbax.checkpoint")
+    texts = [json.dumps({"text": f"The function number {i} returns {i} things."}) for i in range(9)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(texts))
+    sizes = {"d_model": 16, "n_heads": 4, "n_layers": 1, "vocab_size": 4096, "max_seq_len": 16}
+    (tmp_path / "tiny.json").write_text(json.dumps({"model_type": "mpt", **sizes, "attn_config": {"alibi": True}}))
+    options = ["--new", "tiny.json", "--data", "texts.jsonl", "--batch-size", "8", "--length", "16"]
+    found = ask("commanded", directory=str(tmp_path), meshes=list(meshes), options=options)
+    assert found.pop("losses") < 1e-5
+    assert found == {"steps": [1, 2, 3, 4], "sharded": True, "model": True}
+
+
 ADAPTED = {
     "FSDP": ({"fsdp": 4}, ["Wqkv", "down_proj"], "auto"),
     "FSDP, explicit": ({"fsdp": 4}, ["Wqkv"], "explicit"),

@@ -227,7 +227,7 @@ def test_memory_of_a_gradient(tiny_config):
     model = MPT(tiny_config(), key=jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 128), 0, 61)
     forms = {"single": model, "stacked": stack(model), "full": surgery.remat(stack(model), "full")}
-    forms["single dots"] = surgery.remat(model, "dots")
+    forms["single dots"], forms["offload"] = surgery.remat(model, "dots"), surgery.remat(stack(model), "offload")
     memory, gradients = {}, {}
     for name, form in forms.items():
         program = jax.jit(jax.grad(next_token_loss)).lower(form, tokens).compile()
@@ -235,8 +235,23 @@ def test_memory_of_a_gradient(tiny_config):
         gradients[name] = surgery.remat(unstack(program(form, tokens)), "none")
     block = sum(leaf.nbytes for leaf in jax.tree.leaves(model.blocks[0]))
     assert memory["stacked"] <= memory["single"] + block and memory["full"] < 0.8 * memory["stacked"], memory
-    for name in ("stacked", "full", "single dots"):
+    assert memory["offload"] == memory["full"]  # a CPU's memory is the host's
+    for name in ("stacked", "full", "offload", "single dots"):
         close(gradients[name], gradients["single"])
+
+
+def test_what_is_offloaded_lies_in_the_hosts_memory(model):
+    """In a program for a GPU the inputs of the blocks go there and come back, and nothing else does."""
+    from mpt_eqx import stack
+    from mpt_eqx.surgery import remat
+    from mpt_eqx.train import next_token_loss
+
+    tokens = jnp.zeros((2, 8), jnp.int32)
+    program = jax.jit(jax.grad(next_token_loss)).trace(remat(stack(model), "offload"), tokens)
+    text = program.lower(lowering_platforms=("cuda",)).as_text()
+    moved = [line for line in text.splitlines() if "annotate_device_placement" in line]
+    assert sorted("pinned_host" in line for line in moved) == [False, True]
+    assert all(line.endswith("-> tensor<2x8x32xf32>") for line in moved)
 
 
 def test_another_word_for_remat(model):

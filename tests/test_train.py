@@ -182,7 +182,10 @@ def test_what_a_step_refuses(small, batch):
         (lambda: train.make_train_step(optimizer, accumulate=0), "accumulate: expected a whole number ≥ 1, found 0"),
         (lambda: train.make_train_step(optimizer, max_grad_norm=0), "max_grad_norm: expected a number > 0 or None"),
         (lambda: train.make_train_step(optimizer, compute_dtype="int8"), "compute_dtype: expected a floating type"),
-        (lambda: train.make_train_step(optimizer, remat="half"), "how: expected 'none', 'full', 'dots', 'offload', found 'half'"),
+        (
+            lambda: train.make_train_step(optimizer, remat="half"),
+            "how: expected 'none', 'full', 'dots', 'offload', found 'half'",
+        ),
     ]
     cases += [
         (

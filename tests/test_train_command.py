@@ -102,7 +102,9 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(room, one_layer, monkeypa
     assert lines["steps"].startswith("5 of 2 rows, ") and lines["steps"].endswith(", 160 tokens")
     assert lines["rate"] == "0.0002 after 0 steps, then linear to 0"
     assert lines["memory"].startswith("2.5 MB of state (2.5 MB of weights) and ")
-    assert re.match(r"\S+ s a step and \S+ s in all, if all of it ran at the \S+ operations per second of", lines["time"])
+    assert re.match(
+        r"\S+ s a step and \S+ s in all, if all of it ran at the \S+ operations per second of", lines["time"]
+    )
     assert set(lines) == {"weights", "data", "steps", "rate", "operations", "time", "memory", "disk"}
     assert not (room / "run").exists()
 
@@ -122,6 +124,18 @@ def test_an_adapter_changes_nothing_else(room, one_layer):
     base = {name: x for name, x in saved.items() if name.startswith("model") and "lora" not in name}
     kept = [np.asarray(x).tobytes() for x in jax.tree.leaves(model) if eqx.is_array_like(x)]
     assert len(base) == len(kept) and all(x.tobytes() in kept for x in base.values())
+
+
+def test_an_adapter_with_dropout_by_lion_in_stacked_blocks(room, one_layer):
+    """Options that change what is compiled, and the sample in between, all in one run."""
+    options = ("--lora", 2, "--lora-dropout", 0.5, "--optimizer", "lionw", "--blocks", "stacked", "--remat", "offload")
+    done = train("run", "--model", one_layer, *options, "--mesh", "fsdp=1", "--steps", 1, "--warmup-steps", 0, new=None)
+    assert (done.returncode, done.stdout) == (0, "run/adapter\n"), done.stderr
+    assert log_of(room / "run")[0]["learning_rate"] == pytest.approx(2e-5)
+    settings = json.loads((room / "run" / "adapter" / "adapter_config.json").read_text())
+    assert settings["lora_dropout"] == 0.5
+    saved = load_file(room / "run" / "states" / "step-00000001" / "arrays.safetensors")
+    assert saved["model.blocks.block.attn.Wqkv.lora_A.weight"].ndim == 3
 
 
 def test_what_is_frozen_stays(room, one_layer):
@@ -170,6 +184,8 @@ def test_flags_win_over_a_file_which_wins_over_the_preset(room):
         ("steps = 0", "steps: expected a whole number ≥ 1, found '0'"),
         ("learning_rate = -1", "learning_rate: expected a number > 0, found '-1'"),
         ("floor = 2", "floor: expected a number from 0 to 1, found '2'"),
+        ('mesh = "pp=2"', "mesh: expected each of dp, fsdp, tp, sp at most once, found 'pp=2'"),
+        ('mesh = "tp=x"', "mesh: expected a whole number ≥ 1, found 'x'"),
         ('schedule = "x"', "schedule: expected cosine or linear, found 'x'"),
         ('lora_targets = ["x"]', "lora_targets: expected some of Wqkv, Wq"),
         ("steps =", "expected a TOML file, found none that can be read"),
@@ -195,6 +211,12 @@ def test_what_is_wrong_in_a_file_is_said(room, text, message):
         (("--batch-size", 3, "--accumulate", 2), "--accumulate: expected a divisor of --batch-size 3, found 2"),
         (("--new", "small.json"), "--new: expected a vocab_size of at least 4096, as the tokenizer of --model has,"),
         (("--model", "int8"), "--model: expected floating weights, found int8; give --lora"),
+        (("--process", 1), "--process: expected --coordinator with it, found none"),
+        (("--coordinator", "auto"), "--coordinator: expected --mesh with it, of the devices of all"),
+        (("--coordinator", "here", "--mesh", "dp=1"), "--coordinator: expected a process 0 at here, found none"),
+        (("--mesh", "fsdp=3"), "--mesh: expected dp × fsdp to divide the 8 rows that are computed at a time"),
+        (("--mesh", "tp=999"), "mesh: expected at most "),
+        (("--lora-dropout", 0.1), "--lora-dropout: expected --lora with it, found none"),
         (("--data", "none.txt"), "none.txt: expected text in UTF-8, found none that can be read"),
     ],
 )  # fmt: skip

@@ -76,8 +76,8 @@ def read_recipe(options: SimpleNamespace, longest: int) -> "Recipe":
     lion = options.optimizer == "lionw"
     rate = (6e-4 if options.new else 2e-4 if options.lora else 1e-5) / (10 if lion else 1)
     recipe = RECIPES.get(options.preset) or Recipe(
-        rate, 0.99 if lion else 0.95, "cosine" if options.new else "linear", 100, 0.1 if options.new else 0.0, 8, min(512, longest),
-        None, 1, "defaults",
+        rate, 0.99 if lion else 0.95, "cosine" if options.new else "linear", 100, 0.1 if options.new else 0.0, 8,
+        min(512, longest), None, 1, "defaults",
     )  # fmt: skip
     given = {f.name: getattr(options, f.name, None) for f in dataclasses.fields(recipe)} | {"rule": options.optimizer}
     recipe = dataclasses.replace(recipe, **{name: value for name, value in given.items() if value is not None})

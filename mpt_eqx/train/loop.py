@@ -123,9 +123,13 @@ def _begin(start: Callable[[], TrainState], directory: str | Path) -> tuple[Trai
     state = start()
     if not has_states(directory):
         return state, None
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if isinstance(x, jax.Array) else x, state
-    )
+
+    def shape(x: Any) -> Any:
+        # What is committed to no device, such as the step, goes where the rest is.
+        where = x.sharding if isinstance(x, jax.Array) and x.committed else None
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) if isinstance(x, jax.Array) else x
+
+    like = jax.tree.map(shape, state)
     del state
     found = restore_state(directory, like)
     return (start(), None) if found is None else found
