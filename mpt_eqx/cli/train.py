@@ -195,6 +195,7 @@ def prepare(options: SimpleNamespace, revision: str | None) -> Plan:
         recipe = dataclasses.replace(recipe, warmup_steps=min(100, steps // 10))
     optimizer = recipe.optimizer(steps)
     key = jax.random.key(options.seed)
+    mesh: Any
     mesh, rules = (None, None) if options.mesh is None else make_mesh(options.mesh)
     one = train.make_train_step(
         optimizer, accumulate=options.accumulate, max_grad_norm=recipe.max_grad_norm, remat=options.remat,
@@ -219,14 +220,14 @@ def prepare(options: SimpleNamespace, revision: str | None) -> Plan:
             return train.TrainState.create(model, optimizer, key=key, trainable=trainable)
 
     def new() -> MPT:
-        return MPT(config, key=key) if mesh is None else new_on_mesh(config, key, mesh, rules)
+        return MPT(config, key=key) if rules is None else new_on_mesh(config, key, mesh, rules)
 
     def empty() -> "TrainState":
         model = MPT(config, key=key)
         if not options.new:
             model = jax.tree.map(lambda x: x.astype(dtype) if hasattr(x, "astype") else x, model)
         model = model if stored is None else quantize(model, stored.scheme, embeddings=stored.embeddings)
-        return state_of(model if mesh is None else shard(model, mesh, rules))
+        return state_of(model if rules is None else shard(model, mesh, rules))
 
     return Plan(
         options, place, tokenizer, recipe, steps, (len(counted), sum(counted)), rows, eval_rows,
