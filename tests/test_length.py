@@ -25,6 +25,49 @@ def test_sizes_of_the_cache(tiny_config, length, capacity):
     assert cache_bucket(tiny_config(max_seq_len=10_000), length) == capacity
 
 
+@pytest.mark.parametrize(("rows", "length", "capacity"), [(7, 256, 512), (8, 256, 256), (8, 257, 512), (8, 513, 2048)])
+def test_many_rows_begin_with_a_smaller_cache(tiny_config, rows, length, capacity):
+    from mpt_eqx.generation.buckets import cache_bucket
+
+    assert cache_bucket(tiny_config(max_seq_len=10_000), length, rows) == capacity
+
+
+def test_many_rows_of_a_prefix_take_no_more_of_its_cache_than_they_need(tiny_config, prompts):
+    """A prefix has one row, with room for 512."""
+    from mpt_eqx import MPT, generate, prefill
+    from mpt_eqx.generation.prefix import initial_state
+
+    model = MPT(tiny_config(n_layers=1, max_seq_len=1024), key=jax.random.key(0))
+    prefix = prefill(model, prompts(40)[0])
+    assert prefix.state.cache.capacity == 512
+    state = initial_state(model, prefix, 8, 48)
+    assert state.cache.capacity == state.tokens.shape[1] == 256
+    one, eight = (generate(model, [[]] * rows, prefix=prefix, max_new_tokens=8, return_logits=True) for rows in (1, 8))
+    np.testing.assert_array_equal(eight.tokens, np.repeat(one.tokens, 8, axis=0))
+    np.testing.assert_allclose(eight.logits[7], one.logits[0], atol=1e-5)
+
+
+def test_freed_memory_goes_back_before_a_large_cache_is_made(tiny_model, monkeypatch):
+    from mpt_eqx.generation import state as states
+    from mpt_eqx.generation.prefix import initial_state
+
+    calls = []
+    monkeypatch.setattr(states.sys, "platform", "linux")
+    monkeypatch.setattr(states.ctypes, "CDLL", lambda _: type("C", (), {"malloc_trim": calls.append}))
+    cache = initial_state(tiny_model, None, 1, 10).cache
+    assert calls == []  # it is small
+    size = sum(x.nbytes for x in jax.tree.leaves(cache.layers))
+    monkeypatch.setattr(states, "LARGE_CACHE", size + 1)
+    initial_state(tiny_model, None, 1, 10)
+    assert calls == []
+    monkeypatch.setattr(states, "LARGE_CACHE", size)
+    initial_state(tiny_model, None, 1, 10)
+    assert len(calls) == 1
+    monkeypatch.setattr(states.ctypes, "CDLL", lambda _: object())  # a C library that has no such function
+    initial_state(tiny_model, None, 1, 10)
+    assert len(calls) == 1
+
+
 @given(st.integers(1, 5000))
 def test_pieces_cover_a_prompt_with_little_to_spare(length):
     from mpt_eqx.generation.buckets import PREFILL_CHUNKS, prefill_buckets
@@ -79,7 +122,7 @@ def test_a_growing_cache_changes_nothing(tiny_config, prompts, n_layers):
     grown = generate(model, prompt, max_new_tokens=60, return_logits=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(buckets, "MIN_CACHE", 1024)
-        patch.setattr("mpt_eqx.generation.prefix.cache_bucket", lambda config, length: 2048)
+        patch.setattr("mpt_eqx.generation.prefix.cache_bucket", lambda *_: 2048)
         roomy = generate(model, prompt, max_new_tokens=60, return_logits=True)
     np.testing.assert_array_equal(grown.logits, roomy.logits)
     full = np.asarray(eqx.filter_jit(model)(jnp.asarray([*prompt, *grown.tokens[0].tolist()])))

@@ -11,6 +11,9 @@ from mpt_eqx.ops.platform import is_default
 MIN_CACHE = 512
 """The smallest KV cache, in tokens. The next size is four times that, then each twice the one before."""
 
+MANY_ROWS = 8
+"""Rows from which on there is a cache of half of that, too: what it saves is worth one more program."""
+
 PREFILL_CHUNKS = (256, 128, 32)
 """Prompt tokens per prefill call: the largest of which more than half is left, else the smallest."""
 
@@ -27,9 +30,11 @@ MIN_EOS = 8
 """The end-of-sequence tokens that every program has room for."""
 
 
-def cache_bucket(config: MPTConfig, length: int) -> int:
-    """Returns the capacity of the KV cache that holds `length` tokens."""
+def cache_bucket(config: MPTConfig, length: int, rows: int = 1) -> int:
+    """Returns the capacity of the KV cache that holds `length` tokens in each of so many rows."""
     size = MIN_CACHE if length <= MIN_CACHE else max(4 * MIN_CACHE, next_power_of_two(length))
+    if rows >= MANY_ROWS and length <= MIN_CACHE // 2:
+        size = MIN_CACHE // 2
     return min(size, max(config.max_seq_len, length))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int, PRNGKeyArray
 
 from mpt_eqx.errors import GenerationError, Interrupted
-from mpt_eqx.generation.buckets import DECODE_CHUNK, decode_bucket
+from mpt_eqx.generation.buckets import DECODE_CHUNK, cache_bucket, decode_bucket
 from mpt_eqx.generation.interrupts import held_interrupts
 from mpt_eqx.generation.prefix import Prefix, initial_state, prefix_length
 from mpt_eqx.generation.prompts import prefill_prompts, progress_bar
@@ -73,10 +73,10 @@ def generate(
 ) -> GenerateResult:
     """Continues prompts of any lengths; a row's result does not depend on the rest of the batch.
 
-    A program is compiled for each batch size and each of a few cache sizes (512, 2048 tokens, then powers of two),
-    whatever the lengths of the prompts; further ones for max_new_tokens below 5, and for the first use of
-    return_logits, of another num_return_sequences, of a prefix and of other logits_processors. Other values of the
-    options never recompile. Decoding ends within eight tokens of the last row's end.
+    A program is compiled for each batch size and each of a few cache sizes (512, 2048 tokens, then powers of two; 256,
+    too, from eight rows on), whatever the lengths of the prompts; further ones for max_new_tokens below 5, and for the
+    first use of return_logits, of another num_return_sequences, of a prefix and of other logits_processors. Other
+    values of the options never recompile. Decoding ends within eight tokens of the last row's end.
 
     Where the CPU kernel runs, a row's logits are the same to the bit in any batch. Elsewhere they differ by rounding,
     about 1e-5 in float32, which changes a token only where two are equally likely to within that.
@@ -154,11 +154,12 @@ def generate(
     chunk = decode_bucket(DECODE_CHUNK, max_new_tokens)
     try:
         with progress_bar(longest + max_new_tokens, progress) as shown:
-            state = initial_state(model, prefix, len(rows), before + longest + min(chunk, max_new_tokens))
+            room = before + longest + min(chunk, max_new_tokens)
+            state = initial_state(model, prefix, len(rows), room)
             state = prefill_prompts(model, with_edits(model, state, edited), rows, before, shown)
             if num_return_sequences > 1:
                 with held_interrupts():
-                    state = repeat_and_resize(state, num_return_sequences, state.cache.capacity)
+                    state = repeat_and_resize(state, num_return_sequences, cache_bucket(model.config, room, count))
             for output in decode_tokens(
                 model, state, params.of_rows(count), key, length=before + longest, max_new_tokens=max_new_tokens,
                 chunk=chunk, with_logits=return_logits, processors=processors,

@@ -1,8 +1,10 @@
 """The state of rows between two programs: made, resized, laid out on a mesh, and taken apart by rows."""
 
+import ctypes
 import dataclasses
 import functools
 import itertools
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -16,10 +18,14 @@ from mpt_eqx.generation.buckets import cache_bucket
 from mpt_eqx.generation.layers import has_layer_loop
 from mpt_eqx.model import MPT, KVCache
 from mpt_eqx.model.taps import Edit, stack_edits
+from mpt_eqx.ops.layer_cache import BLOCK
 from mpt_eqx.ops.layout import Layout
 from mpt_eqx.ops.platform import is_default
 
 T = TypeVar("T")
+
+LARGE_CACHE = 2**26
+"""Bytes of a cache before which freed memory goes back to the system, which takes less time than writing as many."""
 
 OverRows = Callable[[Callable[..., Any]], Callable[..., Any]]
 """What makes a function of rows of a function of one."""
@@ -183,7 +189,13 @@ def map_rows(function: Callable[[Array], Array], other: Callable[[Array], Array]
 
 @eqx.filter_jit
 def repeat_and_resize(state: DecodeState, copies: int, capacity: int) -> DecodeState:
-    """Returns the state with each row `copies` times in succession, and room for `capacity` tokens in each."""
+    """Returns the state with each row `copies` times in succession, and room for `capacity` tokens in each.
+
+    What stands beyond the capacity is left out: it must hold the tokens of every row.
+    """
+    room = -(-capacity // BLOCK) * BLOCK
+    layers = jax.tree.map(lambda x: x[..., :room, :], state.cache.layers)
+    state = eqx.tree_at(lambda s: (s.cache.layers, s.tokens), state, (layers, state.tokens[:, :room]))
 
     def repeated(x: Array) -> Array:
         # The copy is for the case that nothing changes: what is returned will be donated, what came in will not.
@@ -225,8 +237,21 @@ def without_idle_edits(state: DecodeState) -> DecodeState:
     return dataclasses.replace(state, edits={place: several for place, several in edits.items() if several})
 
 
+def trim_memory(model: MPT, rows: int, capacity: int) -> None:
+    """Returns freed memory to the system before a large cache is made; glibc keeps what compiling has freed."""
+    config = model.config
+    size = 2 * rows * capacity * config.n_layers * config.kv_heads * config.head_size * model.dtype.itemsize
+    if size < LARGE_CACHE or not sys.platform.startswith("linux"):
+        return
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:  # musl has none, and keeps less
+        trim(ctypes.c_size_t(0))
+
+
 def ensure_capacity(model: MPT, state: DecodeState, length: int) -> DecodeState:
     """Returns the state with room for `length` tokens in each row, copied into a larger cache where it had less."""
     if length <= state.cache.capacity:
         return state
-    return repeat_and_resize(state, 1, cache_bucket(model.config, length))
+    rows = state.tokens.shape[0]
+    capacity = cache_bucket(model.config, length, rows)
+    trim_memory(model, rows, capacity)
+    return repeat_and_resize(state, 1, capacity)

@@ -54,7 +54,7 @@ def warmup(
         fixed = (model, *replicate(model, (params.of_rows(rows), check_key(None, 0.0))), ())
         for length in prompt_lengths:
             started = time.monotonic()
-            state = empty_state(model, rows, cache_bucket(config, length + min(chunk, max_new_tokens)))
+            state = empty_state(model, rows, cache_bucket(config, length + min(chunk, max_new_tokens), rows))
             for size in warm_sizes(length, rows):
                 prompts = [np.zeros(size, np.int32)] * rows
                 state = prefill_prompts(model, state, prompts, 0, progress_bar(size, False))
