@@ -50,10 +50,11 @@ def test_many_rows_of_a_prefix_take_no_more_of_its_cache_than_they_need(tiny_con
 def test_freed_memory_goes_back_before_a_large_cache_is_made(tiny_model, monkeypatch):
     from mpt_eqx.generation import state as states
     from mpt_eqx.generation.prefix import initial_state
+    from mpt_eqx.ops import platform
 
     calls = []
-    monkeypatch.setattr(states.sys, "platform", "linux")
-    monkeypatch.setattr(states.ctypes, "CDLL", lambda _: type("C", (), {"malloc_trim": calls.append}))
+    monkeypatch.setattr(platform.sys, "platform", "linux")
+    monkeypatch.setattr(platform.ctypes, "CDLL", lambda _: type("C", (), {"malloc_trim": calls.append}))
     cache = initial_state(tiny_model, None, 1, 10).cache
     assert calls == []  # it is small
     size = sum(x.nbytes for x in jax.tree.leaves(cache.layers))
@@ -63,7 +64,7 @@ def test_freed_memory_goes_back_before_a_large_cache_is_made(tiny_model, monkeyp
     monkeypatch.setattr(states, "LARGE_CACHE", size)
     initial_state(tiny_model, None, 1, 10)
     assert len(calls) == 1
-    monkeypatch.setattr(states.ctypes, "CDLL", lambda _: object())  # a C library that has no such function
+    monkeypatch.setattr(platform.ctypes, "CDLL", lambda _: object())  # a C library that has no such function
     initial_state(tiny_model, None, 1, 10)
     assert len(calls) == 1
 

@@ -160,9 +160,7 @@ def find_prefix_token(args: argparse.Namespace, tokenizer: "Tokenizer") -> int:
         return int(args.prefix_token)
     known = [*([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]), *tokenizer.eos_token_ids]
     if not known:
-        raise GenerationError(
-            "--prefix-token: expected an id, because the tokenizer has none that ends texts"
-        )
+        raise GenerationError("--prefix-token: expected an id, because the tokenizer has none that ends texts")
     return int(known[0])
 
 

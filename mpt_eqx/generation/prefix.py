@@ -11,7 +11,7 @@ from mpt_eqx.errors import GenerationError
 from mpt_eqx.generation.buckets import cache_bucket
 from mpt_eqx.generation.interrupts import held_interrupts
 from mpt_eqx.generation.prompts import prefill_prompts, progress_bar
-from mpt_eqx.generation.state import DecodeState, empty_state, repeat_and_resize, trim_memory
+from mpt_eqx.generation.state import DecodeState, empty_state, make_room, repeat_and_resize
 from mpt_eqx.generation.validate import check_model, check_one_prompt, check_prompts
 from mpt_eqx.model import MPT
 from mpt_eqx.sharding.multihost import check_same_arguments
@@ -78,7 +78,7 @@ def initial_state(model: MPT, prefix: Prefix | None, rows: int, length: int) -> 
         GenerationError: the prefix is that of a model with another configuration or type.
     """
     capacity = cache_bucket(model.config, length, rows)
-    trim_memory(model, rows, capacity)
+    make_room(model, rows, capacity)
     if prefix is None:
         with held_interrupts():
             return empty_state(model, rows, capacity)

@@ -1,10 +1,8 @@
 """The state of rows between two programs: made, resized, laid out on a mesh, and taken apart by rows."""
 
-import ctypes
 import dataclasses
 import functools
 import itertools
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -20,12 +18,12 @@ from mpt_eqx.model import MPT, KVCache
 from mpt_eqx.model.taps import Edit, stack_edits
 from mpt_eqx.ops.layer_cache import BLOCK
 from mpt_eqx.ops.layout import Layout
-from mpt_eqx.ops.platform import is_default
+from mpt_eqx.ops.platform import is_default, trim_memory
 
 T = TypeVar("T")
 
 LARGE_CACHE = 2**26
-"""Bytes of a cache before which freed memory goes back to the system, which takes less time than writing as many."""
+"""Bytes of a cache before which freed memory is given back, which takes less time than to fill as many."""
 
 OverRows = Callable[[Callable[..., Any]], Callable[..., Any]]
 """What makes a function of rows of a function of one."""
@@ -237,14 +235,12 @@ def without_idle_edits(state: DecodeState) -> DecodeState:
     return dataclasses.replace(state, edits={place: several for place, several in edits.items() if several})
 
 
-def trim_memory(model: MPT, rows: int, capacity: int) -> None:
-    """Returns freed memory to the system before a large cache is made; glibc keeps what compiling has freed."""
+def make_room(model: MPT, rows: int, capacity: int) -> None:
+    """Gives freed memory back to the system before a large cache is made."""
     config = model.config
     size = 2 * rows * capacity * config.n_layers * config.kv_heads * config.head_size * model.dtype.itemsize
-    if size < LARGE_CACHE or not sys.platform.startswith("linux"):
-        return
-    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:  # musl has none, and keeps less
-        trim(ctypes.c_size_t(0))
+    if size >= LARGE_CACHE:
+        trim_memory()
 
 
 def ensure_capacity(model: MPT, state: DecodeState, length: int) -> DecodeState:
@@ -253,5 +249,5 @@ def ensure_capacity(model: MPT, state: DecodeState, length: int) -> DecodeState:
         return state
     rows = state.tokens.shape[0]
     capacity = cache_bucket(model.config, length, rows)
-    trim_memory(model, rows, capacity)
+    make_room(model, rows, capacity)
     return repeat_and_resize(state, 1, capacity)

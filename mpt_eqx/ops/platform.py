@@ -1,6 +1,8 @@
 """Where a computation runs: the one place that asks."""
 
+import ctypes
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -153,3 +155,11 @@ def max_cudnn_head() -> int:
     capability = tuple(map(int, gpu.compute_capability.split(".")))
     # Consumers' chips of Blackwell, 12.0, have the shared memory of Ampere's.
     return 0 if capability < (8, 0) else 256 if (9, 0) <= capability < (12, 0) else 128
+
+
+def trim_memory() -> None:
+    """Gives memory that was freed back to the system, where arrays lie in it; glibc keeps what compiling has freed."""
+    if sys.platform.startswith("linux") and is_default("cpu"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:  # musl has none, and keeps less
+            trim(ctypes.c_size_t(0))
