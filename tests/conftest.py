@@ -1,14 +1,12 @@
 """What every test shares. The package is imported inside fixtures only: the type checks are hooked in before that."""
 
 import dataclasses
-import gc
 import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +20,7 @@ from hypothesis import settings
 from jax._src import compiler
 from jax._src.interpreters import mlir
 from jaxtyping import install_import_hook
+from lowering import collect_rarely, contexts
 
 # Shapes are checked wherever they are annotated, but for the public border (config, generate, command line), which
 # checks its arguments itself and has its own messages for them tested.
@@ -84,9 +83,7 @@ def pytest_addoption(parser):
 
 
 def pytest_sessionstart():
-    """What is imported stays: the collector need not look through it, and tracing makes many objects and few cycles."""
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
+    collect_rarely()
 
 
 def pytest_configure(config):
@@ -211,21 +208,9 @@ def compiled_once(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="session")
 def lowered_in_one_place():
-    """Programs are lowered in one MLIR context after the other: to make one for each is half of the time to lower.
-
-    A context keeps all constants that were lowered in it, so it lasts for some programs only.
-    """
-    made = threading.local()
-
-    def context():
-        if getattr(made, "uses", 0) % 64 == 0:
-            made.context, made.uses = make_ir_context(), 0
-        made.uses += 1
-        return made.context
-
-    make_ir_context = mlir.make_ir_context
+    """Programs are lowered in one MLIR context after the other."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mlir, "make_ir_context", context)
+        patch.setattr(mlir, "make_ir_context", contexts(mlir.make_ir_context))
         yield
 
 

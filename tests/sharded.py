@@ -16,6 +16,9 @@ import equinox as eqx
 import jax
 import numpy as np
 import optax
+from jax._src import compiler
+from jax._src.interpreters import mlir
+from lowering import collect_rarely, contexts
 from wrappers import make_lora
 
 from mpt_eqx import (
@@ -107,9 +110,9 @@ def written(model) -> dict:
     }
 
 
-def computed(model) -> dict:
+def computed(model, tokens: bool = True) -> dict:
     """What a model makes of the tokens, and of itself."""
-    return {**trained(model, TOKENS), **written(model)}
+    return {**trained(model, TOKENS), **(written(model) if tokens else {})}
 
 
 @functools.cache
@@ -130,7 +133,14 @@ def alone(case: str) -> tuple:
     return model, computed(model)
 
 
-def compare(case: str, preset: str, axes: dict[str, int], kind: str = "auto", batch: list[str] | None = None) -> dict:
+def compare(
+    case: str,
+    preset: str,
+    axes: dict[str, int],
+    kind: str = "auto",
+    batch: list[str] | None = None,
+    tokens: bool = True,
+) -> dict:
     """The largest difference between what is computed on a mesh and on one device, of each thing."""
     rules, mesh = rules_of(preset, batch), mesh_of(kind, axes)
     shared = from_pretrained(checkpoint(case), dtype="float32", mesh=mesh, rules=rules)
@@ -138,8 +148,8 @@ def compare(case: str, preset: str, axes: dict[str, int], kind: str = "auto", ba
     wanted = {"moved": model, **wanted}
     if shared.blocks[0].attn.Wqkv is None and model.blocks[0].attn.Wqkv is not None:
         wanted |= {name: sharding.split_qkv(wanted[name]) for name in ("moved", "gradients", "step")}
-    found = {"moved": sharding.shard(model, mesh, rules), **computed(shared)}
-    return {name: largest(found[name], wanted[name]) for name in wanted}
+    found = {"moved": sharding.shard(model, mesh, rules), **computed(shared, tokens)}
+    return {name: largest(found[name], wanted[name]) for name in found}
 
 
 def streamed(preset: str, axes: dict[str, int]) -> dict:
@@ -155,50 +165,46 @@ def streamed(preset: str, axes: dict[str, int]) -> dict:
     }
 
 
-def decoded(preset: str, axes: dict[str, int]) -> dict:
-    """Whether `decode` of prompts, on a mesh and inside shard_map, makes the tokens that `generate` does."""
+def decoded(preset: str, axes: dict[str, int], drawn: bool) -> dict:
+    """Whether `decode` makes the tokens that `generate` does: on a mesh, `drawn` or greedy, and inside shard_map."""
     model, wanted = alone("hf_generate")
     mesh, rules = sharding.make_mesh(**axes), rules_of(preset, None)
     shared, names = sharding.shard(model, mesh, rules), jax.sharding.PartitionSpec(tuple(axes))
     prompts, numbers = jax.numpy.asarray(PROMPTS), jax.numpy.arange(len(PROMPTS))
-    sampling = SamplingParams(temperature=1.0)
 
-    def rows(model, prompts, numbers):
-        return jax.vmap(
-            lambda prompt, row: (
-                decode(model, prompt, 7, max_new_tokens=6, sampling=sampling, key=jax.random.key(1), row=row).tokens
-            )
-        )(prompts, numbers)
+    def rows(model, prompts, numbers, drawn=True):
+        options = {"sampling": SamplingParams(temperature=1.0), "key": jax.random.key(1)} if drawn else {}
+        one = functools.partial(decode, model, max_new_tokens=6, **options)
+        return jax.vmap(lambda prompt, row: one(prompt, 7, row=row).tokens)(prompts, numbers)
 
     mapped = jax.shard_map(rows, mesh=mesh, in_specs=(jax.sharding.PartitionSpec(), names, names), out_specs=names)
-    found = {
-        "vmap": eqx.filter_jit(rows)(shared, prompts, numbers),
-        "shard_map": jax.jit(mapped)(model, prompts, numbers),
+    vmapped = eqx.filter_jit(functools.partial(rows, drawn=drawn))(shared, prompts, numbers)
+    return {
+        "vmap": np.array_equal(vmapped, wanted["sampled" if drawn else "tokens"]),
+        "shard_map": np.array_equal(jax.jit(mapped)(model, prompts, numbers), wanted["sampled"]),
     }
-    return {name: np.array_equal(tokens, wanted["sampled"]) for name, tokens in found.items()}
 
 
-def edited(kind: str, inside: bool = False) -> dict:
-    """How far activations and logits with edits on a mesh are from those of one device, in one pass and generated."""
+def edited(kind: str, inside: bool) -> dict:
+    """How far activations and logits with edits on a mesh, in one pass and generated, are from those of one device."""
     model, mesh = alone("hf_generate")[0], mesh_of(kind, {"fsdp": 2, "tp": 2})
     vector = np.linspace(-1, 1, model.config.d_model, dtype=np.float32)
     edits = {
         "blocks.0.hook_resid_post": interp.Add(vector, positions=slice(3, None)),
         f"blocks.{BLOCKS - 1}.attn.hook_pattern": interp.Scale(0.5),
     }
-    shared = sharding.shard(model, mesh, sharding.FSDP_TP)
-
-    def found(model):
-        run = eqx.filter_jit(lambda model, row: interp.run(model, row, edits=edits, capture="*.hook_z"))
-        rows = [edits, None, {"hook_embed": interp.Scale(2)}, edits]
-        return {
-            "run": run(model, jax.numpy.asarray(PROMPTS[0])),
-            "generate": generate(model, PROMPTS, edits=rows, max_new_tokens=3, return_logits=True).logits,
-        }
-
+    runs = [
+        eqx.filter_jit(functools.partial(interp.run, edits=each, capture="*.hook_z"))
+        for each in (edits, {}, {"hook_embed": interp.Scale(2)})
+    ]
+    shared, first = sharding.shard(model, mesh, sharding.FSDP_TP), jax.numpy.asarray(PROMPTS[0])
     with jax.set_mesh(mesh) if inside else contextlib.nullcontext():
-        there = found(shared)
-    return {name: largest(there[name], wanted) for name, wanted in found(model).items()}
+        rows = [edits, None, {"hook_embed": interp.Scale(2)}, edits]
+        found = generate(shared, PROMPTS, edits=rows, max_new_tokens=3, return_logits=True)
+        run = runs[0](shared, first)
+    whole_rows = jax.numpy.asarray(np.concatenate([PROMPTS, found.tokens[:, :-1]], axis=1))
+    wanted = [runs[i](model, row).logits[6:] for i, row in zip((0, 1, 2, 0), whole_rows, strict=True)]
+    return {"run": largest(run, runs[0](model, first)), "generate": largest([*found.logits], wanted)}
 
 
 def scored(form: str, kind: str, inside: bool = False) -> dict:
@@ -220,7 +226,7 @@ def placed(preset: str, axes: dict[str, int]) -> dict:
     model, wanted = alone("hf_generate")
     mesh, rules = mesh_of("auto", axes), rules_of(preset, None)
     elsewhere = sharding.shard(model, mesh_of("auto", {"fsdp": 4}), sharding.FSDP)
-    dropout = MPT(MPTConfig(**ODD, resid_pdrop=0.1), key=jax.random.key(0))
+    dropout = eqx.filter_jit(MPT)(MPTConfig(**ODD, resid_pdrop=0.1), key=jax.random.key(0))
     models = {"plain": model, "on a mesh": elsewhere, "int8": quantize(model, "int8"), "dropout": dropout}
     models |= {"stacked": stack(model), "there": sharding.shard(model, mesh, rules)}
     wrong = []
@@ -241,22 +247,24 @@ def put(mesh):
     return lambda x, spec: jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
 
 
-def wrapped(preset: str, axes: dict[str, int], places: list[str]) -> dict:
-    """How far a model with wrapped weights on a mesh is from the same on one device."""
+def wrapped(preset: str, axes: dict[str, int], places: list[str], tokens: bool) -> dict:
+    """How far a model with wrapped weights on a mesh is from the same on one device, in its `tokens`, too."""
     mesh, rules = mesh_of("auto", axes), rules_of(preset, None)
     plain = surgery.keep_blocks(from_pretrained(GOLDEN / "hf_generate", dtype="float32"), [0])
     model = surgery.replace(plain, places, make_lora)
     shared = sharding.shard(model, mesh, rules)
     found, wanted = trained(shared, TOKENS), trained(model, TOKENS)
     leaves = jax.tree.leaves(sharding.shard(eqx.filter(found["gradients"], eqx.is_array), mesh, rules))
-    tokens = generate(shared, PROMPTS, max_new_tokens=5).tokens
-    likely = forward(model, np.concatenate([PROMPTS, tokens], axis=1)).argmax(axis=-1)[:, 6:-1]
+    alike = {"gradients": all(a.sharding == b.sharding for a, b in zip(leaves, jax.tree.leaves(shared), strict=True))}
+    if tokens:
+        new = generate(shared, PROMPTS, max_new_tokens=5).tokens
+        likely = forward(model, np.concatenate([PROMPTS, new], axis=1)).argmax(axis=-1)[:, 6:-1]
+        alike["tokens"] = np.array_equal(new, likely)
     if rules.heads:
         wanted |= {name: sharding.split_qkv(wanted[name]) for name in ("gradients", "step")}
     return {
         "far": {name: value for name in wanted if not (value := largest(found[name], wanted[name])) < 1e-4},
-        "tokens": np.array_equal(tokens, likely),
-        "gradients": all(a.sharding == b.sharding for a, b in zip(leaves, jax.tree.leaves(shared), strict=True)),
+        **alike,
     }
 
 
@@ -370,8 +378,15 @@ def collectives(preset: str, axes: dict[str, int]) -> dict:
     return dict(Counter(re.findall(COLLECTIVES, text)))
 
 
-def initialised(preset: str, axes: dict[str, int]) -> dict:
-    """How a model that is made on a mesh differs from one that is made on a device."""
+def initialised(preset: str, axes: dict[str, int], options: dict) -> dict:
+    """How a model that is made on a mesh differs from one that is made on a device, by programs of these options."""
+    jax.clear_caches()  # of programs of others
+    usual = compiler.get_compile_options
+
+    def get_compile_options(*args, env_options_overrides=None, **kwargs):
+        return usual(*args, env_options_overrides={**(env_options_overrides or {}), **options}, **kwargs)
+
+    compiler.get_compile_options = get_compile_options
     config, key = from_pretrained(GOLDEN / "hf_generate").config, jax.random.key(3)
     mesh, rules = sharding.make_mesh(**axes), rules_of(preset, None)
     made = eqx.filter_jit(lambda key: sharding.shard(MPT(config, key=key), mesh, rules))(key)
@@ -380,6 +395,7 @@ def initialised(preset: str, axes: dict[str, int]) -> dict:
     placed = jax.device_put(fresh, jax.devices()[1])
     again = sharding.shard(sharding.shard(placed, sharding.make_mesh(dp=4), sharding.DATA_PARALLEL), mesh, rules)
     moments = optax.adam(1e-3).init(eqx.filter(made, eqx.is_array))[0]
+    compiler.get_compile_options = usual
     models = {"made": made, "moved": moved, "again": again, "first moments": moments.mu, "second moments": moments.nu}
     return {"weights": largest(made, moved), "bytes": {name: local_bytes(model) for name, model in models.items()}}
 
@@ -439,6 +455,8 @@ def reference(directory: str) -> dict:
 def main() -> None:
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_disable_most_optimizations", True)  # of LLVM: twice as fast to compile, partitioned alike
+    mlir.make_ir_context = contexts(mlir.make_ir_context)
+    collect_rarely()
     for line in sys.stdin:
         name, arguments = json.loads(line)
         print(json.dumps(globals()[name](**arguments)), flush=True)
