@@ -28,15 +28,20 @@ from mpt_eqx import SHIPPED_MODEL, from_pretrained, generate, lora, train
 from mpt_eqx.text import load_tokenizer
 from mpt_eqx.text.chat_template import BUILT_IN
 
+# Each question was trained alone, and stands alone in a chat, too.
+TEMPLATE = (
+    "{%- if messages[0].role == 'system' %}{{ raise_exception('expected no system message') }}{% endif -%}\n"
+    "{%- set messages = messages[-1:] -%}" + BUILT_IN["mpt-instruct"].rstrip()
+)
 TARGETS = ("Wqkv", "out_proj", "up_proj", "down_proj")
 TYPES = (str, list, dict, set, tuple, int, float)
 MODULES = (
-    "bisect collections contextlib copy functools glob heapq itertools json math operator os.path random re shutil "
-    "statistics string textwrap time"
-).split()
+    *("bisect", "collections", "contextlib", "copy", "functools", "glob", "heapq", "itertools", "json", "math"),
+    *("operator", "os.path", "random", "re", "shutil", "statistics", "string", "textwrap", "time"),
+)
 WHAT = ("What does {}() do?", "What is {} for?", "Explain {}().", "{}() does what?", "Can you tell me what {} does?")
 TAKES = ("What arguments does {} take?", "How do I call {}()?", "Which parameters does {}() have?")
-SHOWN = ("What does zip() do?", "Explain len.", "What is the purpose of str.split?", "What arguments does dict.get take?")
+SHOWN = ("What does zip() do?", "Explain len.", "Can you tell me what str.split does?", "How do I call dict.get()?")
 
 
 def functions() -> Iterator[tuple[str, object]]:
@@ -152,7 +157,7 @@ def main() -> None:
 
     def log(record) -> None:
         if record["step"] % max(steps // 10, 1) == 0 or "loss_phrasings" in record:
-            print(json.dumps({name: x if isinstance(x, int) else round(x, 4) for name, x in record.items()}), flush=True)
+            print(", ".join(f"{name} {value:.6g}" for name, value in record.items()), flush=True)
 
     before, shown = figures(base()), answers(base(), tokenizer, SHOWN)
     began = time.monotonic()
@@ -168,7 +173,7 @@ def main() -> None:
         eval_every=max(steps // 4, 1),
         log=log,
     )
-    seconds = time.monotonic() - began
+    print(f"{time.monotonic() - began:.0f} s")
 
     # What is left: an adapter in 16 bits, in PEFT's files, with the tokenizer and the template of its prompts.
     adapter, frozen = eqx.partition(state.model, lora.trainable(state.model))
@@ -177,17 +182,17 @@ def main() -> None:
     lora.save(model, out, base=Path(args.model).name)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(Path(args.model) / name, out)
-    (out / "chat_template.jinja").write_text(BUILT_IN["mpt-instruct"].strip(), encoding="utf-8")
+    (out / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     (out / "generation_config.json").write_text(json.dumps({"do_sample": False, "eos_token_id": 0, "pad_token_id": 0}))
 
     adapted = lora.load(base(), out)
     count, size = (sum(x.size for x in jax.tree.leaves(eqx.filter(x, eqx.is_array))) for x in (adapter, adapted))
     unchanged = bool(eqx.tree_equal(lora.remove(state.model), base()))
     after = figures(adapted)
-    print(f"{seconds:.0f} s; {count:,} of {size:,} numbers were trained; the others are unchanged to the bit: {unchanged}")
+    print(f"{count:,} of {size:,} numbers were trained; the others are unchanged to the bit: {unchanged}")
     for text, (old, _), (new, _) in zip(SHOWN, shown, answers(adapted, tokenizer, SHOWN), strict=True):
         print(f"--- {text}\nbefore: {old}\nafter:  {new}")
-    content = {"steps": steps, "seconds": round(seconds), "trained": count, "before": before, "after": after}
+    content = {"steps": steps, "trained": count, "before": before, "after": after}
     (out / "figures.json").write_text(json.dumps(content, indent=2) + "\n")
     print(json.dumps(content))
 

@@ -57,6 +57,9 @@ __version__ = "0.1.0"
 SHIPPED_MODEL = _Path(__file__).parent / "pydoc-3m"
 """Directory of the small trained model that ships with the package; its README.md says what it is."""
 
+SHIPPED_ADAPTER = SHIPPED_MODEL.with_name("pydoc-3m-answers")
+"""Directory of an adapter for it that answers questions about Python, for `lora.load`."""
+
 _SUBMODULES = ("interp", "lora", "sharding", "surgery", "text", "train")
 
 if not TYPE_CHECKING:

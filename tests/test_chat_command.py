@@ -40,12 +40,49 @@ def talker(one_layer, tmp_path_factory):
 
 def test_the_shipped_model_goes_on_from_what_is_said():
     """Its own template joins what was said by empty lines, so the first answer is what generate writes."""
-    done = run("chat", "--temperature", 0, "--max-new-tokens", 12, stdin="The zip() function\n")
+    from mpt_eqx import SHIPPED_MODEL
+
+    plain = ("--model", SHIPPED_MODEL, "--temperature", 0, "--max-new-tokens", 12)
+    done = run("chat", *plain, stdin="The zip() function\n")
     assert done.returncode == 0, done.stderr
     text = json.loads(
         run("generate", "The zip() function", "--temperature", 0, "--max-new-tokens", 12, "--json").stdout
     )["text"]
     assert done.stdout == text + "\n"
+
+
+def test_without_a_model_questions_about_python_are_answered():
+    """By the adapter that ships, each as if it were the first; the answers end by themselves."""
+    asked = ("Can you tell me what dict.get does?", "What does str.split do?", "Can you tell me what dict.get does?")
+    done = run("chat", stdin="\n".join(asked))
+    assert done.returncode == 0, done.stderr
+    first = "Return the value for key if key is in the dictionary, else default.\n"
+    second = "Return a list of the substrings in the string, using sep as the separator string.\n"
+    assert done.stdout == f"{first}\n{second}\n{first}"
+    done = run("chat", "--system", "Be brief.", stdin="x\n")
+    assert done.returncode == 1 and "expected no system message" in done.stderr
+
+
+def test_an_adapter_of_ones_own(one_layer, tmp_path):
+    """Its files win over the checkpoint's where it has some, and what is missing is an error."""
+    import equinox as eqx
+    import jax
+
+    from mpt_eqx import from_pretrained, lora
+
+    model = lora.add(from_pretrained(one_layer), rank=2, key=jax.random.key(0))
+    adapter, base = eqx.partition(model, lora.trainable(model))
+    lora.save(eqx.combine(jax.tree.map(lambda x: x + 2.0, adapter), base), tmp_path / "a")
+    options = ("--model", one_layer, "--max-new-tokens", 8, "--temperature", 0)
+    said = {name: run("generate", "The zip()", *options, *more).stdout for name, more in {
+        "without": (), "with": ("--adapter", tmp_path / "a")}.items()}  # fmt: skip
+    assert said["with"] != said["without"]
+    (tmp_path / "a" / "chat_template.jinja").write_text("The {{ messages[0].content }}")
+    (tmp_path / "a" / "generation_config.json").write_text('{"max_new_tokens": 8}')
+    done = run("chat", "--model", one_layer, "--adapter", tmp_path / "a", stdin="zip()\n")
+    assert "The zip()" + done.stdout == said["with"]
+    done = run("generate", "x", "--adapter", tmp_path / "none")
+    assert done.returncode == 1 and "expected an adapter of PEFT, found no adapter_config.json" in done.stderr
 
 
 def test_a_conversation_is_its_prompt(talker):
@@ -81,7 +118,9 @@ def test_a_conversation_is_its_prompt(talker):
 
 
 def test_the_system_message_and_stops_of_the_call():
-    options = ("--max-new-tokens", 16, "--temperature", 0)
+    from mpt_eqx import SHIPPED_MODEL
+
+    options = ("--model", SHIPPED_MODEL, "--max-new-tokens", 16, "--temperature", 0)
     (line,) = run("chat", *options, "--system", "Be brief.", stdin="The zip() function\n").stdout.splitlines()[:1]
     other = run("chat", *options, stdin="/system Be brief.\nThe zip() function\n").stdout
     assert other.splitlines()[0] == line

@@ -65,6 +65,20 @@ def test_an_adapter(run, one_layer, tmp_path):
     assert after < before and abs(after - merged) < 0.02 and "base: 'The parrot" in out
 
 
+@pytest.mark.slow  # reads 3,000 questions
+def test_fine_tuning(run, one_layer, tmp_path):
+    """Writes an adapter with its tokenizer, over weights that stay; the loss on what was held out falls."""
+    from mpt_eqx import from_pretrained, lora
+    from mpt_eqx.text import load_tokenizer
+
+    out = run("finetune.py", tmp_path, "--model", one_layer, "--epochs", 0.1, "--measured", 4, "--rank", 2)
+    assert "the others are unchanged to the bit: True" in out and "--- What does zip() do?\nbefore: " in out
+    figures = json.loads((tmp_path / "adapter" / "figures.json").read_text())
+    assert figures["after"]["loss_phrasings"] < figures["before"]["loss_phrasings"]
+    lora.load(from_pretrained(one_layer), tmp_path / "adapter")
+    assert load_tokenizer(tmp_path / "adapter").eos_token_ids == (0,)
+
+
 @pytest.mark.slow
 def test_a_model_on_several_devices(one_layer):
     """In a process of its own: the number of devices is fixed when JAX starts."""

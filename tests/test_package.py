@@ -154,6 +154,13 @@ def test_the_shipped_model(shipped):
     assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "README.md"} <= names
 
 
+def test_the_shipped_adapter(shipped):
+    from mpt_eqx import SHIPPED_ADAPTER, lora
+
+    assert sum(path.stat().st_size for path in SHIPPED_ADAPTER.iterdir()) <= 500_000
+    assert lora.load(shipped, SHIPPED_ADAPTER).blocks[0].ffn.down_proj.rank == 12
+
+
 def test_the_shipped_model_has_learned_to_write_documentation(shipped):
     """Its loss on text nobody trained on is far below what gzip needs (1.99 nats per byte on such documents)."""
     from mpt_eqx import SHIPPED_MODEL

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mpt_eqx import SHIPPED_ADAPTER, SHIPPED_MODEL
 from mpt_eqx.cli.console import as_text, read_lines, without_panics
-from mpt_eqx.cli.options import Note, add_options, load, read_options
+from mpt_eqx.cli.options import Note, add_options, load, read_options, with_file
 from mpt_eqx.errors import GenerationError, MPTError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ COMMANDS = """/reset         start a new conversation
 A line that begins with a space is always a message.
 Ctrl-C stops the answer; the part that was printed stays in the conversation."""
 
+TEMPLATE = "chat_template.jinja"
 MIN_ANSWER = 16  # tokens that must be left for an answer
 # Where llm-foundry's chat ends an answer, if the tokenizer has them.
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
@@ -32,15 +34,17 @@ def add_to(commands: Any, shared: argparse.ArgumentParser) -> None:
     """Adds the command to the subparsers `commands`; `shared` holds the options of every command."""
     parser = commands.add_parser(
         "chat", parents=[shared], help="chat with a model",
-        description="Reads one message per line from stdin and writes the answers to stdout.",
+        description="Reads one message per line from stdin and writes the answers to stdout. Without --model it "
+        "answers questions about Python's functions, with the model and the adapter that ship with mpt_eqx.",
         epilog=f"commands in a conversation:\n{COMMANDS}", formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add_options(parser, max_new_tokens=512)
+    parser.set_defaults(model=None)
     parser.add_argument("--system", metavar="TEXT", help="system message (default: none)")
     parser.add_argument(
         "--template", metavar="T",
         help="chatml (MosaicML's chat models), mpt-instruct (its instruct models) or a file with a Jinja template "
-        "(default: the checkpoint's own)",
+        "(default: the adapter's or the checkpoint's own)",
     )  # fmt: skip
     parser.add_argument(
         "--json", action="store_true", help="print each answer as a line of JSON (default: text, an empty line between "
@@ -54,8 +58,12 @@ def run(args: argparse.Namespace) -> int:
     from mpt_eqx.generation import stream
     from mpt_eqx.generation.interrupts import held_interrupts
 
+    if args.model is None:
+        args.model, args.adapter = str(SHIPPED_MODEL), args.adapter or str(SHIPPED_ADAPTER)
     template = read_template(args.template)
     place, tokenizer, options = read_options(args)
+    if template is None and (own := with_file(args, place, TEMPLATE)) != place:
+        template = read_template(str(own / TEMPLATE))
     max_new_tokens = options.pop("max_new_tokens")
     end_ids = {*options.pop("eos_token_ids"), *tokenizer.ids_of(END_TOKENS)}
     start = [] if args.system is None else [{"role": "system", "content": as_text(args.system, "--system")}]

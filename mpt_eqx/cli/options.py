@@ -66,6 +66,11 @@ def add_options(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
     """Adds the options for how the model is loaded and compiled."""
+    parser.add_argument(
+        "--adapter", metavar="DIR",
+        help="directory with a LoRA adapter in PEFT's files; a tokenizer, chat template and generation_config.json in "
+        "it win over the model's (default: none)",
+    )  # fmt: skip
     parser.add_argument("--dtype", metavar="D", help="float32, bfloat16 or float16 (default: as stored)")
     add_length(parser)
     kept = parser.add_mutually_exclusive_group()
@@ -118,7 +123,7 @@ def read_options(args: argparse.Namespace) -> tuple[Path, "Tokenizer", dict[str,
         raise GenerationError("--stop: expected some text, found an empty string")
     args.stop = [as_text(stop, "--stop") for stop in args.stop]
     place, tokenizer = find(args)
-    defaults = {} if args.no_defaults else generation_defaults(place)
+    defaults = {} if args.no_defaults else generation_defaults(with_file(args, place, "generation_config.json"))
     options = {
         "temperature": 0.0, "max_new_tokens": args.default_max_new_tokens, **defaults,
         "eos_token_ids": tokenizer.eos_token_ids,
@@ -147,7 +152,13 @@ def find(args: argparse.Namespace) -> tuple[Path, "Tokenizer"]:
         keep_compiled(args.compile_cache)
     place = find_checkpoint(args.model, revision=args.revision)
     with without_panics():
-        return place, load_tokenizer(place)
+        return place, load_tokenizer(with_file(args, place, "tokenizer.json"))
+
+
+def with_file(args: argparse.Namespace, place: Path, name: str) -> Path:
+    """Returns the directory of --adapter if it has a file of this name, else the checkpoint."""
+    adapter = None if args.adapter is None else Path(args.adapter)
+    return adapter if adapter is not None and (adapter / name).is_file() else place
 
 
 def find_prefix_token(args: argparse.Namespace, tokenizer: "Tokenizer") -> int:
@@ -174,10 +185,16 @@ def add_prefix_token(parser: argparse.ArgumentParser) -> None:
 
 
 def load(place: Path, args: argparse.Namespace, tokenizer: "Tokenizer", options: dict[str, Any] | None = None) -> "MPT":
-    """Returns the model; where its vocabulary is larger than the tokenizer's, `options` masks the extra ids."""
+    """Returns the model, with the adapter if there is one.
+
+    Where its vocabulary is larger than the tokenizer's, `options` masks the extra ids.
+    """
+    from mpt_eqx import lora
     from mpt_eqx.checkpoint import from_pretrained
 
     model = from_pretrained(place, dtype=args.dtype, config_overrides=read_overrides(args))
+    if args.adapter is not None:
+        model = lora.load(model, args.adapter)
     if options is not None and tokenizer.vocab_size < model.config.vocab_size:
         options["vocab_size"] = tokenizer.vocab_size
     return model
