@@ -42,7 +42,6 @@ def add_to(commands: Any, shared: argparse.ArgumentParser) -> None:
         help="rows that are computed together, or auto; on a CPU results do not depend on it (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--quantize", metavar="Q", help="weights in int8 or int4 (default: no change)")
-    parser.add_argument("--adapter", metavar="DIR", help="directory of an adapter in PEFT's files (default: none)")
     parser.add_argument(
         "--template", nargs="?", const="checkpoint", metavar="T",
         help="put prompts into a chat template: without T the checkpoint's own, else chatml, mpt-instruct or a file "
