@@ -192,6 +192,6 @@ def test_help_states_every_default():
     (commands,) = (a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
     for name, parser in commands.choices.items():
         for action in parser._actions:
-            optional = action.option_strings or action.nargs == "?"
+            optional = (action.option_strings and not action.required) or action.nargs == "?"
             if optional and action.dest not in ("help", "reference_size"):
                 assert "default: " in action.help, f"{name}: {action.dest}"
