@@ -127,24 +127,37 @@ def successor(logits, tokens, length):
     return jnp.where(jnp.arange(logits.shape[0]) == (tokens[length - 1] + 1) % V, logits, -jnp.inf)
 
 
-def test_a_processor_sees_the_tokens_of_its_row(one_block_model):
+def test_a_processor_sees_the_tokens_of_its_row_and_is_compiled_once(one_block_model):
     """In generate, stream and beam_search, for prompts of different lengths, after a prefix, and past a chunk."""
     from mpt_eqx import beam_search, generate, prefill, stream
 
-    rows, options = [[5], [9, 9, 9, 20], [1] * 40], {"max_new_tokens": 10, "logits_processors": [successor]}
+    traced, rows = [], [[5], [9, 9, 9, 20], [1] * 40]
+
+    def counted(logits, tokens, length):
+        traced.append(1)
+        return successor(logits, tokens, length)
+
+    options = {"max_new_tokens": 10, "logits_processors": [counted]}
     with_logits = {**options, "return_logits": True}
     wanted = [[(row[-1] + i) % V for i in range(1, 11)] for row in rows]
-    assert generate(one_block_model, rows, **with_logits).tokens.tolist() == wanted
-    assert (
-        generate(one_block_model, [[20]] * 3, prefix=prefill(one_block_model, [9, 9, 9]), **with_logits)
-        .tokens[0]
-        .tolist()
-        == wanted[1]
-    )
-    assert list(stream(one_block_model, rows[1], **options)) == wanted[1]
-    assert beam_search(one_block_model, rows, num_beams=2, **options).tokens.tolist() == wanted
-    sampled = generate(one_block_model, rows, temperature=1.0, key=jax.random.key(0), **with_logits)
-    assert sampled.tokens.tolist() == wanted
+
+    def check():
+        assert generate(one_block_model, rows, **with_logits).tokens.tolist() == wanted
+        # As a tuple, with another number of tokens and another option.
+        other = {**with_logits, "max_new_tokens": 12, "logits_processors": (counted,), "top_k": 3}
+        assert generate(one_block_model, rows, **other).tokens[:, :10].tolist() == wanted
+        prefix = prefill(one_block_model, [9, 9, 9])
+        assert generate(one_block_model, [[20]] * 3, prefix=prefix, **with_logits).tokens[0].tolist() == wanted[1]
+        assert list(stream(one_block_model, rows[1], **options)) == wanted[1]
+        assert beam_search(one_block_model, rows, num_beams=2, **options).tokens.tolist() == wanted
+        sampled = generate(one_block_model, rows, temperature=1.0, key=jax.random.key(0), **with_logits)
+        assert sampled.tokens.tolist() == wanted
+
+    check()
+    before = len(traced)
+    with counting_compiles() as compiles:
+        check()
+    assert len(traced) == before and compiles == []
 
 
 def test_results_have_the_logits_of_the_model(one_block_model):
@@ -197,26 +210,10 @@ class Bias(eqx.Module):
         return logits + self.bias
 
 
-def test_a_processor_is_compiled_once(one_block_model):
-    from mpt_eqx import beam_search, generate, stream
+def test_another_array_of_a_processor_compiles_nothing(one_block_model):
+    from mpt_eqx import generate
 
-    traced, rows = [], ROWS_OF_ONE
-
-    def counted(logits, tokens, length):
-        traced.append(1)
-        return logits.at[0].set(-jnp.inf)
-
-    def calls():
-        generate(one_block_model, rows, max_new_tokens=10, logits_processors=[counted])
-        generate(one_block_model, rows, max_new_tokens=12, logits_processors=(counted,), top_k=3)
-        list(stream(one_block_model, [5], max_new_tokens=10, logits_processors=[counted]))
-        beam_search(one_block_model, rows, num_beams=2, max_new_tokens=10, logits_processors=[counted])
-
-    calls()
-    before = len(traced)
-    with counting_compiles() as compiles:
-        calls()
-    assert len(traced) == before and compiles == []
+    rows = ROWS_OF_ONE
     biases = [Bias(jnp.zeros(V).at[token].set(1e4)) for token in (3, 4)]
     found = []
     with counting_compiles() as compiles:
