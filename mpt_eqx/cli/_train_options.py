@@ -70,7 +70,7 @@ OPTIONS = (
     ("model", "--new", str, "NAME", "train new weights: a preset, such as mpt-7b, or a config.json",
      "those of --model"),
     ("model", "--lora", count(1), "RANK", "train an adapter of this rank only", "all weights"),
-    ("model", "--lora-alpha", positive, "A", "the adapter counts A / RANK", "RANK"),
+    ("model", "--lora-alpha", positive, "A", "the adapter is scaled by A / RANK", "RANK"),
     ("model", "--lora-targets", TARGETS, "A,B", "linear maps that get an adapter", "Wqkv"),
     ("model", "--lora-dropout", share, "P", "of the adapter's input, in training", "0"),
     ("model", "--quantize", SCHEME, "S", "int8 or int4, under an adapter", "as stored"),

@@ -5,6 +5,10 @@ import sys
 import time
 from typing import Any
 
+DESCRIPTION = """Converts any readable checkpoint to aligned (memory-mappable) safetensors, one tensor at a time, and
+copies the tokenizer's files. A checkpoint in DST is replaced. With --for it writes what another program
+reads, and refuses by name what that program would ignore or compute otherwise."""
+
 EXAMPLES = """examples:
   mpt-eqx convert ./mpt-7b ./mpt-7b-aligned                           safetensors that load in place
   mpt-eqx convert ./storywriter ./copy --for llm-foundry              in llm-foundry's dialect
@@ -17,10 +21,7 @@ def add_to(commands: Any, shared: argparse.ArgumentParser) -> None:
     """Adds the command to the subparsers `commands`; `shared` holds the options of every command."""
     parser = commands.add_parser(
         "convert", parents=[shared], help="rewrite a checkpoint as aligned safetensors, or for another program",
-        description="Converts any readable checkpoint to aligned (memory-mappable) safetensors, one tensor at a time. "
-        "The tokenizer files are copied. With --for it writes what another program reads, and refuses by name what "
-        "that program would ignore or compute otherwise.",
-        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("source", metavar="SRC", help="directory, weight file or Hub repository id")
     parser.add_argument("destination", metavar="DST", help="directory to write to; for llama.cpp a .gguf file")

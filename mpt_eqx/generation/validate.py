@@ -45,7 +45,8 @@ def check_key(key: PRNGKeyArray | None, temperature: float, rows: int | None = N
         GenerationError: it is no key, or tokens are to be drawn and there is none.
     """
     if key is None and temperature > 0:
-        raise GenerationError(f"key: expected a key, such as jax.random.key(0), with temperature={temperature}")
+        given = round(temperature, 6)  # it was a float32
+        raise GenerationError(f"key: expected a key, such as jax.random.key(0), with temperature={given}")
     # Not by jax.random.key(0), which compiles two programs.
     like = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     if key is None:
