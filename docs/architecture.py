@@ -36,8 +36,8 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cli": (
         "the commands of mpt-eqx",
         (
-            *("errors", "config", "ops", "model", "surgery", "checkpoint", "lora", "generation", "evaluation", "text"),
-            *("train", "lm_eval"),
+            *("errors", "config", "ops", "sharding", "model", "surgery", "checkpoint", "lora", "generation"),
+            *("evaluation", "text", "train", "lm_eval"),
         ),
     ),
 }  # fmt: skip
