@@ -32,6 +32,7 @@ from mpt_eqx.generation import Prefix as Prefix
 from mpt_eqx.generation import SamplingParams as SamplingParams
 from mpt_eqx.generation import beam_search as beam_search
 from mpt_eqx.generation import decode as decode
+from mpt_eqx.generation import export_model as export_model
 from mpt_eqx.generation import generate as generate
 from mpt_eqx.generation import generation_defaults as generation_defaults
 from mpt_eqx.generation import prefill as prefill

@@ -5,6 +5,7 @@ from mpt_eqx.generation.beam_search import beam_search as beam_search
 from mpt_eqx.generation.decode import Decoded as Decoded
 from mpt_eqx.generation.decode import decode as decode
 from mpt_eqx.generation.defaults import generation_defaults as generation_defaults
+from mpt_eqx.generation.export import export_model as export_model
 from mpt_eqx.generation.generate import GenerateResult as GenerateResult
 from mpt_eqx.generation.generate import generate as generate
 from mpt_eqx.generation.generate import stream as stream

@@ -103,19 +103,8 @@ def _decode(
 ) -> Decoded:
     n = max_new_tokens
     valid = (length >= 1) & (length <= tokens.shape[0]) & (length + n <= model.config.max_seq_len)
-    # The prompt is read in chunks of one size. It is padded with its own last token: another could make NaN of it.
-    chunks = -(-tokens.shape[0] // PREFILL_CHUNKS[0])
-    size = -(-tokens.shape[0] // chunks)
-    padded = jnp.pad(tokens, (0, chunks * size - tokens.shape[0]))
-    padded = jnp.where(jnp.arange(len(padded)) < length, padded, tokens[jnp.maximum(length - 1, 0)])
-    state = zero_state(model, 1, max(tokens.shape[0] + n, len(padded)), as_bits=as_bits)
-    state = dataclasses.replace(state, edits=jax.tree.map(lambda x: jnp.asarray(x)[None], edits))
-    state = varying_as(constrain(model, state), model, tokens, length, sampling, key, row, edits)
-
-    def read(state: DecodeState, chunk: Int[Array, "1 S"]) -> tuple[DecodeState, None]:
-        return read_chunk(model, state, chunk, length[None], one_row), None
-
-    state, _ = scan_row(read, state, padded.reshape(chunks, 1, size), chunks)
+    like = (model, tokens, length, sampling, key, row, edits)
+    state = read_sequence(model, tokens, length, edits, max_new_tokens=n, as_bits=as_bits, like=like)
     params = jax.tree.map(lambda x: x[None], sampling)
 
     def step(state: DecodeState, _: None) -> tuple[DecodeState, StepOutput]:
@@ -133,6 +122,42 @@ def _decode(
         logprobs=jnp.where(right, output.logprobs[:, 0], jnp.nan),
         length=jnp.minimum(first_end, sampling.max_new_tokens).astype(jnp.int32),
     )
+
+
+def read_sequence(
+    model: MPT,
+    tokens: Int[Array, " T"],
+    length: Int[Array, ""],
+    edits: dict[str, tuple[Edit, ...]],
+    *,
+    max_new_tokens: int,
+    as_bits: bool,
+    like: Any = (),
+) -> DecodeState:
+    """Returns the state of one row after its prompt, with room for the new tokens, within a program.
+
+    Args:
+        model: the model.
+        tokens: as in `decode`.
+        length: as there.
+        edits: as there, resolved.
+        max_new_tokens: as there.
+        as_bits: as in `KVCache.empty`.
+        like: what the state varies as within `jax.shard_map`.
+    """
+    # The prompt is read in chunks of one size. It is padded with its own last token: another could make NaN of it.
+    chunks = -(-tokens.shape[0] // PREFILL_CHUNKS[0])
+    size = -(-tokens.shape[0] // chunks)
+    padded = jnp.pad(tokens, (0, chunks * size - tokens.shape[0]))
+    padded = jnp.where(jnp.arange(len(padded)) < length, padded, tokens[jnp.maximum(length - 1, 0)])
+    state = zero_state(model, 1, max(tokens.shape[0] + max_new_tokens, len(padded)), as_bits=as_bits)
+    state = dataclasses.replace(state, edits=jax.tree.map(lambda x: jnp.asarray(x)[None], edits))
+    state = varying_as(constrain(model, state), *like)
+
+    def read(state: DecodeState, chunk: Int[Array, "1 S"]) -> tuple[DecodeState, None]:
+        return read_chunk(model, state, chunk, length[None], one_row), None
+
+    return scan_row(read, state, padded.reshape(chunks, 1, size), chunks)[0]
 
 
 @eqx.filter_custom_jvp
