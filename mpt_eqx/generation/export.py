@@ -107,7 +107,7 @@ def export_model(
     sizes = {"batch_size": batch_size, "prompt_length": prompt_length, "max_new_tokens": max_new_tokens}
     programs = _programs(model, params, sizes, tuple(platforms))
     tensors = [to_write(name, [leaf]) for name, leaf in named_leaves(model).items()]
-    files: dict[str, Callable[[Path], object]] = {WEIGHTS: functools.partial(write_safetensors, tensors=tensors)}
+    files: dict[str, Callable[[Path], None]] = {WEIGHTS: functools.partial(write_safetensors, tensors=tensors)}
     for name, program in programs.items():
         files[f"{name}.jax"] = functools.partial(_write, content=bytes(program.serialize()))
     card = json.dumps(_card(programs, params, sizes), indent=1) + "\n"
