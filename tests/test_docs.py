@@ -52,6 +52,7 @@ def test_blocks_of_python_run_and_print_what_is_shown(path, one_layer, tmp_path,
     if path.name in (
         "generation.md",
         "lora.md",
+        "migrating.md",
         "quantization.md",
         "sharding.md",
     ):  # what they print is the same for any model

@@ -111,10 +111,11 @@ def export_model(
     for name, program in programs.items():
         files[f"{name}.jax"] = functools.partial(_write, content=bytes(program.serialize()))
     card = json.dumps(_card(programs, params, sizes), indent=1) + "\n"
+    files[CARD] = functools.partial(_write, content=card.encode())
     directory = Path(directory)
     try:
         (directory / CARD).unlink(missing_ok=True)
-        for name, write in {**files, CARD: functools.partial(_write, content=card.encode())}.items():
+        for name, write in files.items():
             replace_file(directory / name, write)
     except OSError as error:
         raise CheckpointError(f"{directory}: cannot be written ({error})") from error
