@@ -47,6 +47,7 @@ BORDER = (
     "adapters.py",
     "sampler.py",
     "documents.py",
+    "export.py",
 )  # they check their arguments themselves
 
 
