@@ -118,6 +118,23 @@ def test_jitter_by_nothing_is_none(off):
     assert config == MPTConfig.from_dict(with_keys(ffn_config=moe))
 
 
+def test_the_weight_of_the_balance_is_kept_for_megablocks_mixture():
+    from mpt_eqx import ConfigError, FFNConfig, MPTConfig
+
+    def ffn(ffn_type, **keys):
+        return MPTConfig.from_dict(with_keys(ffn_config={"ffn_type": ffn_type, **keys}))
+
+    given = ffn("mb_dmoe", moe_num_experts=4, moe_loss_weight=0.05)
+    assert given.ffn_config.moe_loss_weight == given.to_dict()["ffn_config"]["moe_loss_weight"] == 0.05
+    assert MPTConfig.from_dict(given.to_dict()) == given
+    assert ffn("mb_dmoe").ffn_config.moe_loss_weight == 0.1
+    for ffn_type in ("torch_dmoe", "mptmlp"):  # llm-foundry does not look at it there
+        assert ffn(ffn_type, moe_loss_weight=0.05) == ffn(ffn_type)
+        assert "moe_loss_weight" not in ffn(ffn_type).to_dict()["ffn_config"]
+        with pytest.raises(ConfigError, match=f"moe_loss_weight: expected no such key with '{ffn_type}'"):
+            FFNConfig(ffn_type=ffn_type, moe_loss_weight=0.05)
+
+
 def test_dynamic_rotation_takes_max_seq_len_like_the_reference_unless_it_was_raised():
     """The reference's own key for a trained length says nothing there; a raised max_seq_len is noted under another."""
     from mpt_eqx import MPTConfig
@@ -242,6 +259,7 @@ def test_an_error_names_the_key_that_the_file_used(keys, message):
         ({"ffn_config": {"moe_num_experts": 2}}, "ffn_config.moe_num_experts: expected no such key with 'mptmlp'"),
         ({"ffn_config": {"moe_num_experts": 0}}, "ffn_config.moe_num_experts: expected a whole number from 1 to 4096"),
         ({"ffn_config": {"mlp_type": "x"}}, "ffn_config.mlp_type: expected 'mlp' or 'glu', found 'x'"),
+        ({"ffn_config": {"ffn_type": "mb_dmoe", "moe_loss_weight": -1}}, "moe_loss_weight: expected a finite number ≥"),
         ({"ffn_config": {"moe_jitter_eps": -1}}, "ffn_config.moe_jitter_eps: expected a finite number > 0 or null"),
         ({"ffn_config": {"moe_normalize_expert_weights": -1}}, "moe_normalize_expert_weights: expected a finite numbe"),
         ({"ffn_config": {"uniform_expert_assignment": True}}, "uniform_expert_assignment: expected false, found True"),

@@ -126,6 +126,7 @@ CHANGES = {
     "FFNConfig.mlp_type": (ffn(**MOE), ffn(mlp_type="glu")),
     "FFNConfig.moe_jitter_eps": (ffn(**MOE), ffn(moe_jitter_eps=0.5)),
     "FFNConfig.moe_normalize_expert_weights": (ffn(**MOE), ffn(moe_normalize_expert_weights=2)),
+    "FFNConfig.moe_loss_weight": (ffn(**MOE | {"ffn_type": "mb_dmoe"}), ffn(moe_loss_weight=0.5)),
     "ActFnConfig.name": (ffn(ffn_act_fn={"name": "relu"}), ffn(ffn_act_fn={"name": "silu"})),
     "ActFnConfig.approximate": ({}, ffn(ffn_act_fn={"name": "gelu", "approximate": "tanh"})),
     "ActFnConfig.negative_slope": (
@@ -261,7 +262,7 @@ def configs(draw):
     if ffn_type in ("torch_dmoe", "mb_dmoe"):
         ffn_config |= {
             "moe_num_experts": 3, "moe_top_k": draw(one_of(1, 2)), "mlp_type": draw(one_of("mlp", "glu")),
-            "moe_normalize_expert_weights": draw(one_of(None, 1, 2)),
+            "moe_normalize_expert_weights": draw(one_of(None, 1, 2)), "moe_loss_weight": draw(one_of(0, 0.1, 0.5)),
         }  # fmt: skip
     if ffn_type != "te_ln_mlp":
         ffn_config["ffn_act_fn"] = draw(one_of(None, {"name": "silu"}, {"name": "leaky_relu", "negative_slope": 0.1}))

@@ -1,5 +1,6 @@
 """Optimizers and schedules against the rules they cite; a step of training against the whole batch's gradient."""
 
+import functools
 import re
 
 import equinox as eqx
@@ -9,8 +10,10 @@ import numpy as np
 import optax
 import pytest
 
-from mpt_eqx import MPTError, train
+from mpt_eqx import MPTError, interp, train
 from mpt_eqx.surgery import stack
+from mpt_eqx.train import loop
+from mpt_eqx.train.loss import balance_loss
 
 
 @pytest.fixture
@@ -238,3 +241,64 @@ def test_what_optimizers_refuse():
     optimizer = train.decoupled_adamw(0.1)
     with pytest.raises(MPTError, match="update: expected the weights as the third argument, found None"):
         optimizer.update(jnp.ones(2), optimizer.init(jnp.ones(2)))
+
+
+@pytest.fixture
+def mixture(tiny_config):
+    """Makes a model of two mixtures of experts; keywords are more of their configuration."""
+    from mpt_eqx import MPT, FFNConfig
+
+    def make(**ffn):
+        ffn = {"ffn_type": "mb_dmoe", "moe_num_experts": 4, "moe_top_k": 2, "ffn_hidden_size": 16, **ffn}
+        return MPT(tiny_config(d_model=16, ffn_config=FFNConfig(**ffn)), key=jax.random.key(1))
+
+    return make
+
+
+def balance(scores, mask, top_k):
+    """megablocks' formula without its weight, over real tokens, of the probabilities [L, B, T, E]."""
+    scores = [np.asarray(layer)[mask] for layer in scores]
+    n_experts = scores[0].shape[-1]
+    tokens_of = [np.bincount(np.argsort(-layer)[:, :top_k].ravel(), minlength=n_experts) for layer in scores]
+    dots = [counts @ layer.mean(axis=0) for counts, layer in zip(tokens_of, scores, strict=True)]
+    return sum(dots) * n_experts / (len(scores) * mask.sum() * top_k)
+
+
+def test_megablocks_mixtures_are_balanced(mixture, batch):
+    """The value against the formula in float64, the gradient against its central differences: counts have none."""
+    with jax.enable_x64(True):
+        model = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), mixture(moe_loss_weight=0.5))
+        routers = lambda m: [block.ffn.router.layer.weight for block in m.blocks]  # noqa: E731
+        rng = np.random.default_rng(0)
+        ways = [jnp.asarray(rng.normal(size=w.shape)) for w in routers(model)]
+        places = [f"blocks.{i}.mlp.hook_expert_weights" for i in range(2)]
+
+        @jax.jit
+        @functools.partial(jax.grad, has_aux=True)
+        def added(by):
+            moved = eqx.tree_at(routers, model, [w + by * way for w, way in zip(routers(model), ways, strict=True)])
+            plain, balanced = (train.next_token_loss(moved, **batch, moe_loss_weight=weight) for weight in (0.0, None))
+            run = jax.vmap(lambda row, mask: interp.run(moved, row, mask=mask, capture=places).activations)
+            found = run(jnp.asarray(batch["tokens"]), jnp.asarray(batch["mask"]))
+            return balanced - plain, (balanced - plain, [found[place] for place in places])
+
+        slope, (value, scores) = added(0.0)
+        np.testing.assert_allclose(value, 0.5 * balance(scores, batch["mask"], 2), atol=1e-6)
+        after, before = (balance(added(by)[1][1], batch["mask"], 2) for by in (1e-6, -1e-6))
+        np.testing.assert_allclose(slope, 0.5 * (after - before) / 2e-6, rtol=1e-6)
+
+
+def test_equal_experts_have_a_balance_of_one():
+    """And a router that is sure of the same k for every token has one of E / k, its largest."""
+    loss = jax.jit(lambda p, real: balance_loss([p, p], real, 2))
+    real, sure = np.asarray([[True, True, False]]), [0.5, 0.5, 0, 0]
+    padded = np.float32([[sure, sure, [np.nan] * 4]])
+    assert [loss(p, real) for p in (np.full_like(padded, 0.25), padded)] == [1, 2]
+    assert loss(padded, ~np.ones_like(real)) == 0
+
+
+def test_without_a_weight_and_in_an_evaluation_nothing_is_balanced(mixture, batch):
+    """Each of two routers chooses once, and nothing counts what it chose."""
+    off = jax.make_jaxpr(lambda m: train.next_token_loss(m, **batch))(mixture(moe_loss_weight=0))
+    evaluated = jax.make_jaxpr(lambda m: loop._loss_and_count(m, batch, None))(mixture())
+    assert [str(program).count("top_k[") for program in (off, evaluated)] == [2, 2]

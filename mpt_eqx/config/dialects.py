@@ -166,6 +166,9 @@ def _normalize(values: dict[str, Any]) -> None:
     for part, key in ((attn, "clip_qkv"), (ffn, "moe_normalize_expert_weights"), (ffn, "moe_jitter_eps")):
         if part.get(key) in (0, None, False):
             part.pop(key, None)
+    # It reads this of megablocks' mixture only.
+    if ffn.get("ffn_type") != "mb_dmoe":
+        ffn.pop("moe_loss_weight", None)
     # It takes names of norms in any case.
     if isinstance(values.get("norm_type"), str):
         values["norm_type"] = values["norm_type"].lower()

@@ -94,8 +94,8 @@ FIXED_VALUE: dict[str, dict[str, tuple[Any, ...]]] = {
 
 # Keys that choose a kernel, describe the file or belong to another program. fuse_norm_attn_norm only renames tensors,
 # and both names are read; use_pad_tok_in_ffn changes only what is computed at padding, where outputs mean nothing;
-# rope_dail_config is checked by `dialects._check_dail`, quantization_config by `read_quantization`; moe_loss_weight and
-# its like weigh what a trainer adds to the loss.
+# rope_dail_config is checked by `dialects._check_dail`, quantization_config by `read_quantization`; moe_zloss_weight is
+# that of a loss which llm-foundry does not add.
 IGNORED = {
     "": {
         *("model_type", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "_name_or_path"),
@@ -108,7 +108,7 @@ IGNORED = {
         *("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "tie_encoder_decoder"),
     },
     "ffn_config": {
-        *("fc_type", "bias", "return_bias", "moe_world_size", "moe_loss_weight", "moe_zloss_weight", "device_mesh"),
+        *("fc_type", "bias", "return_bias", "moe_world_size", "moe_zloss_weight", "device_mesh"),
         *("moe_capacity_factor", "moe_weight_parallelism", "moe_expert_model_parallelism", "lbl_process_group"),
         *("moe_lbl_in_fp32", "memory_optimized_mlp", "mlp_impl", "grouped_mlp", "fp16", "bf16", "num_layers"),
     },

@@ -28,6 +28,7 @@ ROPE_TYPES = ("no_scaling", "linear", "dynamic", "llama3")
 MOE_TYPES = ("torch_dmoe", "mb_dmoe")
 FFN_TYPES = ("mptmlp", "mptglu", "te_ln_mlp", *MOE_TYPES)
 MOE_FIELDS = ("moe_num_experts", "moe_top_k", "mlp_type", "moe_jitter_eps", "moe_normalize_expert_weights")
+MB_FIELDS = ("moe_loss_weight",)
 # Each activation with its arguments, as in torch.nn.functional; quick_gelu is llm-foundry's own.
 ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "gelu": ("approximate",),
@@ -230,6 +231,7 @@ class FFNConfig:
         mlp_type: what an expert of a mixture is: "mlp" or "glu".
         moe_jitter_eps: in training the router sees x times a uniform number from 1 - this to 1 + this; None for x.
         moe_normalize_expert_weights: p of the norm that a token's expert weights are divided by; None for none.
+        moe_loss_weight: factor of the loss that balances the experts of mb_dmoe in training, ≥ 0.
     """
 
     ffn_type: str = field("mptmlp", choice(*FFN_TYPES))
@@ -240,16 +242,17 @@ class FFNConfig:
     mlp_type: str = field("mlp", choice("mlp", "glu"))
     moe_jitter_eps: float | None = field(None, number())
     moe_normalize_expert_weights: float | None = field(None, number())
+    moe_loss_weight: float = field(0.1, between(0, sys.float_info.max, "a finite number ≥ 0"))
 
     def __post_init__(self) -> None:
         check_fields(self, "ffn_config.")
         check("ffn_config.moe_top_k", self.moe_top_k, whole(high=self.moe_num_experts))
         if self.ffn_type == "te_ln_mlp" and self.ffn_act_fn is not None:
             raise ConfigError("ffn_config.ffn_act_fn", "expected null with te_ln_mlp, which has its own activation")
-        if self.ffn_type not in MOE_TYPES:
-            for name in MOE_FIELDS:
-                if getattr(self, name) != getattr(type(self), name):
-                    raise ConfigError(f"ffn_config.{name}", f"expected no such key with {self.ffn_type!r}")
+        absent = () if self.ffn_type in MOE_TYPES else MOE_FIELDS
+        for name in absent if self.ffn_type == "mb_dmoe" else (*absent, *MB_FIELDS):
+            if getattr(self, name) != getattr(type(self), name):
+                raise ConfigError(f"ffn_config.{name}", f"expected no such key with {self.ffn_type!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 from mpt_eqx.config.keys import TEXT_PADDING, TRAINED
 from mpt_eqx.config.overrides import collapse_overrides
-from mpt_eqx.config.parts import ACTIVATIONS, MOE_FIELDS, MOE_TYPES
+from mpt_eqx.config.parts import ACTIVATIONS, MB_FIELDS, MOE_FIELDS, MOE_TYPES
 
 
 def to_config_json(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,6 +36,8 @@ def to_config_json(fields: Mapping[str, Any]) -> dict[str, Any]:
     if ffn["ffn_act_fn"] is not None:
         act = ffn["ffn_act_fn"]
         ffn["ffn_act_fn"] = {key: act[key] for key in ("name", *ACTIVATIONS[act["name"]])}
+    if ffn["ffn_type"] != "mb_dmoe":
+        ffn = {key: value for key, value in ffn.items() if key not in MB_FIELDS}
     if ffn["ffn_type"] in MOE_TYPES:
         moe = {key: ffn[key] for key in MOE_FIELDS}
         extra = {"uniform_expert_assignment": False} if ffn["ffn_type"] == "torch_dmoe" else {"moe_world_size": 1}

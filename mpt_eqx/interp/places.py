@@ -14,12 +14,15 @@ def places(config: MPTConfig) -> dict[str, Shape]:
     """Returns the name of every place with the shape of its activation, in the order in which they are computed.
 
     "T" stands for the number of positions. Where blocks have a mixture of experts, `mlp.hook_pre` and `mlp.hook_post`
-    have an axis of experts after it. Scores are those after scale, softcap, ALiBi and mask; queries, keys and values
+    have an axis of experts after it, and `mlp.hook_expert_weights` are the router's probabilities of all experts, of
+    which the largest are chosen. Scores are those after scale, softcap, ALiBi and mask; queries, keys and values
     are those before norm and rotation, but in a block that reads another block's, the keys are as that block made them.
     """
     n, k, h, d, f = config.n_heads, config.kv_heads, config.head_size, config.d_model, config.ffn_hidden_size
     ffn = config.ffn_config
-    hidden: Shape = ("T", ffn.moe_num_experts, f) if ffn.ffn_type in MOE_TYPES else ("T", f)
+    mixed = ffn.ffn_type in MOE_TYPES
+    hidden: Shape = ("T", ffn.moe_num_experts, f) if mixed else ("T", f)
+    router: dict[str, Shape] = {"mlp.hook_expert_weights": ("T", ffn.moe_num_experts)} if mixed else {}
     block: dict[str, Shape] = {
         "hook_resid_pre": ("T", d),
         "ln1.hook_normalized": ("T", d),
@@ -32,6 +35,7 @@ def places(config: MPTConfig) -> dict[str, Shape]:
         "hook_attn_out": ("T", d),
         "hook_resid_mid": ("T", d),
         "ln2.hook_normalized": ("T", d),
+        **router,
         "mlp.hook_pre": hidden,
         "mlp.hook_post": hidden,
         "hook_mlp_out": ("T", d),

@@ -49,14 +49,14 @@ class Router(eqx.Module):
         self.norm_order = ffn.moe_normalize_expert_weights
 
     def __call__(
-        self, x: Float[Array, "T D"], *, key: PRNGKeyArray | None = None
+        self, x: Float[Array, "T D"], *, key: PRNGKeyArray | None = None, tap: Tap = UNTAPPED
     ) -> tuple[Float[Array, "T k"], Int[Array, "T k"]]:
         """Returns the weights and the numbers of each token's experts: the largest of a softmax over all experts."""
         if self.jitter is not None and key is not None:
             x = self.jitter(x, key=key)
         logits = self.layer(x)
         scores = jax.nn.softmax(logits.astype(accum_dtype(x.dtype)), axis=-1).astype(x.dtype)
-        weights, experts = jax.lax.top_k(scores, self.top_k)
+        weights, experts = jax.lax.top_k(tap("mlp.hook_expert_weights", scores), self.top_k)
         if self.norm_order is not None:
             order = self.norm_order
             norm = jnp.sum(weights.astype(accum_dtype(x.dtype)) ** order, axis=-1, keepdims=True) ** (1 / order)
@@ -147,7 +147,7 @@ class MoE(eqx.Module):
         self, x: Float[Array, "T D"], *, key: PRNGKeyArray | None = None, tap: Tap = UNTAPPED
     ) -> Float[Array, "T D"]:
         """Returns the network's output, position by position; the key is for the router's jitter."""
-        weights, experts = self.router(x, key=key)
+        weights, experts = self.router(x, key=key, tap=tap)
         rows = jnp.arange(x.shape[0])[:, None]
         spread = jnp.zeros((x.shape[0], self.experts.mlp.n_experts), x.dtype).at[rows, experts].set(weights)
         y = self.experts.mlp(x, spread, tap)

@@ -167,4 +167,4 @@ def _loss_and_count(model: MPT, batch: Batch, compute_dtype: Any) -> tuple[Array
     if compute_dtype is not None:
         model = jax.tree.map(lambda x: x.astype(compute_dtype) if eqx.is_inexact_array(x) else x, model)
     batch = {name: jnp.asarray(array) for name, array in batch.items()}
-    return next_token_loss(model, **batch), jnp.sum(counted_tokens(**batch))
+    return next_token_loss(model, **batch, moe_loss_weight=0.0), jnp.sum(counted_tokens(**batch))

@@ -43,7 +43,8 @@ def make_train_step(
         optimizer: the one that the state was created with.
         loss: a function (model, tokens, *, mask, labels, sequence_ids, key) of the mean over a batch's counted tokens.
         accumulate: micro-batches that a batch is split into, ≥ 1: memory is that of one. Each counts by its tokens, so
-            that the result is that of the whole batch, however they are distributed.
+            that the result is that of the whole batch, however they are distributed. Only `balance_loss` is, as in
+            megablocks, of the tokens that are computed together: each micro-batch is balanced by itself.
         max_grad_norm: gradients of a larger norm, over all weights, are scaled down to it; None: as they are.
         compute_dtype: the type that the forward and backward pass run in, such as "bfloat16", while the weights and
             the optimizer's state stay as they are; None: that of the weights.
