@@ -126,7 +126,6 @@ CHANGES = {
     "FFNConfig.mlp_type": (ffn(**MOE), ffn(mlp_type="glu")),
     "FFNConfig.moe_jitter_eps": (ffn(**MOE), ffn(moe_jitter_eps=0.5)),
     "FFNConfig.moe_normalize_expert_weights": (ffn(**MOE), ffn(moe_normalize_expert_weights=2)),
-    "FFNConfig.moe_loss_weight": (ffn(**MOE | {"ffn_type": "mb_dmoe"}), ffn(moe_loss_weight=0.5)),
     "ActFnConfig.name": (ffn(ffn_act_fn={"name": "relu"}), ffn(ffn_act_fn={"name": "silu"})),
     "ActFnConfig.approximate": ({}, ffn(ffn_act_fn={"name": "gelu", "approximate": "tanh"})),
     "ActFnConfig.negative_slope": (
@@ -199,7 +198,7 @@ def test_no_field_is_left_out():
     fields = {f"{part.__name__}.{field.name}" for part in parts for field in dataclasses.fields(part)}
     parts_and_text = {*(f"{part}_config" for part in ("attn", "ffn", "init")), "bos_token_id", "eos_token_id"}
     fields -= {f"MPTConfig.{name}" for name in (*parts_and_text, "text_pad_token_id")}  # of no effect on the model
-    assert fields == set(CHANGES)
+    assert fields - {"FFNConfig.moe_loss_weight"} == set(CHANGES)  # counts in next_token_loss: see test_train.py
 
 
 def test_sequence_ids_without_their_switch_are_refused():
