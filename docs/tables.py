@@ -60,7 +60,18 @@ def tables() -> dict[str, str]:
         "census": to_markdown(census_rows()),
         "tokenizers": to_markdown(tokenizer_rows()),
         "quality": to_markdown(markdown_tables(RESULTS / "quality.md")[0]),
+        "masters": to_markdown(masters_rows()),
     }
+
+
+def masters_rows() -> list[list[str]]:
+    """Returns what steps of training made of weights of each type."""
+    runs = json.loads((RESULTS / "masters.json").read_text())
+    rows = [
+        [name, f"{run['loss'][0]:.2f}", f"{run['loss'][-1]:.2f}", f"{run['moved'][-1]:.1g}"]
+        for name, run in runs.items()
+    ]
+    return [["", "loss at first", f"at step {len(runs[rows[0][0]]['loss'])}", "first norm moved by"], *rows]
 
 
 def census_rows() -> list[list[str]]:

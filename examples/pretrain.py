@@ -7,7 +7,8 @@
 The text is the language reference (`pydoc_data.topics`) and the docstrings of the standard library. One document in
 twenty is held out for choosing when to stop, and one in twenty for the figures in the model card. The directory then
 holds an ordinary MPT checkpoint: config.json, model.safetensors, tokenizer.json, generation_config.json, and a card
-with the loss curve. Needs the extras `text` and `plot`: pip install 'mpt_eqx[text,plot]'.
+with the loss curve. Stopped, by Ctrl-C or by a crash, the same command goes on where it was. Needs the extras `text`
+and `plot`: pip install 'mpt_eqx[text,plot]'.
 """
 
 import argparse
@@ -29,17 +30,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data import topics
 
-import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import tokenizers
-from jaxtyping import Array, Float32, Int
-from tqdm import tqdm
 
-from mpt_eqx import MPT, AttnConfig, InitConfig, MPTConfig, save_pretrained
-from mpt_eqx.train import next_token_loss
+from mpt_eqx import MPT, AttnConfig, InitConfig, MPTConfig, from_pretrained, save_pretrained, train
 
 END = "<|endoftext|>"
 
@@ -136,52 +131,28 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-# Training ------------------------------------------------------------------------------------------------------------
+# What is measured ----------------------------------------------------------------------------------------------------
 
 
-def batches(rows: list[list[int]], size: int, length: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Yields batches [size, length] for ever: documents in random order, end to end, cut into windows."""
-    while True:
-        order = rng.permutation(len(rows))
-        stream = np.concatenate([rows[i] for i in order])[rng.integers(length) :]
-        windows = stream[: len(stream) // length * length].reshape(-1, length)
-        windows = windows[rng.permutation(len(windows))]
-        for start in range(0, len(windows) - size + 1, size):
-            yield windows[start : start + size].astype(np.int32)
+def nats_per_byte(model: MPT, texts: list[str], rows: list[list[int]], length: int) -> float:
+    """Returns −log p, in nats, of all texts end to end, for each of their bytes and of those between two of them.
 
-
-@eqx.filter_jit(donate="all")
-def train_step(model, opt_state, optimizer, tokens):
-    """Returns the model and the optimiser's state after one step, and the loss before it."""
-    loss, grads = eqx.filter_value_and_grad(next_token_loss)(model, tokens)
-    updates, opt_state = optimizer.update(grads, opt_state, model)
-    return eqx.apply_updates(model, updates), opt_state, loss
-
-
-@eqx.filter_jit
-def window_losses(model: MPT, tokens: Int[Array, "B T"]) -> Float32[Array, "B T-1"]:
-    """Returns −log p, in nats, of each token of each window given those before it in the window."""
-    log_probs = jax.nn.log_softmax(jax.vmap(model)(tokens)[:, :-1].astype(jnp.float32))
-    return -jnp.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1)[..., 0]
-
-
-def held_out_nats(model: MPT, rows: list[list[int]], length: int) -> float:
-    """Returns −log p, in nats, of all documents end to end, every token with at least length/2 tokens before it.
-
-    Windows overlap by half; of each but the first only the second half counts, so every token counts once.
+    Windows overlap by half, and only the second half of each but the first counts: every token counts once, with at
+    least length/2 tokens before it.
     """
-    stream = np.concatenate([[0], *rows]).astype(np.int32)  # the first token is predicted from an end of text
-    half = length // 2
-    count = math.ceil(max(len(stream) - length, 0) / half) + 1
-    padded = np.zeros(length + (count - 1) * half, np.int32)
-    padded[: len(stream)] = stream
-    starts = half * np.arange(count)
-    total = 0.0
-    for group in np.array_split(starts, math.ceil(count / 8)):
-        losses = np.asarray(window_losses(model, np.stack([padded[start : start + length] for start in group])))
-        for start, row in zip(group, losses, strict=True):
-            total += float(row[0 if start == 0 else half - 1 : max(len(stream) - 1 - start, 0)].sum())
-    return total
+    stream, half = np.concatenate([[0], *rows]), length // 2  # the first token is predicted from an end of text
+    windows = []
+    for start in range(0, max(len(stream) - length, 0) + half, half):
+        window = stream[start : start + length]
+        labels = np.where(np.arange(len(window)) < (half if start else 1), -100, window)
+        fill = (0, length - len(window))
+        windows.append({"tokens": np.pad(window, fill), "labels": np.pad(labels, fill, constant_values=-100)})
+    return train.mean_loss(model, windows, 8) * (len(stream) - 1) / len(joined(texts))
+
+
+def joined(texts: list[str]) -> bytes:
+    """Returns texts as bytes, with one between two of them."""
+    return "\0".join(texts).encode()
 
 
 # What is written -----------------------------------------------------------------------------------------------------
@@ -193,18 +164,18 @@ pipeline_tag: text-generation
 ---
 # pydoc-3m: a small MPT that writes Python documentation
 
-{parameters:,} parameters: {layers} layers of width {width}, {heads} heads, ALiBi, no biases, a byte-level BPE of
-{vocab} tokens; bfloat16. It was trained with `examples/pretrain.py` of mpt_eqx, for trying the library out and for
-its tests. What it writes reads like documentation and is made up.
+{parameters:,} parameters: {config.n_layers} layers of width {config.d_model}, {config.n_heads} heads, ALiBi, no biases,
+a byte-level BPE of {config.vocab_size} tokens; bfloat16. It was trained with `examples/pretrain.py` of mpt_eqx, for
+trying the library out and for its tests. What it writes reads like documentation and is made up.
 
 **Data.** The language reference (`pydoc_data.topics`) and the docstrings of the standard library of Python {python}:
 {documents:,} documents, {bytes:,} bytes, duplicates and tests left out. A hash of each document decides whether it is
 trained on (18 of 20), decides when to stop (1 of 20) or is measured on (1 of 20). The text is under the Python
 Software Foundation License; the weights are under Apache-2.0.
 
-**Training.** {tokens:,} tokens, {epochs:g} times; AdamW, batches of {batch} × {length} tokens, peak learning rate
-{rate:g}, {minutes:.0f} minutes on two CPU cores. The weights are those with the lowest loss on the validation
-documents, at step {step}.
+**Training.** {tokens:,} tokens, {args.epochs:g} times; AdamW, batches of {args.batch} × {args.length} tokens, peak
+learning rate {args.learning_rate:g}, {minutes:.0f} minutes on two CPU cores. The weights are those with the lowest loss
+on the validation documents, at step {step}.
 
 ![loss curve](loss_curve.png)
 
@@ -219,46 +190,39 @@ documents, at step {step}.
 
 The third and fourth see the test documents alone; the second has the training text before them, as the model had.
 
-**Reproduce**: `python examples/pretrain.py DIRECTORY` (seed {seed}). Another Python version has other text; another
-processor rounds otherwise.
+**Reproduce**: `python examples/pretrain.py DIRECTORY` (seed {args.seed}). Another Python version has other text;
+another processor rounds otherwise.
 """
 
 
-def write(args, model, tokenizer, curve, minutes, parts, test_rows) -> None:
-    """Writes the checkpoint in bfloat16, its tokenizer, its card and the loss curve; measures what was written."""
-    train, _, test = ("\0".join(part).encode() for part in parts)
-    model = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
-    config = model.config
-    save_pretrained(model, args.directory)
-    tokenizer.save(str(args.directory / "tokenizer.json"))
+def write(args: argparse.Namespace, curve: list[dict], parts: dict[str, list[str]], rows: dict) -> None:
+    """Writes what stands beside weights and tokenizer: how to generate, the figures, the card and the loss curve."""
     # It was not trained to talk: what is said to it is text that it continues, with an empty line between.
     joint = "{% if not loop.last %}{{ '\\n\\n' }}{% endif %}"
     template = "{% for message in messages %}{{ message.content }}" + joint + "{% endfor %}"
-    write_json(
-        args.directory / "tokenizer_config.json",
-        {"chat_template": template, "eos_token": END, "tokenizer_class": "PreTrainedTokenizerFast"},
-    )
+    reading = {"chat_template": template, "eos_token": END, "tokenizer_class": "PreTrainedTokenizerFast"}
+    write_json(args.directory / "tokenizer_config.json", reading)
     sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.95}
     write_json(args.directory / "generation_config.json", {"eos_token_id": 0, "pad_token_id": 0, **sampling})
 
-    def per_byte(compressed: bytes | int) -> float:
-        size = compressed if isinstance(compressed, int) else len(compressed)
+    model, best = from_pretrained(args.directory), min(curve, key=lambda point: point["validation_nats_per_byte"])
+    config, learned, test = model.config, joined(parts["train"]), joined(parts["test"])
+
+    def per_byte(size: int) -> float:
         return size * 8 * math.log(2) / len(test)
 
-    best = min(curve, key=lambda point: point["validation_nats_per_byte"])
     figures = {
-        "nats": held_out_nats(model, test_rows, args.length) / len(test),
-        "gzip": per_byte(gzip.compress(test, 9)),
-        "xz": per_byte(lzma.compress(test, preset=9)),
-        "xz_after": per_byte(len(lzma.compress(train + test, preset=9)) - len(lzma.compress(train, preset=9))),
+        "nats": nats_per_byte(model, parts["test"], rows["test"], args.length),
+        "gzip": per_byte(len(gzip.compress(test, 9))),
+        "xz": per_byte(len(lzma.compress(test, preset=9))),
+        "xz_after": per_byte(len(lzma.compress(learned + test, preset=9)) - len(lzma.compress(learned, preset=9))),
     }
     write_json(args.directory / "training.json", {"test_nats_per_byte": figures, "curve": curve})
     card = CARD.format(
-        parameters=config.num_parameters(), layers=config.n_layers, width=config.d_model, heads=config.n_heads,
-        vocab=config.vocab_size, python=platform.python_version(), documents=sum(map(len, parts)),
-        bytes=sum(len(text.encode()) for part in parts for text in part), tokens=args.tokens, epochs=args.epochs,
-        batch=args.batch, length=args.length, rate=args.learning_rate, minutes=minutes, step=best["step"],
-        test_bytes=len(test), seed=args.seed, **figures,
+        args=args, config=config, parameters=config.num_parameters(), python=platform.python_version(),
+        documents=sum(map(len, parts.values())), tokens=sum(map(len, rows["train"])), test_bytes=len(test),
+        bytes=sum(len(text.encode()) for part in parts.values() for text in part), step=best["step"],
+        minutes=curve[-1]["minutes"], **figures,
     )  # fmt: skip
     (args.directory / "README.md").write_text(card, encoding="utf-8")
     plot(args.directory / "loss_curve.png", curve, figures)
@@ -273,13 +237,13 @@ def plot(path: Path, curve: list[dict[str, float]], figures: dict[str, float]) -
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4), dpi=110, layout="constrained")
-    axes.plot([p["step"] for p in curve], [p["validation_nats_per_byte"] for p in curve], "o-", label="validation loss")
-    for name, style in (("gzip", ":"), ("xz", "--"), ("xz_after", "-.")):
-        label = {"xz_after": "xz -9 after the training text"}.get(name, f"{name} -9")
-        axes.axhline(figures[name], color="gray", linestyle=style, label=f"{label} (test documents)")
-    axes.set(
-        xlabel="step", ylabel="nats per byte", title="pydoc-3m: loss on documents it was not trained on", ylim=(0, None)
-    )
+    steps, nats = zip(*((point["step"], point["validation_nats_per_byte"]) for point in curve), strict=True)
+    axes.plot(steps, nats, "o-", label="validation loss")
+    names = {"gzip": "gzip -9", "xz": "xz -9", "xz_after": "xz -9 after the training text"}
+    for (name, words), style in zip(names.items(), (":", "--", "-."), strict=True):
+        axes.axhline(figures[name], color="gray", linestyle=style, label=f"{words} (test documents)")
+    title = "pydoc-3m: loss on documents it was not trained on"
+    axes.set(xlabel="step", ylabel="nats per byte", title=title, ylim=(0, None))
     axes.legend()
     figure.savefig(path)
 
@@ -305,14 +269,12 @@ def main() -> None:
     args = parser.parse_args()
 
     texts = documents(args.documents)
-    train, validation, test = split(texts)
-    if not validation or not test:
+    parts = dict(zip(("train", "validation", "test"), split(texts), strict=True))
+    if not parts["validation"] or not parts["test"]:
         parser.error(f"--documents: expected enough to hold some of them out, found {args.documents}; take 100")
-    tokenizer = train_tokenizer(train, args.vocab_size)
-    rows, val_rows, test_rows = (
-        [[*e.ids, 0] for e in tokenizer.encode_batch(part)] for part in (train, validation, test)
-    )
-    args.tokens = n_tokens = sum(map(len, rows))
+    tokenizer = train_tokenizer(parts["train"], args.vocab_size)
+    rows = {name: [[*e.ids, 0] for e in tokenizer.encode_batch(part)] for name, part in parts.items()}
+    n_tokens = sum(map(len, rows["train"]))
     steps = max(int(args.epochs * n_tokens / (args.batch * args.length)), 1)
     print(
         f"{len(texts)} documents, {sum(len(t.encode()) for t in texts):,} bytes; {n_tokens:,} training tokens, "
@@ -321,43 +283,45 @@ def main() -> None:
     )
 
     config = MPTConfig(
-        d_model=args.width,
-        n_heads=args.width // 32,
-        n_layers=args.layers,
-        vocab_size=tokenizer.get_vocab_size(),
-        max_seq_len=1024,
-        no_bias=True,
-        attn_config=AttnConfig(alibi=True),
-        init_config=InitConfig(emb_init_std=0.02),
-    )
-    model = MPT(config, key=jax.random.key(args.seed))
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, args.learning_rate, min(100, steps // 10), steps, 0.02 * args.learning_rate
-    )
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=0.1, mask=lambda m: jax.tree.map(lambda x: x.ndim > 1, m)),
-    )
-    opt_state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
+        d_model=args.width, n_heads=args.width // 32, n_layers=args.layers, vocab_size=tokenizer.get_vocab_size(),
+        max_seq_len=1024, no_bias=True, attn_config=AttnConfig(alibi=True), init_config=InitConfig(emb_init_std=0.02),
+    )  # fmt: skip
+    peak = args.learning_rate
+    rate = train.cosine_with_warmup(peak, steps, warmup_steps=min(100, steps // 10), floor=0.02)
+    optimizer = train.decoupled_adamw(rate, peak=peak, weight_decay=0.1 * peak, mask=train.not_named("*norm*"))
+    whole_rows = train.make_train_step(optimizer, max_grad_norm=1.0)
 
-    val_bytes = sum(len(text.encode()) for text in validation)
-    stream = batches(rows, args.batch, args.length, np.random.default_rng(args.seed))
-    curve: list[dict[str, float]] = []
-    best, best_model, recent, started = math.inf, model, [], time.monotonic()
-    for step in tqdm(range(1, steps + 1), unit="step", disable=None):
-        model, opt_state, loss = train_step(model, opt_state, optimizer, next(stream))
-        recent.append(float(loss))
-        if step % max(steps // 16, 1) == 0 or step == steps:
-            nats = held_out_nats(model, val_rows, args.length) / val_bytes
-            curve.append(
-                {"step": step, "train_nats_per_token": float(np.mean(recent)), "validation_nats_per_byte": nats}
-            )
-            tqdm.write(json.dumps(curve[-1] | {"seconds": round(time.monotonic() - started)}), file=sys.stderr)
-            recent = []
-            if nats < best:
-                best, best_model = nats, jax.tree.map(jnp.copy, model)
-    minutes = (time.monotonic() - started) / 60
-    write(args, best_model, tokenizer, curve, minutes, (train, validation, test), test_rows)
+    # The curve is kept, so that a run that goes on knows what was best before.
+    states, points = args.directory / "states", args.directory / "training.json"
+    curve = json.loads(points.read_text())["curve"] if states.is_dir() and points.exists() else []
+    began = time.monotonic() - 60 * (curve[-1]["minutes"] if curve else 0)
+
+    def evaluate(model: MPT) -> dict[str, float]:
+        """Measures on the validation documents; the weights that do best there are those of the checkpoint."""
+        nats = nats_per_byte(model, parts["validation"], rows["validation"], args.length)
+        if nats <= min((point["validation_nats_per_byte"] for point in curve), default=math.inf):
+            save_pretrained(jax.tree.map(lambda x: x.astype("bfloat16"), model), args.directory)
+        return {"validation_nats_per_byte": nats, "minutes": (time.monotonic() - began) / 60}
+
+    def log(record: dict[str, float]) -> None:
+        if "minutes" in record:
+            curve[:] = [point for point in curve if point["step"] < record["step"]]  # none twice, after a crash
+            kept = {name: record[name] for name in ("step", "validation_nats_per_byte", "minutes")}
+            curve.append({**kept, "train_nats_per_token": record["loss"]})
+            print(json.dumps(curve[-1]), file=sys.stderr)
+            write_json(points, {"curve": curve})
+
+    every = max(steps // 16, 1)
+    state = train.run(
+        lambda: train.TrainState.create(MPT(config, key=jax.random.key(args.seed)), optimizer),
+        lambda state, batch: whole_rows(state, {"tokens": batch["tokens"]}),  # documents see those before them
+        lambda place: train.pack(train.Sampler(rows["train"], seed=args.seed), args.length, state=place),
+        states, steps=steps, batch_size=args.batch, save_every=every, evaluate=evaluate, eval_every=every, log=log,
+    )  # fmt: skip
+    if int(state.step) < steps:
+        sys.exit("stopped; the same command goes on")
+    tokenizer.save(str(args.directory / "tokenizer.json"))
+    write(args, curve, parts, rows)
 
 
 if __name__ == "__main__":
