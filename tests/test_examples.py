@@ -143,6 +143,20 @@ def test_pretraining(run, tmp_path, args, parameters):
     assert np.isfinite(json.loads((tmp_path / "m" / "training.json").read_text())["test_nats_per_byte"]["nats"])
 
 
+@pytest.mark.parametrize("loader", ["numpy", "grain", "datasets"])
+def test_data_of_other_libraries(run, tmp_path, monkeypatch, loader):
+    """An iterator of NumPy batches is what a step takes; the libraries are not among those that tests need."""
+    if loader != "numpy":
+        pytest.importorskip(loader)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    lines = [{"text": f"Return the number {n}, and raise an error otherwise."} for n in range(9)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    sizes = ("--steps", 2, "--batch", 2, "--length", 16, "--states", tmp_path / "states")
+    out = run("data_loaders.py", tmp_path / "data.jsonl", "--loader", loader, *sizes)
+    first, second = figures(r'loss"?:? ([0-9.]+)', out)[:, 0]
+    assert second < first
+
+
 def figures(pattern, text):
     """Returns the numbers of each match of a pattern, as rows."""
     found = [[float(x) for x in (row if isinstance(row, tuple) else (row,))] for row in re.findall(pattern, text, re.M)]
