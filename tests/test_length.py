@@ -69,6 +69,39 @@ def test_freed_memory_goes_back_before_a_large_cache_is_made(tiny_model, monkeyp
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("how", ["prompts", "prefix", "several"])
+def test_the_program_is_compiled_before_a_large_cache_is_made(tiny_config, prompts, monkeypatch, how):
+    """Once: the call finds it. What compiling takes and what the cache takes do not add up."""
+    import sys
+
+    from mpt_eqx import MPT, generate, prefill
+    from mpt_eqx.generation import state as states
+
+    generating = sys.modules["mpt_eqx.generation.generate"]
+    model = MPT(tiny_config(n_layers=1, max_seq_len=512, d_model=64), key=jax.random.key(0))
+    options = {
+        "prompts": {"prompts": prompts(5, 9)},
+        "prefix": {"prompts": [[], []], "prefix": prefill(model, prompts(7)[0])},
+        "several": {"prompts": prompts(5), "num_return_sequences": 2, "temperature": 1.0, "key": jax.random.key(1)},
+    }[how]
+    happened, compile_decode, initial_state = [], generating.compile_decode, generating.initial_state
+    for function in (compile_decode, initial_state):
+
+        def noted(*args, function=function, **how):
+            happened.append(function.__name__)
+            return function(*args, **how)
+
+        monkeypatch.setattr(generating, function.__name__, noted)
+    found = []
+    for size in (states.LARGE_CACHE, 1):
+        monkeypatch.setattr(states, "LARGE_CACHE", size)
+        jax.clear_caches()
+        with counting_compiles() as compiles:
+            found.append((generate(model, max_new_tokens=6, **options).tokens.tolist(), len(compiles)))
+    assert happened == ["initial_state", "compile_decode", "initial_state"]
+    assert found[0] == found[1]
+
+
 @given(st.integers(1, 5000))
 def test_pieces_cover_a_prompt_with_little_to_spare(length):
     from mpt_eqx.generation.buckets import PREFILL_CHUNKS, prefill_buckets

@@ -10,12 +10,12 @@ from jaxtyping import Float, Int, PRNGKeyArray
 from mpt_eqx.errors import GenerationError, Interrupted
 from mpt_eqx.generation.buckets import DECODE_CHUNK, cache_bucket, decode_bucket
 from mpt_eqx.generation.interrupts import held_interrupts
-from mpt_eqx.generation.prefix import Prefix, initial_state, prefix_length
+from mpt_eqx.generation.prefix import Prefix, initial_state, like_rows, prefix_length
 from mpt_eqx.generation.prompts import prefill_prompts, progress_bar
 from mpt_eqx.generation.sampling import LogitsProcessor
 from mpt_eqx.generation.sampling_params import SamplingOptions, check_options
-from mpt_eqx.generation.state import repeat_and_resize, with_edits
-from mpt_eqx.generation.steps import decode_tokens
+from mpt_eqx.generation.state import is_large, repeat_and_resize, with_edits
+from mpt_eqx.generation.steps import compile_decode, decode_tokens
 from mpt_eqx.generation.validate import (
     check_count,
     check_edits,
@@ -155,11 +155,18 @@ def generate(
     try:
         with progress_bar(longest + max_new_tokens, progress) as shown:
             room = before + longest + min(chunk, max_new_tokens)
+            capacity = cache_bucket(model.config, room, count)
+            if is_large(model, count, capacity) and model.layout is None and not any(edited):
+                with held_interrupts():
+                    compile_decode(
+                        model, like_rows(model, prefix, len(rows), num_return_sequences, capacity),
+                        params.of_rows(count), key, chunk=chunk, with_logits=return_logits, processors=processors,
+                    )  # fmt: skip
             state = initial_state(model, prefix, len(rows), room)
             state = prefill_prompts(model, with_edits(model, state, edited), rows, before, shown)
             if num_return_sequences > 1:
                 with held_interrupts():
-                    state = repeat_and_resize(state, num_return_sequences, cache_bucket(model.config, room, count))
+                    state = repeat_and_resize(state, num_return_sequences, capacity)
             for output in decode_tokens(
                 model, state, params.of_rows(count), key, length=before + longest, max_new_tokens=max_new_tokens,
                 chunk=chunk, with_logits=return_logits, processors=processors,

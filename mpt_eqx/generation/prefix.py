@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import equinox as eqx
+import jax
 import numpy as np
 from jaxtyping import Int
 
@@ -11,9 +12,10 @@ from mpt_eqx.errors import GenerationError
 from mpt_eqx.generation.buckets import cache_bucket
 from mpt_eqx.generation.interrupts import held_interrupts
 from mpt_eqx.generation.prompts import prefill_prompts, progress_bar
-from mpt_eqx.generation.state import DecodeState, empty_state, make_room, repeat_and_resize
+from mpt_eqx.generation.state import DecodeState, empty_state, is_large, repeat_and_resize, state_shapes
 from mpt_eqx.generation.validate import check_model, check_one_prompt, check_prompts
 from mpt_eqx.model import MPT
+from mpt_eqx.ops.platform import trim_memory
 from mpt_eqx.sharding.multihost import check_same_arguments
 
 
@@ -78,7 +80,8 @@ def initial_state(model: MPT, prefix: Prefix | None, rows: int, length: int) -> 
         GenerationError: the prefix is that of a model with another configuration or type.
     """
     capacity = cache_bucket(model.config, length, rows)
-    make_room(model, rows, capacity)
+    if is_large(model, rows, capacity):
+        trim_memory()
     if prefix is None:
         with held_interrupts():
             return empty_state(model, rows, capacity)
@@ -90,3 +93,12 @@ def initial_state(model: MPT, prefix: Prefix | None, rows: int, length: int) -> 
         )
     with held_interrupts():
         return repeat_and_resize(prefix.state, rows, capacity)
+
+
+def like_rows(model: MPT, prefix: Prefix | None, rows: int, copies: int, capacity: int) -> DecodeState:
+    """Returns what has the shapes of a state of `copies` times so many rows, but takes no memory: it is not written."""
+    one = state_shapes(model, rows, capacity)
+    if prefix is not None:
+        one = jax.eval_shape(lambda: repeat_and_resize(prefix.state, rows, capacity))
+    all_rows = jax.eval_shape(lambda state: repeat_and_resize(state, copies, capacity), one)
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), all_rows)

@@ -56,11 +56,17 @@ class DecodeState(eqx.Module):
 def empty_state(model: MPT, rows: int, capacity: int) -> DecodeState:
     """Returns a state of rows without tokens, with room for `capacity` tokens in each."""
     layout = model.layout
-    joined = has_layer_loop(model)
-    state = jax.eval_shape(lambda: zero_state(model, rows, capacity, as_bits=True, joined=joined))
-    state = map_with_axes(state, lambda x, *names: new_array(layout, x.shape, x.dtype, 0, *names))
+    state = map_with_axes(
+        state_shapes(model, rows, capacity), lambda x, *names: new_array(layout, x.shape, x.dtype, 0, *names)
+    )
     nothing = tuple(new_array(layout, (), np.int32, -1) for _ in range(2))
     return eqx.tree_at(lambda s: (s.not_finite, s.nothing_left), state, nothing)
+
+
+def state_shapes(model: MPT, rows: int, capacity: int) -> DecodeState:
+    """Returns the shapes and types of what `empty_state` returns."""
+    joined = has_layer_loop(model)
+    return jax.eval_shape(lambda: zero_state(model, rows, capacity, as_bits=True, joined=joined))
 
 
 def zero_state(model: MPT, rows: int, capacity: int, *, as_bits: bool, joined: bool = False) -> DecodeState:
@@ -89,7 +95,8 @@ def new_array(
         sharding = None if layout is None else layout.sharding(shape, *names)
         return _full(shape, dtype, value, sharding)
     if layout is None:
-        return jax.device_put(np.full(shape, value, dtype), may_alias=False)
+        # Zeros take memory when they are written, which these are not.
+        return jax.device_put(np.full(shape, value, dtype) if value else np.zeros(shape, dtype), may_alias=False)
     sharding = layout.sharding(shape, *names)
     part = sharding.shard_shape(shape)
     return jax.make_array_from_callback(shape, sharding, lambda _: np.full(part, value, dtype))
@@ -235,12 +242,11 @@ def without_idle_edits(state: DecodeState) -> DecodeState:
     return dataclasses.replace(state, edits={place: several for place, several in edits.items() if several})
 
 
-def make_room(model: MPT, rows: int, capacity: int) -> None:
-    """Gives freed memory back to the system before a large cache is made."""
+def is_large(model: MPT, rows: int, capacity: int) -> bool:
+    """Whether a cache is so large that memory is made free before it is made."""
     config = model.config
     size = 2 * rows * capacity * config.n_layers * config.kv_heads * config.head_size * model.dtype.itemsize
-    if size >= LARGE_CACHE:
-        trim_memory()
+    return size >= LARGE_CACHE
 
 
 def ensure_capacity(model: MPT, state: DecodeState, length: int) -> DecodeState:
@@ -249,5 +255,6 @@ def ensure_capacity(model: MPT, state: DecodeState, length: int) -> DecodeState:
         return state
     rows = state.tokens.shape[0]
     capacity = cache_bucket(model.config, length, rows)
-    make_room(model, rows, capacity)
+    if is_large(model, rows, capacity):
+        trim_memory()
     return repeat_and_resize(state, 1, capacity)

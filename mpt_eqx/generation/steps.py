@@ -186,6 +186,24 @@ def decode_tokens(
             return
 
 
+def compile_decode(
+    model: MPT,
+    state: DecodeState,
+    params: SamplingParams,
+    key: Key[Array, "*B"],
+    *,
+    chunk: int,
+    with_logits: bool,
+    processors: tuple[LogitsProcessor, ...],
+) -> None:
+    """Compiles what `decode_tokens` calls with these arguments, which will be found then.
+
+    Compiling takes memory of its own, which is free again when a large cache is made after it.
+    """
+    fixed = (model, *replicate(model, (params, key)), processors)
+    decode_chunk.lower(fixed, state, chunk, with_logits).compile()  # type: ignore[attr-defined]
+
+
 def check_finite(bad_step: int, processors: tuple[LogitsProcessor, ...] = ()) -> None:
     """Raises unless `bad_step`, the first new token whose logits were not finite, is −1 for none."""
     if bad_step >= 0:
