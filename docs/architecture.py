@@ -36,7 +36,7 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cli": (
         "the commands of mpt-eqx",
         (
-            *("errors", "config", "ops", "sharding", "model", "surgery", "checkpoint", "lora", "generation"),
+            *("errors", "config", "ops", "model", "sharding", "surgery", "checkpoint", "lora", "generation"),
             *("evaluation", "text", "train", "lm_eval"),
         ),
     ),

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from command import python, run
+from conftest import ROOT
 from test_text import broken
 
 
@@ -62,7 +63,8 @@ def says(monkeypatch):
     return make
 
 
-COMMANDS = (("generate",), ("chat",))
+# A model with a template of its own would say more than what stdin has.
+COMMANDS = (("generate",), ("chat", "--model", str(ROOT / "mpt_eqx" / "pydoc-3m")))
 UTF8 = "héllo 日\n".encode()
 
 

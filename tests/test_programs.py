@@ -286,7 +286,7 @@ FATAL = {
 }
 
 
-@pytest.mark.parametrize(("program", "key"), rules(), ids="-".join)
+@pytest.mark.parametrize(("program", "key"), rules(), ids=map("-".join, rules()))
 def test_each_key_that_is_ignored_is_refused_by_name(program, key, tiny_config):
     """With its value and what follows; what is left of the model is written on request, where anything is."""
     from mpt_eqx import CheckpointError
