@@ -164,9 +164,13 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(
     assert done.returncode == 1 and message in done.stderr and not output.exists(), done.stderr
 
 
-def test_another_files_answers_are_not_gone_on_with(sampled, written, tmp_path):
-    output = written({"prompt": "other", "text": ""}, name="out.jsonl")
-    before = output.read_bytes()
+@pytest.mark.parametrize(
+    "content", [b'{"prompt": "other", "text": ""}\n', b"no line of ours", b"\x00\xff\n{", b"[1]\n"]
+)
+def test_another_files_answers_are_not_gone_on_with(sampled, written, tmp_path, content):
+    """The file stays as it is, also where it has no end of a line."""
+    output, before = tmp_path / "out.jsonl", content
+    output.write_bytes(content)
     done = run("generate", "--input", written(*PROMPTS), "--output", output, "--resume", *sampled)
     assert done.returncode == 1 and output.read_bytes() == before
     assert "out.jsonl, line 1: expected the answer to line 1 of the input, found something else" in done.stderr

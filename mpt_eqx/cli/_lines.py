@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -70,7 +71,7 @@ def encoded(path: str, lines: Lines, encode: Callable[[Record], Ids]) -> list[Id
 
 
 def done_lines(args: argparse.Namespace, lines: Lines) -> int:
-    """Returns how many lines are done already; a last one that a crash has torn is removed.
+    """Returns how many lines are done already; a last one that a crash has torn is removed, and nothing else is.
 
     Raises:
         MPTError: --output exists and --resume is not given, or it holds something else.
@@ -84,17 +85,36 @@ def done_lines(args: argparse.Namespace, lines: Lines) -> int:
         return 0
     if not args.resume:
         raise MPTError(f"--output: expected no file, found {output}; --resume goes on with it")
-    with open(output, "r+b") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
-    done = list(read_jsonl(output))
-    for (number, answer), (_, record) in zip(done, [*lines, *[(0, None)] * len(done)], strict=False):
-        if record is None or any(key not in answer or answer[key] != value for key, value in record.items()):
-            raise MPTError(
-                f"{output}, line {number}: expected the answer to line {number} of the input, found something else; "
-                "resume with the input that it was begun with"
-            )
+    content = output.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    done = []
+    for number, line in enumerate(content[:whole].splitlines(), 1):
+        if number > len(lines) or not _answers(line, lines[number - 1][1]):
+            raise _not_ours(output, number)
+        done.append(line)
+    # Only what this command has begun to write is removed.
+    if torn := content[whole:]:
+        begun = json.dumps(lines[len(done)][1])[:-1].encode() if len(done) < len(lines) else b""
+        if not begun or not (torn.startswith(begun) or begun.startswith(torn)):
+            raise _not_ours(output, len(done) + 1)
+        os.truncate(output, whole)
     return len(done)
+
+
+def _answers(line: bytes, record: Record) -> bool:
+    """Whether a line of the output is what is written for an object of the input."""
+    try:
+        answer = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(answer, dict) and {key: answer.get(key) for key in record} == record
+
+
+def _not_ours(output: Path, number: int) -> MPTError:
+    return MPTError(
+        f"{output}, line {number}: expected the answer to line {number} of the input, found something else; resume "
+        "with the input that it was begun with"
+    )
 
 
 def write_answers(
