@@ -109,6 +109,7 @@ def run_many(args: argparse.Namespace) -> int:
 
     from mpt_eqx.generation import generate
     from mpt_eqx.generation.validate import check_prompts
+    from mpt_eqx.text.tokenizer import ends_in_stop
 
     if args.prompt is not None or args.json:
         raise GenerationError(
@@ -123,8 +124,6 @@ def run_many(args: argparse.Namespace) -> int:
         with at_line(args.input, number):
             check_prompts(model.config, [prompt], max_new_tokens=options["max_new_tokens"], before=0)
     key = options.pop("key")
-    # A stop string ends in the newest token, and a token has a byte at least.
-    window = max((len(stop.encode()) for stop in args.stop), default=0) + 4
 
     def continued(first: int, records: list[Record]) -> list[Record]:
         places = np.arange(first, first + len(records))
@@ -132,9 +131,7 @@ def run_many(args: argparse.Namespace) -> int:
         rows = [prompts[place] for place in places]
 
         def stopped(row: int, tokens: list[int]) -> bool:
-            last = tokens[-window:]
-            text = tokenizer.decode(last, prompt=[*rows[row], *tokens[: -len(last)]])
-            return any(stop in text for stop in args.stop)
+            return ends_in_stop(tokenizer, tokens, args.stop, rows[row])
 
         until = stopped if args.stop else None
         result = generate(model, rows, key=keys, until=until, progress=False, **options)

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, UInt32
 
-from mpt_eqx.checkpoint.atomic import replace_file
+from mpt_eqx.checkpoint.atomic import replace_file, write_synced
 from mpt_eqx.checkpoint.formats.safetensors import write_safetensors
 from mpt_eqx.checkpoint.names import named_leaves, with_leaves
 from mpt_eqx.checkpoint.save import to_write
@@ -109,9 +108,9 @@ def export_model(
     tensors = [to_write(name, [leaf]) for name, leaf in named_leaves(model).items()]
     files: dict[str, Callable[[Path], None]] = {WEIGHTS: functools.partial(write_safetensors, tensors=tensors)}
     for name, program in programs.items():
-        files[f"{name}.jax"] = functools.partial(_write, content=bytes(program.serialize()))
+        files[f"{name}.jax"] = functools.partial(write_synced, content=bytes(program.serialize()))
     card = json.dumps(_card(programs, params, sizes), indent=1) + "\n"
-    files[CARD] = functools.partial(_write, content=card.encode())
+    files[CARD] = functools.partial(write_synced, content=card.encode())
     directory = Path(directory)
     try:
         (directory / CARD).unlink(missing_ok=True)
@@ -228,10 +227,3 @@ def _listed(names: Sequence[str], trees: Sequence[Any]) -> list[dict[str, Any]]:
         for name, tree in zip(names, trees, strict=True)
         for inner, x in named_arrays(tree)
     ]
-
-
-def _write(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())

@@ -88,7 +88,7 @@ def generate(
         num_return_sequences: rows for each prompt, ≥ 1; more than one need temperature > 0. The rows of the first
             prompt come first.
         key: randomness, needed when temperature > 0; row i draws its n-th token with fold_in(fold_in(key, i), n). Or an
-            array of keys, one for each row, which draws with fold_in(key[i], n) whichever rows stand beside it.
+            array of keys, one for each row, which then draws with fold_in(key[i], n), whatever the other rows are.
         return_logits: keep the model's logits of every step, B·N·V float32 numbers.
         logits_processors: functions (logits Float["V"], tokens Int["S"], length Int[""]) -> Float["V"], called in this
             order for each row and step. `tokens` is the prompt with the new tokens, of which `length` count; the rest

@@ -33,6 +33,7 @@ from mpt_eqx.lora import load as load_adapters
 from mpt_eqx.model import MPT
 from mpt_eqx.surgery.quantization import quantize as quantize_model
 from mpt_eqx.text import Tokenizer, load_tokenizer
+from mpt_eqx.text.tokenizer import ends_in_stop
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -223,11 +224,13 @@ class MPTLM(TemplateLM):  # type: ignore[misc]  # it has no types
         with self._bar(len(prompts), "generate_until", disable_tqdm) as bar:
             for batch in batches_of_rows(prompts, plans, self.batch_size, self.max_batch_size):
                 options, max_gen_toks, stops = plans[batch[0]]
-                until = None if not stops else lambda _, tokens, stops=stops: self._has_any(stops, tokens)
+                until = (
+                    None if not stops else lambda _, tokens, stops=stops: ends_in_stop(self.tokenizer, tokens, stops)
+                )
                 result = generate(
                     self.model, [prompts[i] for i in batch], max_new_tokens=max_gen_toks, key=keys(batch),
                     eos_token_ids=self.tokenizer.eos_token_ids, vocab_size=self._vocab_size, progress=False,
-                    until=until, **options,
+                    until=ended if stops else None, **options,
                 )  # fmt: skip
                 for i, tokens, length in zip(batch, result.tokens, result.lengths, strict=True):
                     text = self.tokenizer.decode(tokens[:length].tolist())
@@ -235,10 +238,6 @@ class MPTLM(TemplateLM):  # type: ignore[misc]  # it has no types
                     self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
                 bar.update(len(batch))
         return [texts[i] for i in range(len(prompts))]
-
-    def _has_any(self, stops: list[str], tokens: list[int]) -> bool:
-        text = self.tokenizer.decode(tokens)
-        return any(stop in text for stop in stops)
 
     def _prompt(self, text: str, plan: Plan) -> list[int]:
         """Returns the token ids of a prompt, cut on the left to leave room for the new tokens."""

@@ -325,6 +325,14 @@ def until_stop(pieces: Iterable[str], stops: str | Sequence[str]) -> Iterator[st
     return _until_stop(pieces, stops)
 
 
+def ends_in_stop(tokenizer: Tokenizer, tokens: Sequence[int], stops: Sequence[str], prompt: Sequence[int] = ()) -> bool:
+    """Whether one of the stop strings ends in the newest of some tokens, of which only the last are looked at."""
+    # A token has a byte at least, and those at the border may hold parts of characters.
+    window = max((len(stop.encode()) for stop in stops), default=0) + 4
+    text = tokenizer.decode(tokens[-window:], prompt=prompt)
+    return any(stop in text for stop in stops)
+
+
 def _until_stop(pieces: Iterable[str], stops: list[str]) -> Iterator[str]:
     held = ""
     for piece in pieces:
