@@ -224,9 +224,10 @@ class MPTLM(TemplateLM):  # type: ignore[misc]  # it has no types
         with self._bar(len(prompts), "generate_until", disable_tqdm) as bar:
             for batch in batches_of_rows(prompts, plans, self.batch_size, self.max_batch_size):
                 options, max_gen_toks, stops = plans[batch[0]]
-                until = (
-                    None if not stops else lambda _, tokens, stops=stops: ends_in_stop(self.tokenizer, tokens, stops)
-                )
+
+                def ended(_: int, tokens: list[int], stops: list[str] = stops) -> bool:
+                    return ends_in_stop(self.tokenizer, tokens, stops)
+
                 result = generate(
                     self.model, [prompts[i] for i in batch], max_new_tokens=max_gen_toks, key=keys(batch),
                     eos_token_ids=self.tokenizer.eos_token_ids, vocab_size=self._vocab_size, progress=False,
