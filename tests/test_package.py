@@ -98,6 +98,7 @@ ORDER = (
         "text",
         "train",
         "lm_eval",
+        "serve",
         "cli",
     ),
 )
