@@ -107,9 +107,10 @@ def test_every_imported_package_is_declared():
                 continue
             wanted = DISTRIBUTIONS.get(name, name.replace("_", "-"))
             used.add(wanted)
-            # What is imported only when a chat template is rendered, or by those who have the harness.
+            # What is imported only when a chat template is rendered, or by those who have the harness or the server's extra.
             lazy = extras["text"] if path.name == "template_sandbox.py" else set()
             lazy = extras["eval"] if path.parent.name == "lm_eval" else lazy
+            lazy = extras["serve"] if path.parent.name == "serve" else lazy
             known = always | lazy if at_once else always.union(*extras.values())
             assert wanted in known, f"{path.relative_to(ROOT)} imports {name}"
     # The optimisers that users train with, and what checks the shapes in annotations for who installs jaxtyping's hook.
