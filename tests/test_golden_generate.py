@@ -30,7 +30,7 @@ def opened(case, result, options, prompts):
         so_far = jnp.asarray([[*prompt, *tokens]] * len(tokens), jnp.int32)
         lengths = len(prompt) + jnp.arange(len(tokens))
         params = SamplingParams(**options).of_rows(len(tokens))
-        rows.append(process_logits(jnp.asarray(logits), params, so_far, lengths, jnp.int32(0)))
+        rows.append(process_logits(jnp.asarray(logits), params, so_far, lengths, jnp.zeros_like(lengths)))
     return np.stack(rows)
 
 

@@ -68,10 +68,10 @@ def test_a_row_that_asks_for_nothing_keeps_every_bit():
     logits = jnp.asarray(np.random.default_rng(1).normal(size=(len(ROWS), V)), jnp.float32).at[:, 3].set(-jnp.inf)
     tokens, lengths = jnp.tile(jnp.arange(20), (len(ROWS), 1)), jnp.full(len(ROWS), 20)
     params = in_one_batch(*ROWS)
-    processed = process_logits(logits, params, tokens, lengths, jnp.asarray(0))
+    processed = process_logits(logits, params, tokens, lengths, jnp.zeros_like(lengths))
     changed = (np.asarray(processed) != np.asarray(logits)).any(axis=1)
     assert changed.tolist() == [False, False, False, True, True, True]
-    assert int(sample(processed, params, jax.random.key(0), jnp.asarray(0))[0]) == int(jnp.argmax(logits[0]))
+    assert int(sample(processed, params, jax.random.key(0), jnp.zeros_like(lengths))[0]) == int(jnp.argmax(logits[0]))
 
 
 def test_epsilon_and_eta_filter_what_is_drawn(one_block_model):
@@ -184,7 +184,7 @@ def test_processors_come_after_penalties_and_before_the_temperature(one_block_mo
     from mpt_eqx.generation.sampling import process_logits
 
     logits = jnp.asarray(np.random.default_rng(2).normal(size=(2, V)), jnp.float32)
-    arguments = (in_one_batch(*ROWS[3:5]), jnp.ones((2, 9), jnp.int32), jnp.full(2, 9), jnp.asarray(0))
+    arguments = (in_one_batch(*ROWS[3:5]), jnp.ones((2, 9), jnp.int32), jnp.full(2, 9), jnp.zeros(2, jnp.int32))
     built_in = process_logits(logits, *arguments)
     both = process_logits(logits, *arguments, (halved, without_the_best))
     for row, found in zip(np.asarray(built_in) / 2, np.asarray(both), strict=True):

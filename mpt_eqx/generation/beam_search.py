@@ -133,8 +133,8 @@ def beam_search(
                     state, output = beam_chunk(fixed, state, chunk)
                     found = (state.finished, state.scores, state.rows.not_finite, state.rows.done, output)
                     found = jax.device_get(found)
-                sequences, beams, bad_step, done, output = found
-                check_finite(int(bad_step), processors)
+                sequences, beams, bad_steps, done, output = found
+                check_finite(bad_steps, processors)
                 shown.update(min(chunk, max_new_tokens - decoded))
                 steps.append(output)
                 decoded += chunk

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float32, Int
 from mpt_eqx.generation.sampling import LogitsProcessor, log_softmax, process_logits
 from mpt_eqx.generation.sampling_params import SamplingParams
 from mpt_eqx.generation.state import DecodeState, constrain, constrain_replicated
-from mpt_eqx.generation.steps import decode_step, first_step, next_logits, not_finite
+from mpt_eqx.generation.steps import decode_step, first_steps, next_logits, not_finite
 from mpt_eqx.model import MPT, KVCache
 from mpt_eqx.ops.layer_cache import BLOCK
 
@@ -125,7 +125,7 @@ def beam_chunk(
     prompts, beams = state.scores.shape
 
     def one(state: BeamState, _: None) -> tuple[BeamState, BeamStep]:
-        rows, length = state.rows, state.rows.step + 1
+        rows, length = state.rows, jnp.max(state.rows.step) + 1
         logits = next_logits(model, rows.hidden)
         logprobs = jax.vmap(log_softmax)(logits)
         each = jax.tree.map(lambda x: jnp.broadcast_to(x, (prompts * beams, *x.shape)), options.params)
@@ -155,8 +155,8 @@ def beam_chunk(
                 reorder_cache(rows.cache, order),
                 rows.tokens[order],
                 jnp.repeat(done_after, beams),
-                length,
-                first_step(rows, rows.not_finite, bad),
+                rows.step + 1,
+                first_steps(rows, rows.not_finite, bad),
             ),
         )
         after = BeamState(

@@ -114,7 +114,7 @@ def _decode(
     chosen = output.tokens[:, 0]
     ends = jnp.any(chosen[:, None] == jnp.asarray(sampling.eos_token_ids), axis=-1)
     places = jnp.arange(n)
-    bad = [jnp.where(step < 0, n, step) for step in (state.not_finite, state.nothing_left)]
+    bad = [jnp.where(step < 0, n, step)[0] for step in (state.not_finite, state.nothing_left)]
     right = valid & (places < jnp.minimum(*bad))
     first_end = jnp.min(jnp.where(ends, places + 1, n), initial=n)
     return Decoded(

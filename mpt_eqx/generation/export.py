@@ -176,7 +176,7 @@ def _decode(
     def row(state: DecodeState, number: Int[Array, ""]) -> tuple[DecodeState, dict[str, Array]]:
         def one(state: DecodeState, _: None) -> tuple[DecodeState, tuple[Array, Array, Array]]:
             after, output = chosen_step((model, params, typed, ()), state, False, number[None], one_row)
-            wrong = (after.not_finite >= 0) | (after.nothing_left >= 0)
+            wrong = (after.not_finite[0] >= 0) | (after.nothing_left[0] >= 0)
             return after, (output.tokens[0], jnp.where(wrong, jnp.nan, output.logprobs[0]), ~state.done[0])
 
         state, (tokens, logprobs, counts) = scan_row(one, state, None, steps)

@@ -170,7 +170,7 @@ def process_logits(
     params: SamplingParams,
     tokens: Int[Array, "B S"],
     lengths: Int[Array, " B"],
-    step: Int[Array, ""],
+    step: Int[Array, " B"],
     processors: Sequence[LogitsProcessor] = (),
 ) -> Float32[Array, "B V"]:
     """Returns the logits of the tokens that may come next, −∞ for all others.
@@ -184,20 +184,20 @@ def process_logits(
         params: the options of each row.
         tokens: prompt and new tokens of each row, from place 0 on.
         lengths: how many of them there are.
-        step: how many of them are new.
+        step: how many of them are new in each row.
         processors: functions of one row.
     """
     ids = jnp.arange(logits.shape[-1])
     mask = jnp.arange(tokens.shape[-1]) < lengths[:, None]
 
-    def barred(row: Float32[Array, " V"], p: SamplingParams) -> Array:
+    def barred(row: Float32[Array, " V"], p: SamplingParams, step: Int[Array, ""]) -> Array:
         ends = jnp.any(ids[:, None] == p.eos_token_ids, axis=-1)
         return jnp.where((ids >= p.vocab_size) | (ends & (step < p.min_new_tokens)), -jnp.inf, row)
 
     p = params
     logits = _where(p.repetition_penalty != 1, repetition_penalty, logits, tokens, mask, p.repetition_penalty)
     logits = _where(p.no_repeat_ngram_size > 0, no_repeat_ngram, logits, tokens, mask, p.no_repeat_ngram_size)
-    logits = _where((step < p.min_new_tokens) | (p.vocab_size < logits.shape[-1]), barred, logits, p)
+    logits = _where((step < p.min_new_tokens) | (p.vocab_size < logits.shape[-1]), barred, logits, p, step)
     for processor in processors:
         logits = jax.vmap(processor)(logits, tokens, lengths).astype(jnp.float32)
     return logits
@@ -207,7 +207,7 @@ def sample(
     logits: Float32[Array, "B V"],
     params: SamplingParams,
     key: Key[Array, "*B"],
-    step: Int[Array, ""],
+    step: Int[Array, " B"],
     numbers: Int[Array, " B"] | None = None,
 ) -> Int[Array, " B"]:
     """Returns one token for each row. It depends on the row's logits, options and number, the key and the step only.
@@ -219,7 +219,7 @@ def sample(
         logits: from `process_logits`.
         params: the options of each row.
         key: row i draws with fold_in(fold_in(key, i), step); or a key for each row, that draws with fold_in(key, step).
-        step: how many new tokens the rows have so far.
+        step: how many new tokens each row has so far.
         numbers: i of each row; None for 0, 1, …
     """
     draws, one_key = params.temperature > 0, key.ndim == 0
@@ -240,12 +240,14 @@ def sample(
 
         warped = jax.lax.fori_loop(0, len(values), truncated, warped)
 
-        def row(number: Int[Array, ""], key: Key[Array, ""], logits: Float32[Array, " V"]) -> Int[Array, ""]:
+        def row(
+            number: Int[Array, ""], key: Key[Array, ""], step: Int[Array, ""], logits: Float32[Array, " V"]
+        ) -> Int[Array, ""]:
             own = jax.random.fold_in(key, number) if one_key else key
             return jax.random.categorical(jax.random.fold_in(own, step), logits)
 
         rows = jnp.arange(logits.shape[0]) if numbers is None else numbers
-        drawn = jax.vmap(row, in_axes=(0, None if one_key else 0, 0))(rows, key, warped).astype(jnp.int32)
+        drawn = jax.vmap(row, in_axes=(0, None if one_key else 0, 0, 0))(rows, key, step, warped).astype(jnp.int32)
         return jnp.where(draws, drawn, greedy)
 
     return jax.lax.cond(jnp.any(draws), draw, lambda: greedy)

@@ -30,7 +30,7 @@ OverRows = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class DecodeState(eqx.Module):
-    """B rows between two steps.
+    """B rows between two steps. Each array has a leading axis of rows.
 
     Attributes:
         cache: keys and values of the tokens so far; each row has its own length.
@@ -38,8 +38,8 @@ class DecodeState(eqx.Module):
         hidden: the last token's output of norm_f, from which the next token is chosen.
         done: rows that have ended; they only get padding.
         step: how many tokens each row was given, counting padding.
-        not_finite: the first step with logits that were not finite, in any row that had not ended; −1 for none.
-        nothing_left: the first step at which no token was allowed, in any row that had not ended; −1 for none.
+        not_finite: the first step of each row with logits that were not finite before it had ended; −1 for none.
+        nothing_left: the first step of each row at which no token was allowed before it had ended; −1 for none.
         edits: of activations in each row, by place.
     """
 
@@ -47,9 +47,9 @@ class DecodeState(eqx.Module):
     tokens: Int[Array, "B S"]
     hidden: Float[Array, "B D"]
     done: Bool[Array, " B"]
-    step: Int[Array, ""]
-    not_finite: Int[Array, ""]
-    nothing_left: Int[Array, ""]
+    step: Int[Array, " B"]
+    not_finite: Int[Array, " B"]
+    nothing_left: Int[Array, " B"]
     edits: dict[str, tuple[Edit, ...]] = eqx.field(default_factory=dict)
 
 
@@ -59,7 +59,7 @@ def empty_state(model: MPT, rows: int, capacity: int) -> DecodeState:
     state = map_with_axes(
         state_shapes(model, rows, capacity), lambda x, *names: new_array(layout, x.shape, x.dtype, 0, *names)
     )
-    nothing = tuple(new_array(layout, (), np.int32, -1) for _ in range(2))
+    nothing = tuple(new_array(layout, (rows,), np.int32, -1) for _ in range(2))
     return eqx.tree_at(lambda s: (s.not_finite, s.nothing_left), state, nothing)
 
 
@@ -78,9 +78,9 @@ def zero_state(model: MPT, rows: int, capacity: int, *, as_bits: bool, joined: b
         tokens=jnp.zeros((rows, one.capacity), jnp.int32),
         hidden=jnp.zeros((rows, model.config.d_model), dtype),
         done=jnp.zeros((rows,), bool),
-        step=jnp.zeros((), jnp.int32),
-        not_finite=jnp.full((), -1, jnp.int32),
-        nothing_left=jnp.full((), -1, jnp.int32),
+        step=jnp.zeros((rows,), jnp.int32),
+        not_finite=jnp.full((rows,), -1, jnp.int32),
+        nothing_left=jnp.full((rows,), -1, jnp.int32),
     )
 
 
@@ -166,30 +166,15 @@ def scan_row(
 ) -> tuple[DecodeState, Any]:
     """Returns what `jax.lax.scan` does with a state of one row; the axis of rows is not carried, as in `one_row`."""
 
-    def carried(state: DecodeState) -> Any:
-        rows = (state.cache, state.tokens, state.hidden, state.done)
-        others = (state.step, state.not_finite, state.nothing_left)
-        return jax.tree.map(lambda x: jnp.squeeze(x, 0), rows), others
+    def alone(carry: DecodeState, x: Any) -> tuple[DecodeState, Any]:
+        whole = jax.tree.map(lambda x: jnp.expand_dims(x, 0), carry)
+        after, y = step(dataclasses.replace(whole, edits=state.edits), x)
+        return jax.tree.map(lambda x: jnp.squeeze(x, 0), dataclasses.replace(after, edits={})), y
 
-    def restored(carry: Any) -> DecodeState:
-        cache, tokens, hidden, done = jax.tree.map(lambda x: jnp.expand_dims(x, 0), carry[0])
-        step, not_finite, nothing_left = carry[1]
-        return DecodeState(cache, tokens, hidden, done, step, not_finite, nothing_left, state.edits)
-
-    def alone(carry: Any, x: Any) -> tuple[Any, Any]:
-        state, y = step(restored(carry), x)
-        return carried(state), y
-
-    carry, ys = jax.lax.scan(alone, carried(state), xs, length)
-    return restored(carry), ys
-
-
-def map_rows(function: Callable[[Array], Array], other: Callable[[Array], Array], state: DecodeState) -> DecodeState:
-    """Returns the state with function(array) of each array that has rows, and other(array) of the others."""
-    rows = (state.cache, state.tokens, state.hidden, state.done, state.edits)
-    cache, tokens, hidden, done, edits = jax.tree.map(function, rows)
-    step, not_finite, nothing_left = map(other, (state.step, state.not_finite, state.nothing_left))
-    return DecodeState(cache, tokens, hidden, done, step, not_finite, nothing_left, edits)
+    # Edits do not change: they are not carried.
+    start = jax.tree.map(lambda x: jnp.squeeze(x, 0), dataclasses.replace(state, edits={}))
+    carry, ys = jax.lax.scan(alone, start, xs, length)
+    return dataclasses.replace(jax.tree.map(lambda x: jnp.expand_dims(x, 0), carry), edits=state.edits), ys
 
 
 @eqx.filter_jit
@@ -206,7 +191,7 @@ def repeat_and_resize(state: DecodeState, copies: int, capacity: int) -> DecodeS
         # The copy is for the case that nothing changes: what is returned will be donated, what came in will not.
         return jnp.repeat(x, copies, axis=0) if copies > 1 else jnp.copy(x)
 
-    state = map_rows(repeated, jnp.copy, state)
+    state = jax.tree.map(repeated, state)
     cache = jax.vmap(lambda row: row.resized(capacity))(state.cache)
     tokens = jnp.pad(state.tokens, ((0, 0), (0, cache.capacity - state.tokens.shape[1])))
     return eqx.tree_at(lambda s: (s.cache, s.tokens), state, (cache, tokens))
@@ -216,16 +201,15 @@ def repeat_and_resize(state: DecodeState, copies: int, capacity: int) -> DecodeS
 def row_of(state: DecodeState, row: Int[Array | np.ndarray, ""]) -> DecodeState:
     """Returns a state of one row of another."""
     # Copied, because what is returned will be donated, and what came in will not.
-    return map_rows(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), jnp.copy, state)
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), state)
 
 
 @eqx.filter_jit(donate="all-except-first")
 def with_row(one: DecodeState, state: DecodeState, row: Int[Array | np.ndarray, ""]) -> DecodeState:
     """Returns the state with a row but its edits replaced by that of a state of one row. Donated, but for that one."""
-    edits, state = state.edits, dataclasses.replace(state, edits={})
-    rows = iter(jax.tree.leaves((one.cache, one.tokens, one.hidden, one.done)))
-    state = map_rows(lambda x: jax.lax.dynamic_update_slice_in_dim(x, next(rows), row, 0), lambda x: x, state)
-    return dataclasses.replace(state, edits=edits)
+    whole, part = (dataclasses.replace(each, edits={}) for each in (state, one))
+    joined = jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, row, 0), whole, part)
+    return dataclasses.replace(joined, edits=state.edits)
 
 
 def with_edits(model: MPT, state: DecodeState, edits: Sequence[Mapping[str, tuple[Edit, ...]]]) -> DecodeState:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from mpt_eqx.errors import GenerationError
@@ -99,8 +100,8 @@ def chosen_step(
         (
             state.done | ended | (state.step + 1 >= params.max_new_tokens),
             state.step + 1,
-            first_step(state, state.not_finite, not_finite(logits, processed if processors else None)),
-            first_step(state, state.nothing_left, jnp.all(jnp.isneginf(processed), axis=-1)),
+            first_steps(state, state.not_finite, not_finite(logits, processed if processors else None)),
+            first_steps(state, state.nothing_left, jnp.all(jnp.isneginf(processed), axis=-1)),
         ),
     ), output
 
@@ -135,9 +136,9 @@ def not_finite(logits: Float32[Array, "B V"], processed: Float32[Array, "B V"] |
     return bad if processed is None else bad | jnp.any(jnp.isnan(processed), axis=-1)
 
 
-def first_step(state: DecodeState, so_far: Int[Array, ""], bad: Bool[Array, " B"]) -> Int[Array, ""]:
-    """Returns the first step at which a row that had not ended was bad, or −1."""
-    return jnp.where((so_far < 0) & jnp.any(bad & ~state.done), state.step, so_far)
+def first_steps(state: DecodeState, so_far: Int[Array, " B"], bad: Bool[Array, " B"]) -> Int[Array, " B"]:
+    """Returns the first step of each row at which it had not ended and was bad, or −1."""
+    return jnp.where((so_far < 0) & bad & ~state.done, state.step, so_far)
 
 
 def decode_tokens(
@@ -174,11 +175,11 @@ def decode_tokens(
         with held_interrupts():
             state = ensure_capacity(model, state, length + min(decoded + chunk, max_new_tokens))
             state, output = decode_chunk((model, params, key, processors), state, chunk, with_logits)
-            bad_step, empty_step, done = jax.device_get((state.not_finite, state.nothing_left, state.done))
+            bad_steps, empty_steps, done = jax.device_get((state.not_finite, state.nothing_left, state.done))
             output = jax.device_get(output)
-        check_finite(int(bad_step), processors)
-        if empty_step >= 0:
-            raise GenerationError(f"no token is left to choose from for new token {empty_step}; {loosen(processors)}")
+        check_finite(bad_steps, processors)
+        if (empty_steps >= 0).any():
+            raise GenerationError(nothing_left(empty_steps, processors))
         last = min(chunk, max_new_tokens - decoded)
         yield jax.tree.map(lambda x, last=last: x[:last], output)
         decoded += chunk
@@ -204,14 +205,23 @@ def compile_decode(
     decode_chunk.lower(fixed, state, chunk, with_logits).compile()  # type: ignore[attr-defined]
 
 
-def check_finite(bad_step: int, processors: tuple[LogitsProcessor, ...] = ()) -> None:
-    """Raises unless `bad_step`, the first new token whose logits were not finite, is −1 for none."""
-    if bad_step >= 0:
+def check_finite(bad_steps: Int[np.ndarray, " B"], processors: tuple[LogitsProcessor, ...] = ()) -> None:
+    """Raises unless `bad_steps`, the first new token of each row whose logits were not finite, are all −1 for none."""
+    if (bad_steps >= 0).any():
         where = "what logits_processors return and in the weights" if processors else "the weights"
         raise GenerationError(
-            f"the logits of new token {bad_step} are not finite; look for NaN or infinity in {where} with "
+            f"the logits of new token {_first(bad_steps)} are not finite; look for NaN or infinity in {where} with "
             f"from_pretrained(…, check_finite=True), or use a wider dtype"
         )
+
+
+def nothing_left(empty_steps: Int[np.ndarray, " B"], processors: tuple[LogitsProcessor, ...]) -> str:
+    """Returns what to say where a row had no token to choose from."""
+    return f"no token is left to choose from for new token {_first(empty_steps)}; {loosen(processors)}"
+
+
+def _first(steps: Int[np.ndarray, " B"]) -> int:
+    return int(steps[steps >= 0].min())
 
 
 def loosen(processors: tuple[LogitsProcessor, ...]) -> str:
