@@ -155,7 +155,7 @@ def read_sequence(
     state = varying_as(constrain(model, state), *like)
 
     def read(state: DecodeState, chunk: Int[Array, "1 S"]) -> tuple[DecodeState, None]:
-        return read_chunk(model, state, chunk, length[None], one_row), None
+        return read_chunk(model, state, chunk, length[None], one_row)[0], None
 
     return scan_row(read, state, padded.reshape(chunks, 1, size), chunks)[0]
 

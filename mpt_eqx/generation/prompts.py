@@ -92,7 +92,7 @@ def prefill_chunk(model: MPT, state: DecodeState, chunk: Int[Array, "B T"], ends
         chunk: the next tokens, with any valid id after the end of a prompt. Donated, like the next.
         ends: how many tokens each row has at the end of its prompt.
     """
-    return read_chunk(model, state, chunk, ends)
+    return read_chunk(model, state, chunk, ends)[0]
 
 
 def read_chunk(
@@ -101,8 +101,11 @@ def read_chunk(
     chunk: Int[Array, "B T"],
     ends: Int[Array, " B"],
     over_rows: OverRows = jax.vmap,
-) -> DecodeState:
-    """Returns what `prefill_chunk` does, within another program; `over_rows` is `jax.vmap` or `one_row`."""
+) -> tuple[DecodeState, Float[Array, "B T D"]]:
+    """Returns what `prefill_chunk` does and the outputs of norm_f, within another program.
+
+    `over_rows` is `jax.vmap` or `one_row`.
+    """
     model = with_blocks_once(model, state.cache.layers)
 
     def row(
@@ -112,17 +115,18 @@ def read_chunk(
         edits: dict[str, tuple[Edit, ...]],
         chunk: Int[Array, " T"],
         end: Array,
-    ) -> tuple[KVCache, Int[Array, " S"], Float[Array, " D"]]:
+    ) -> tuple[KVCache, Int[Array, " S"], Float[Array, " D"], Float[Array, "T D"]]:
         places = cache.length + jnp.arange(chunk.shape[0])
         last = end - 1 - cache.length
         x, new = model.extend(chunk, cache, tap=editing(edits))
         new = eqx.tree_at(lambda c: c.length, new, jnp.minimum(new.length, end))
         here = (last >= 0) & (last < chunk.shape[0])
         hidden = jnp.where(here, x[jnp.clip(last, 0, chunk.shape[0] - 1)], hidden)
-        return new, tokens.at[places].set(chunk, mode="drop"), hidden
+        return new, tokens.at[places].set(chunk, mode="drop"), hidden, x
 
-    cache, tokens, hidden = over_rows(row)(state.cache, state.tokens, state.hidden, state.edits, chunk, ends)
-    return constrain(model, eqx.tree_at(lambda s: (s.cache, s.tokens, s.hidden), state, (cache, tokens, hidden)))
+    cache, tokens, hidden, x = over_rows(row)(state.cache, state.tokens, state.hidden, state.edits, chunk, ends)
+    after = eqx.tree_at(lambda s: (s.cache, s.tokens, s.hidden), state, (cache, tokens, hidden))
+    return constrain(model, after), x
 
 
 def progress_bar(total: int, shown: bool | None, description: str = "generating") -> tqdm:

@@ -68,6 +68,7 @@ def chosen_step(
     with_logits: bool,
     numbers: Int[Array, " B"] | None = None,
     over_rows: OverRows = jax.vmap,
+    bias: Float32[Array, "B V"] | None = None,
 ) -> tuple[DecodeState, StepOutput]:
     """Returns the state with one more token in each row, chosen as the options say, and what `decode_chunk` returns.
 
@@ -77,12 +78,14 @@ def chosen_step(
         with_logits: as there.
         numbers: as in `sample`.
         over_rows: `jax.vmap` or `one_row`.
+        bias: what is added to the logits after the processors; −∞ bans a token.
     """
     model, params, key, processors = fixed
     logits = next_logits(model, state.hidden, over_rows)
     # Which token is chosen has no derivative, and loops of unknown length choose it.
     fixed_logits = jax.lax.stop_gradient(logits)
     processed = process_logits(fixed_logits, params, state.tokens, state.cache.length, state.step, processors)
+    processed = processed if bias is None else processed + bias
     chosen = sample(processed, params, key, state.step, numbers)
     tokens = jnp.where(state.done, params.pad_token_id, chosen)
     logprobs = jnp.take_along_axis(jax.vmap(log_softmax)(logits), chosen[:, None], axis=-1)[:, 0]
