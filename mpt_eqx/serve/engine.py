@@ -23,7 +23,7 @@ from mpt_eqx.ops.switches import host_context
 from mpt_eqx.serve.jobs import FairQueue, Job
 from mpt_eqx.serve.lane import LOGGER, Lane
 from mpt_eqx.serve.requests import TOP, Failure, QueueFullError, Request, Send, Ticket, UnavailableError
-from mpt_eqx.serve.slots import MAX_EOS, edits_of
+from mpt_eqx.serve.slots import MAX_EOS, check_vectors
 
 Health = Literal["starting", "ready", "draining", "stopped", "dead", "stuck"]
 
@@ -218,7 +218,7 @@ class Engine:
         if request.edits and not self._edits:
             raise GenerationError("edits: expected none, because this engine was made without edits=True")
         if request.edits:
-            edits_of(config, request.edits, context)
+            check_vectors(config, request.edits, context)
 
     def _turn(self, phase: Health) -> None:
         with self._changed:
@@ -250,7 +250,6 @@ class Engine:
                     self._step()
         except BaseException:
             LOGGER.exception("the engine's thread ends")
-            raise
         finally:
             with self._changed:
                 left = [*self._queue, *self._jobs()]

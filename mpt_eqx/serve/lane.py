@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
 from mpt_eqx.generation.buckets import DECODE_CHUNK, cache_bucket, prefill_buckets, prefill_chunks
 from mpt_eqx.generation.sampling_params import SamplingParams
-from mpt_eqx.generation.state import DecodeState, empty_state, replicate, with_edits
+from mpt_eqx.generation.state import DecodeState, empty_state, replicate
 from mpt_eqx.generation.steps import StepOutput, nothing_left
 from mpt_eqx.model import MPT
 from mpt_eqx.model.taps import Edit
@@ -81,7 +82,7 @@ class Lane:
         self._running: dict[int, Job] = {}
         self._reading: Reading | None = None
         self._slots = empty_slots(model, slots, self._capacity, edits=edits)
-        self._off = jax.tree.map(lambda x: x[:1], self._slots.state.edits)
+        self._off = edits_of(model, {}, context) if edits else {}
         self._step_seconds = 0.0
 
     @property
@@ -128,7 +129,7 @@ class Lane:
         capacities = sorted({cache_bucket(model.config, length) for length in range(1, self.context + 1)})
         for capacity in capacities:
             for edits in kinds:
-                state = dataclasses.replace(empty_state(model, 1, capacity), edits=edits)
+                state = dataclasses.replace(empty_state(model, 1, capacity), edits=jax.tree.map(jnp.copy, edits))
                 for size in prefill_chunks(1):
                     tokens = np.zeros((1, size), np.int32)
                     state, x = prefill_outputs(model, state, *replicate(model, (tokens, one)))
@@ -165,7 +166,7 @@ class Lane:
         if state is None:
             state = empty_state(self.model, 1, capacity)
             if request.edits:
-                state = with_edits(self.model, state, [edits_of(self.model.config, request.edits, self.context)])
+                state = dataclasses.replace(state, edits=edits_of(self.model, request.edits, self.context))
         free = (row for row in range(self._count) if row not in self._running)
         row = next(free) if request.max_new_tokens else None
         sizes = prefill_buckets(len(prompt) - start, 1)

@@ -3,6 +3,7 @@
 Everything in which requests differ is an array with a row for each slot, so that no request compiles anything.
 """
 
+import dataclasses
 from collections.abc import Mapping
 
 import equinox as eqx
@@ -23,7 +24,6 @@ from mpt_eqx.generation.state import (
     empty_state,
     repeat_and_resize,
     replicate,
-    with_edits,
 )
 from mpt_eqx.generation.steps import StepOutput, chosen_step
 from mpt_eqx.generation.validate import check_edits
@@ -68,15 +68,15 @@ def empty_slots(model: MPT, rows: int, capacity: int, *, edits: bool) -> Slots:
     """Returns slots that are free, with room for `capacity` tokens in each."""
     state = empty_state(model, rows, capacity)
     if edits:
-        state = with_edits(model, state, [edits_of(model.config, {}, capacity)] * rows)
+        state = dataclasses.replace(state, edits=edits_of(model, {}, capacity, rows))
     params = padded_eos(SamplingParams()).of_rows(rows)
     keys = jax.random.wrap_key_data(np.zeros((rows, *_key_shape()), np.uint32))  # type: ignore[arg-type]
     bias = np.zeros((rows, model.config.vocab_size), np.float32)
     return Slots(state, *replicate(model, jax.tree.map(jnp.array, (params, keys, bias, np.zeros(rows, bool)))))
 
 
-def edits_of(config: MPTConfig, edits: Mapping[str, Edit], length: int) -> dict[str, tuple[Edit, ...]]:
-    """Returns edits of one row in the form that every row has: a vector added after each block, or off.
+def check_vectors(config: MPTConfig, edits: Mapping[str, Edit], length: int) -> dict[str, tuple[Edit, ...]]:
+    """Returns an edit after each block: the vector that is added there, or one that is off.
 
     Args:
         config: the model's.
@@ -89,19 +89,27 @@ def edits_of(config: MPTConfig, edits: Mapping[str, Edit], length: int) -> dict[
     off = eqx.tree_at(lambda edit: edit.on, Add(np.zeros(config.d_model, np.float32)), np.asarray(False))
     places = [f"blocks.{number}.hook_resid_post" for number in range(config.n_layers)]
     (found,) = check_edits(config, dict.fromkeys(places, off) | dict(edits), [length])
-    for place, several in found.items():
-        (edit,) = several
+    for place, (edit, *others) in found.items():
         vector = getattr(edit.value, "shape", None) == (config.d_model,) and edit.positions is None
-        if place not in places or not vector or edit.change is not off.change:
+        if place not in places or others or not vector or edit.change is not off.change:
             raise GenerationError(
                 f"edits: expected Add(vector, positions=slice(…)) of {config.d_model} numbers at "
                 f"blocks.N.hook_resid_post, found another edit at {place}"
             )
-    return {place: (_with_float32(several[0]),) for place, several in found.items()}
+    return found
 
 
-def _with_float32(edit: Edit) -> Edit:
-    return eqx.tree_at(lambda e: e.value, edit, np.asarray(edit.value, np.float32))
+def edits_of(model: MPT, edits: Mapping[str, Edit], length: int, rows: int = 1) -> dict[str, tuple[Edit, ...]]:
+    """Returns what `check_vectors` does as arrays of so many rows."""
+
+    def of_rows(x: Array | np.ndarray) -> Array:
+        kind = np.float32 if np.ndim(x) else np.asarray(x).dtype
+        # Copied, because a state is donated.
+        return jnp.array(np.broadcast_to(np.asarray(x, kind), (rows, *np.shape(x))))
+
+    found = jax.tree.map(of_rows, check_vectors(model.config, edits, length))
+    made: dict[str, tuple[Edit, ...]] = replicate(model, found)
+    return made
 
 
 def padded_eos(params: SamplingParams) -> SamplingParams:
