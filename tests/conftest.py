@@ -42,6 +42,9 @@ CHECKED = (
     "train.cross_entropy",
     "train.loss",
     "train.schedules",
+    "serve.slots",
+    "serve.lane",
+    "serve.prefixes",
 )
 install_import_hook([f"mpt_eqx.{room}" for room in CHECKED], "annotations.check")
 

@@ -48,6 +48,7 @@ BORDER = (
     "sampler.py",
     "documents.py",
     "export.py",
+    "requests.py",
 )  # they check their arguments themselves
 
 

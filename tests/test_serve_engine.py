@@ -302,6 +302,14 @@ def test_clients_take_turns(make, one_block_model):
     assert list(dict.fromkeys(order)) == [0, 6, 1, 2, 3, 4, 5]
 
 
+def holds(what):
+    """Whether it holds before long."""
+    until = time.monotonic() + WAIT
+    while not what() and time.monotonic() < until:
+        time.sleep(0.01)
+    return what()
+
+
 def slow(engine):
     """A request that runs until it is cancelled, or nearly so."""
     (asked,), ticket = submit(engine, request([1], 250))
@@ -391,12 +399,9 @@ def test_a_step_that_does_not_end_is_told(make, one_block_model, monkeypatch):
     original = lane.decode_slots
     monkeypatch.setattr(lane, "decode_slots", lambda *args: (go_on.wait(WAIT), original(*args))[1])
     (asked,), _ = submit(engine, request([1], 5))
-    until = time.monotonic() + WAIT
-    while engine.health() != "stuck" and time.monotonic() < until:
-        time.sleep(0.01)
-    assert engine.health() == "stuck"
+    assert holds(lambda: engine.health() == "stuck")
     go_on.set()
-    assert len(asked.wait().tokens) == 5 and engine.health() == "ready"
+    assert len(asked.wait().tokens) == 5 and holds(lambda: engine.health() == "ready")
 
 
 def test_draining_ends_what_was_begun(make, one_block_model):
@@ -440,10 +445,7 @@ def test_who_takes_no_events_ends_alone(engine):
     engine.submit([(request([1], 250), send)])
     (asked,) = answers(engine, request([2], 9))
     assert len(asked.tokens) == 9 and any(isinstance(event, Chunk) for event in asked.events)
-    until = time.monotonic() + WAIT
-    while engine.stats().active and time.monotonic() < until:
-        time.sleep(0.01)
-    assert engine.stats().active == 0
+    assert holds(lambda: engine.stats().active == 0)
 
 
 def test_no_token_is_left(engine):
@@ -526,21 +528,24 @@ def test_engines_that_cannot_be_made(one_block_model, options, message):
     assert str(error.value) == message
 
 
-def test_the_cache_of_prefixes_keeps_the_newest_that_fit():
+def test_the_cache_of_prefixes_keeps_the_newest_that_fit(one_block_model):
+    from mpt_eqx.generation.state import empty_state
     from mpt_eqx.serve.prefixes import PrefixCache
 
-    kept, state = PrefixCache(2000), {"cache": np.zeros(200, np.float32)}  # 800 bytes each
+    state = empty_state(one_block_model, 1, 256)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    kept, small = PrefixCache(5 * size // 2), PrefixCache(size - 1)
     a, b, c = (np.full(40, n, np.int32) for n in range(3))
     kept.keep(a, state)
     kept.keep(b, state)
-    assert kept.longest(np.append(a, 7))[0] == 40 and kept.longest(a)[0] == 39 and kept.size == 1600
+    assert kept.longest(np.append(a, np.int32(7)))[0] == 40 and kept.longest(a)[0] == 39 and kept.size == 2 * size
     kept.keep(c, state)  # b was used the longest ago
-    assert kept.longest(np.append(b, 7)) == (0, None) and kept.longest(np.append(a, 7))[0] == 40
-    kept.keep(np.append(a, [1, 2]), state)  # in place of a
+    assert kept.longest(np.append(b, np.int32(7))) == (0, None) and kept.longest(np.append(a, np.int32(7)))[0] == 40
+    kept.keep(np.append(a, [1, 2]).astype(np.int32), state)  # in place of a
     kept.keep(a, state)  # which the longer one serves
-    assert kept.size == 1600 and kept.longest(np.append(a, [1, 3]))[0] == 41
+    assert kept.size == 2 * size and kept.longest(np.append(a, np.int32([1, 3])))[0] == 41
     kept.keep(a[:20], state)  # not worth it
-    kept.keep(b, {"cache": np.zeros(2001, np.uint8)})  # too large
-    assert kept.size == 1600 and kept.longest(np.append(b, 7))[0] == 0
+    small.keep(b, state)  # too large
+    assert (kept.size, small.size) == (2 * size, 0)
     kept.clear()
     assert kept.size == 0

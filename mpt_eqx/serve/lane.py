@@ -244,7 +244,7 @@ class Lane:
         output, bad, empty = jax.device_get((output, state.not_finite, state.nothing_left))
         self._step_seconds = (time.monotonic() - started) / steps
         for row, job in list(self._running.items()):
-            failed = [step - len(job.tokens) for step in (bad[row], empty[row]) if step >= 0]
+            failed = [int(step) - len(job.tokens) for step in (bad[row], empty[row]) if step >= 0]
             with reported(job):
                 end: End | Failure | None = self._tell(job, row, output, min(failed, default=steps))
                 if end is None and bad[row] >= 0:
