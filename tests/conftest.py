@@ -45,6 +45,7 @@ CHECKED = (
     "serve.slots",
     "serve.lane",
     "serve.prefixes",
+    "serve.constraints",
 )
 install_import_hook([f"mpt_eqx.{room}" for room in CHECKED], "annotations.check")
 

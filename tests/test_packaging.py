@@ -17,8 +17,11 @@ MODULES = sorted((ROOT / "mpt_eqx").rglob("*.py"))
 DISTRIBUTIONS = {
     "orbax": "orbax-checkpoint",
     "llama_cpp": "llama-cpp-python",
+    # What another one requires.
     "jaxlib": "jax",
-}  # jax requires its jaxlib
+    "pydantic": "fastapi",
+    "starlette": "fastapi",
+}
 
 
 def distribution(requirement):
@@ -107,7 +110,7 @@ def test_every_imported_package_is_declared():
                 continue
             wanted = DISTRIBUTIONS.get(name, name.replace("_", "-"))
             used.add(wanted)
-            # What is imported only when a chat template is rendered, or by those who have the harness or the server's extra.
+            # What is imported only when a chat template is rendered, or by those who have the harness, or serve.
             lazy = extras["text"] if path.name == "template_sandbox.py" else set()
             lazy = extras["eval"] if path.parent.name == "lm_eval" else lazy
             lazy = extras["serve"] if path.parent.name == "serve" else lazy

@@ -93,6 +93,12 @@ class SentencePieceBackend:
         """Returns the id of a token, None if there is no such."""
         return self.get_vocab().get(token)
 
+    def id_to_token(self, id_: int) -> str | None:
+        """Returns the token of an id, None if there is no such."""
+        if id_ in self._by_id:
+            return self._by_id[id_][0]
+        return str(self._processor.id_to_piece(id_)) if 0 <= id_ < self._size else None
+
     def get_vocab(self) -> dict[str, int]:
         """Returns the id of every token."""
         pieces = {self._processor.id_to_piece(i): i for i in range(self._size)}

@@ -1,11 +1,12 @@
 """The tokenizer of a checkpoint: encoding, decoding and streaming decoding."""
 
 import importlib
+import itertools
 import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from mpt_eqx.text.byte_bpe import VOCABULARY, load_byte_bpe
 from mpt_eqx.text.chat_template import Piece, chat_pieces, encode_pieces, find_template
 from mpt_eqx.text.checks import backend_errors, check_text, is_failure, token_id, token_ids
 from mpt_eqx.text.sentencepiece import NAMES, SentencePieceBackend, load_sentencepiece
+from mpt_eqx.text.stops import until_stop
+from mpt_eqx.text.token_bytes import token_bytes
 
 if TYPE_CHECKING:
     import tokenizers
@@ -112,22 +115,50 @@ class Tokenizer:
         Raises:
             MPTError: as in `decode`.
         """
-        return until_stop(self._pieces(tokens, self._context(prompt)), stop)
+        return until_stop(map(self.decoder(prompt), itertools.chain(map(token_id, tokens), [None])), stop)
 
-    def _pieces(self, tokens: Iterable[int], window: list[int]) -> Iterator[str]:
-        """Yields what each token adds to the text of the tokens before it, of which the window holds the last."""
-        shown, mark = self._decoded(window), 0
-        for token in tokens:
-            window.append(token_id(token))
+    def decoder(self, prompt: Sequence[int] = ()) -> Callable[[int | None], str]:
+        """Returns a function that is given the tokens of a text one by one, and returns what each adds to the text.
+
+        A token that ends within a character adds nothing yet. None stands for the end of the text, and adds the rest.
+
+        Args:
+            prompt: token ids that stand before them, as in `decode`.
+
+        Raises:
+            MPTError: as in `decode`; so does the function.
+        """
+        window, mark = self._context(prompt), 0
+        shown = self._decoded(window)
+
+        def add(token: int | None) -> str:
+            nonlocal window, shown, mark
+            if token is not None:
+                window.append(token_id(token))
             text = self._decoded(window)
             piece = self._added_text(shown, text)
-            if piece and not text.endswith("\ufffd"):
-                yield piece
-                # Of what is shown, the last piece stays: a space at the beginning of the window could be dropped.
-                window = window[mark:]
-                shown, mark = self._decoded(window), len(window)
-        if rest := self._added_text(shown, self._decoded(window)):
-            yield rest
+            if token is not None and (not piece or text.endswith("\ufffd")):
+                return ""
+            # Of what is shown, the last piece stays: a space at the beginning of the window could be dropped.
+            window = window[mark:]
+            shown, mark = self._decoded(window), len(window)
+            return piece
+
+        return add
+
+    def token_bytes(self, token: int) -> bytes:
+        """Returns the bytes of text that a token stands for; of a special token, those of its name."""
+        return token_bytes(self._backend, token)
+
+    def to_json(self) -> str:
+        """Returns the tokenizer as tokenizer.json has it.
+
+        Raises:
+            MPTError: it is a SentencePiece model, which has no such form.
+        """
+        if isinstance(self._backend, SentencePieceBackend):
+            raise MPTError("tokenizer: expected one with a tokenizer.json, found a SentencePiece model")
+        return str(self._backend.to_str())
 
     def _context(self, prompt: Sequence[int]) -> list[int]:
         """Returns the last tokens of a prompt, and so many that they have some text if any has."""
@@ -309,45 +340,12 @@ def _from_directory(directory: Path) -> Tokenizer:
     return Tokenizer(backend, _eos_token_ids(directory, backend), directory=directory)
 
 
-def until_stop(pieces: Iterable[str], stops: str | Sequence[str]) -> Iterator[str]:
-    """Returns an iterator over text up to the first stop string, of one or several, which may span pieces.
-
-    Text that could be the beginning of a stop string is held back until it is decided.
-
-    Raises:
-        MPTError: a stop string is empty or no text.
-    """
-    stops = [stops] if isinstance(stops, str) else list(stops)
-    for stop in stops:
-        if not isinstance(stop, str) or not stop:
-            found = "an empty one" if stop == "" else type(stop).__name__
-            raise MPTError(f"stop: expected a text or a list of texts, found {found}")
-    return _until_stop(pieces, stops)
-
-
 def ends_in_stop(tokenizer: Tokenizer, tokens: Sequence[int], stops: Sequence[str], prompt: Sequence[int] = ()) -> bool:
     """Whether one of the stop strings ends in the newest of some tokens, of which only the last are looked at."""
     # A token has a byte at least, and those at the border may hold parts of characters.
     window = max((len(stop.encode()) for stop in stops), default=0) + 4
     text = tokenizer.decode(tokens[-window:], prompt=prompt)
     return any(stop in text for stop in stops)
-
-
-def _until_stop(pieces: Iterable[str], stops: list[str]) -> Iterator[str]:
-    held = ""
-    for piece in pieces:
-        held += piece
-        found = [at for stop in stops if (at := held.find(stop)) >= 0]
-        if found:
-            if before := held[: min(found)]:
-                yield before
-            return
-        keep = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
-        if ready := held[: len(held) - keep]:
-            yield ready
-        held = held[len(held) - keep :]
-    if held:
-        yield held
 
 
 def _check_added_ids(path: Path, backend: "tokenizers.Tokenizer") -> None:
