@@ -20,6 +20,8 @@ from mpt_eqx.serve.constraints import compiler
 from mpt_eqx.serve.engine import Engine
 from mpt_eqx.serve.errors import APIError, add_handlers, api_error, as_json
 from mpt_eqx.serve.events import client_of, follow
+from mpt_eqx.serve.metrics import CONTENT_TYPE, Metrics
+from mpt_eqx.serve.pages import add_pages
 from mpt_eqx.serve.prepare import Asked, Server, encode_messages, prepare_chat, prepare_completion
 from mpt_eqx.serve.responses import streamed, whole
 from mpt_eqx.serve.schemas import (
@@ -81,13 +83,16 @@ def parse_json(body: bytes) -> Any:
     return value
 
 
-def create_app(engine: Engine, models: Mapping[str, ServedModel], settings: Settings) -> FastAPI:
+def create_app(
+    engine: Engine, models: Mapping[str, ServedModel], settings: Settings, metrics: Metrics | None = None
+) -> FastAPI:
     """Returns the application that serves an engine's models.
 
     Args:
         engine: started, now or later.
         models: by the names that clients call them; the first one answers requests without a name.
         settings: how requests are treated.
+        metrics: what `/metrics` shows, which is not there without.
     """
     server = Server(
         models, {name: compiler(model) for name, model in models.items()},
@@ -96,7 +101,9 @@ def create_app(engine: Engine, models: Mapping[str, ServedModel], settings: Sett
     app = FastAPI(title="mpt_eqx", version=mpt_eqx.__version__, docs_url=None, redoc_url=None)
     app.router.route_class = StrictRoute
     add_handlers(app)
-    _add_generation(app, engine, server)
+    if settings.page:
+        add_pages(app)
+    _add_generation(app, engine, server, metrics)
     _add_texts(app, server)
 
     @app.get("/health")
@@ -104,6 +111,13 @@ def create_app(engine: Engine, models: Mapping[str, ServedModel], settings: Sett
         """Tells whether requests are answered: 200 if so, 503 if not."""
         state = engine.health()
         return _json({"status": state}, 200 if state == "ready" else 503)
+
+    if metrics is not None:
+
+        @app.get("/metrics")
+        async def show_metrics() -> Response:
+            """Returns figures for Prometheus."""
+            return Response(metrics.render(), media_type=CONTENT_TYPE)
 
     @app.get("/v1/models")
     async def list_models() -> Response:
@@ -118,7 +132,7 @@ def create_app(engine: Engine, models: Mapping[str, ServedModel], settings: Sett
     return app
 
 
-def _add_generation(app: FastAPI, engine: Engine, server: Server) -> None:
+def _add_generation(app: FastAPI, engine: Engine, server: Server, metrics: Metrics | None) -> None:
     """Adds the two endpoints that generate."""
 
     async def answer(
@@ -127,8 +141,9 @@ def _add_generation(app: FastAPI, engine: Engine, server: Server) -> None:
         try:
             check_others(fields)
             asked = await asyncio.to_thread(prepare, server, fields, client_of(http))
+            http.state.model, http.state.prompt_tokens = asked.model.name, sum(map(len, asked.prompts))  # for the log
             answers: list[Answer] = []
-            pieces = follow(http, engine, asked, answers)
+            pieces = follow(http, engine, asked, answers, metrics)
             if not fields.stream:
                 return _json(await whole(pieces, asked, answers, chat=chat))
             options = fields.stream_options
@@ -176,7 +191,8 @@ def _add_texts(app: FastAPI, server: Server) -> None:
         check_others(fields)
         model = server.model(fields.model)
         if (fields.prompt is None) == (fields.messages is None):
-            raise APIError(400, "prompt: expected either prompt or messages", param="prompt")
+            found = "none" if fields.prompt is None else "both"
+            raise APIError(400, f"prompt: expected either prompt or messages, found {found}", param="prompt")
 
         def tokens() -> list[int]:
             if fields.prompt is not None:
@@ -185,8 +201,8 @@ def _add_texts(app: FastAPI, server: Server) -> None:
                 model, fields.messages or [], add_generation_prompt=fields.add_generation_prompt is not False
             )
 
-        found = await asyncio.to_thread(tokens)
-        return _json({"tokens": found, "count": len(found), "max_model_len": server.contexts[model.name]})
+        ids = await asyncio.to_thread(tokens)
+        return _json({"tokens": ids, "count": len(ids), "max_model_len": server.contexts[model.name]})
 
     @app.post("/detokenize")
     async def detokenize(fields: DetokenizeRequest) -> Response:

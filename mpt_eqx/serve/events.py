@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -12,8 +13,9 @@ from fastapi import Request as HTTPRequest
 from mpt_eqx.serve.answers import Answer, Piece, read_event, start_answer
 from mpt_eqx.serve.engine import Engine
 from mpt_eqx.serve.errors import APIError, failure_error
+from mpt_eqx.serve.metrics import Metrics
 from mpt_eqx.serve.prepare import Asked
-from mpt_eqx.serve.requests import End, Event, Failure, Ticket
+from mpt_eqx.serve.requests import Chunk, End, Event, Failure, Ticket
 
 LOOK_AFTER = 1.0
 """Seconds without an event after which the engine's health is looked at."""
@@ -23,7 +25,7 @@ GONE = APIError(499, "the client has gone away")
 
 
 async def follow(
-    http: HTTPRequest, engine: Engine, asked: Asked, answers: list[Answer]
+    http: HTTPRequest, engine: Engine, asked: Asked, answers: list[Answer], metrics: Metrics | None = None
 ) -> AsyncGenerator[tuple[int, Piece], None]:
     """Submits the requests and yields pieces of their answers with their numbers, as they come.
 
@@ -34,6 +36,7 @@ async def follow(
         engine: what answers.
         asked: what for.
         answers: is filled with the state of each answer.
+        metrics: takes note of the times of tokens.
 
     Raises:
         APIError: a sequence was not completed, the engine is dead, or the client has gone away.
@@ -50,7 +53,7 @@ async def follow(
         return send
 
     answers += [start_answer(asked, number) for number in range(len(asked.requests))]
-    left = len(answers)
+    left, waits = len(answers), [Wait(asked.model.name, time.monotonic()) for _ in answers]
     ticket = engine.submit([(request, sender(number)) for number, request in enumerate(asked.requests)])
     watcher = asyncio.create_task(_tell_gone(http, ticket, arrived))
     try:
@@ -65,6 +68,8 @@ async def follow(
             number, event = arrival
             if isinstance(event, Failure):
                 raise failure_error(event)
+            if metrics is not None and isinstance(event, Chunk):
+                _observe(metrics, waits[number], len(event.tokens))
             piece = read_event(answers[number], event)
             left -= isinstance(event, End)
             if piece is not None:
@@ -72,6 +77,31 @@ async def follow(
     finally:
         ticket.cancel()
         watcher.cancel()
+        http.state.completion_tokens = sum(answer.new_tokens for answer in answers)  # for the log
+
+
+@dataclasses.dataclass
+class Wait:
+    """Since when the next token of a sequence is waited for.
+
+    Attributes:
+        model: its model.
+        since: by time.monotonic().
+        begun: whether there was a token before.
+    """
+
+    model: str
+    since: float
+    begun: bool = False
+
+
+def _observe(metrics: Metrics, wait: Wait, count: int) -> None:
+    now = time.monotonic()
+    if wait.begun:
+        metrics.observe_next_tokens(wait.model, count, now - wait.since)
+    else:
+        metrics.observe_first_token(wait.model, now - wait.since)
+    wait.begun, wait.since = True, now
 
 
 async def _tell_gone(http: HTTPRequest, ticket: Ticket, arrived: "asyncio.Queue[Any]") -> None:
