@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import os
+import queue
 import re
 import shutil
 import sys
@@ -35,6 +36,7 @@ from mpt_eqx import (
     quantize,
     save_pretrained,
     score,
+    serve,
     sharding,
     stack,
     stream,
@@ -183,6 +185,29 @@ def decoded(preset: str, axes: dict[str, int], drawn: bool) -> dict:
         "vmap": np.array_equal(vmapped, wanted["sampled" if drawn else "tokens"]),
         "shard_map": np.array_equal(jax.jit(mapped)(model, prompts, numbers), wanted["sampled"]),
     }
+
+
+def served(preset: str, axes: dict[str, int]) -> dict:
+    """Whether the engine gives each request the tokens of one device, greedy and drawn, four on two slots."""
+    model, wanted = alone("hf_generate")
+    shared = sharding.shard(model, sharding.make_mesh(**axes), rules_of(preset, None))
+    engine, found = serve.Engine({"model": shared}, slots=2, warm=False), [queue.Queue() for _ in PROMPTS]
+    engine.start()
+    assert engine.wait_until_ready(300) == "ready"
+    equal = {}
+    for name, temperature in (("tokens", 0.0), ("sampled", 1.0)):
+        params = SamplingParams(temperature=temperature)
+        asked = [serve.Request("model", tuple(row), 6, params, seed=1, choice=n) for n, row in enumerate(PROMPTS)]
+        engine.submit([(one, events.put) for one, events in zip(asked, found, strict=True)])
+        rows = []
+        for events in found:
+            row = []
+            while not isinstance(event := events.get(timeout=300), serve.End):
+                row += event.tokens if isinstance(event, serve.Chunk) else []
+            rows.append(row)
+        equal[name] = rows == wanted[name].tolist()
+    engine.stop()
+    return equal
 
 
 def edited(kind: str, inside: bool) -> dict:

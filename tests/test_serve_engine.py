@@ -6,6 +6,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -310,6 +311,47 @@ def holds(what):
     return what()
 
 
+def test_each_model_has_its_slots_and_weights_that_models_share_count_once(one_block_model):
+    """A model and the same with an adapter, which share all but the adapter's arrays."""
+    from mpt_eqx import lora
+    from mpt_eqx.serve import Engine
+
+    adapted = lora.add(one_block_model, rank=2, targets=["Wqkv"], key=jax.random.key(0))
+    maps = lambda m: (m.blocks[0].attn.Wqkv.lora_A.weight, m.blocks[0].attn.Wqkv.lora_B.weight)  # noqa: E731
+    random = [jax.random.normal(jax.random.key(n), weight.shape) for n, weight in enumerate(maps(adapted))]
+    adapted, added = eqx.tree_at(maps, adapted, random), sum(weight.nbytes for weight in random)
+    engine = Engine({"base": one_block_model, "base:adapter": adapted}, slots=2, warm=False)
+    engine.start()
+    assert engine.wait_until_ready(WAIT) == "ready"
+    names = ["base", "base:adapter"] * 3
+    found = answers(engine, *(dataclasses.replace(request([n], 9), model=name) for n, name in enumerate(names)))
+    for asked, name in zip(found, names, strict=True):
+        assert asked.tokens == alone({"base": one_block_model, "base:adapter": adapted}[name], asked).tokens
+    assert found[0].tokens != alone(adapted, found[0]).tokens
+    weights = sum(x.nbytes for x in jax.tree.leaves(one_block_model) if isinstance(x, jax.Array))
+    stats = engine.stats()
+    assert stats.weight_bytes == weights + added and stats.slots == 4
+    assert stats.cache_bytes == sum(lane.cache_bytes for lane in engine._lanes.values())
+    engine.stop()
+
+
+def test_nothing_is_left_of_five_hundred_requests(make, one_block_model):
+    """No slot, no thread, no event: every answer is the same at the end as at the beginning."""
+    engine = make(one_block_model, slots=3, max_queue=500, prefix_bytes=10**6)
+    (first,) = answers(engine, request([1, 2], 9))
+    threads = threading.active_count()
+    before = len(jax.live_arrays())
+    for round in range(5):
+        asked, ticket = submit(engine, *(request([n % V, 2, round], 1 + n % 20) for n in range(100)))
+        if round % 2:
+            ticket.cancel()
+        assert all(one.wait().ended for one in asked)
+    (last,) = answers(engine, request([1, 2], 9))
+    assert last.tokens == first.tokens and threading.active_count() == threads
+    assert (engine.stats().active, engine.stats().queued) == (0, 0) and len(jax.live_arrays()) <= before + 50
+    assert sum(engine.stats().ended.values()) == 502
+
+
 def slow(engine):
     """A request that runs until it is cancelled, or nearly so."""
     (asked,), ticket = submit(engine, request([1], 250))
@@ -456,8 +498,6 @@ def test_no_token_is_left(engine):
 
 
 def test_logits_that_are_not_finite(make, one_block_model):
-    import equinox as eqx
-
     broken = eqx.tree_at(lambda m: m.norm_f.weight, one_block_model, jnp.full(32, jnp.nan))
     engine = make(broken)
     for asked in answers(engine, request([1], 5), request(range(9), 0, prompt_logprobs=True)):

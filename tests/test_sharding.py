@@ -89,6 +89,11 @@ def test_decode_on_a_mesh_and_inside_shard_map(ask):
     assert found == {"vmap": True, "shard_map": True}
 
 
+def test_the_engine_of_the_server_on_a_mesh(ask):
+    """Its slots do not divide the mesh; its heads are sharded."""
+    assert ask("served", preset="FSDP_TP", axes={"fsdp": 2, "tp": 4}) == {"tokens": True, "sampled": True}
+
+
 @pytest.mark.parametrize("kind", some(["auto", "explicit", "explicit, set_mesh"], ["explicit"]))
 def test_edits_on_a_mesh_are_those_of_one_device(ask, kind):
     """In one pass, and of generated tokens with other edits in each row."""

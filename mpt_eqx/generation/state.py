@@ -59,7 +59,7 @@ def empty_state(model: MPT, rows: int, capacity: int) -> DecodeState:
     state = map_with_axes(
         state_shapes(model, rows, capacity), lambda x, *names: new_array(layout, x.shape, x.dtype, 0, *names)
     )
-    nothing = tuple(new_array(layout, (rows,), np.int32, -1) for _ in range(2))
+    nothing = tuple(new_array(layout, (rows,), np.int32, -1, None) for _ in range(2))
     return eqx.tree_at(lambda s: (s.not_finite, s.nothing_left), state, nothing)
 
 
