@@ -7,12 +7,13 @@ import sys
 from collections.abc import Sequence
 
 from mpt_eqx import __version__
-from mpt_eqx.cli import bench, chat, console, convert, eval, generate, inspect, perplexity, score, train
+from mpt_eqx.cli import bench, chat, console, convert, eval, generate, inspect, perplexity, score, serve, train
 from mpt_eqx.errors import MPTError
 
 COMMANDS = (
     generate,
     chat,
+    serve,
     score,
     perplexity,
     eval,
@@ -27,6 +28,7 @@ EXAMPLES = """examples:
   mpt-eqx generate "Once" --model ./mpt-7b --temperature 0    a local checkpoint, greedy decoding
   echo "json.dumps(obj" | mpt-eqx generate --seed 3           the prompt from stdin, another seed
   mpt-eqx chat --model ./mpt-7b-chat --template chatml         a conversation
+  mpt-eqx serve ./mpt-7b-chat --slots 16                      OpenAI's interface, and a chat page
   mpt-eqx perplexity notes.txt --model ./mpt-7b               how likely a text is, per token and per byte
   mpt-eqx inspect ./mpt-7b                                    what a checkpoint contains, and what is wrong with it
   mpt-eqx convert ./mpt-7b ./mpt-7b-aligned                   torch files or GGUF to memory-mapped safetensors

@@ -64,13 +64,14 @@ def add_options(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None
     add_loading(parser)
 
 
-def add_loading(parser: argparse.ArgumentParser) -> None:
-    """Adds the options for how the model is loaded and compiled."""
-    parser.add_argument(
-        "--adapter", metavar="DIR",
-        help="directory with a LoRA adapter in PEFT's files; a tokenizer, chat template and generation_config.json in "
-        "it win over the model's (default: none)",
-    )  # fmt: skip
+def add_loading(parser: argparse.ArgumentParser, *, adapter: bool = True) -> None:
+    """Adds the options for how the model is loaded and compiled, with or without the one for an adapter."""
+    if adapter:
+        parser.add_argument(
+            "--adapter", metavar="DIR",
+            help="directory with a LoRA adapter in PEFT's files; a tokenizer, chat template and generation_config.json "
+            "in it win over the model's (default: none)",
+        )  # fmt: skip
     parser.add_argument("--dtype", metavar="D", help="float32, bfloat16 or float16 (default: as stored)")
     add_length(parser)
     kept = parser.add_mutually_exclusive_group()
