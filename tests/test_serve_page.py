@@ -166,7 +166,7 @@ def test_an_answer_streams_and_says_how_fast_it_was(chat):
     assert page.text("#status") == ["Answer: Hello there."] and page.text("#go") == ["Send"]
     (asked,) = fake.asked
     assert asked == {
-        "model": "base", "stream": True, "stream_options": {"include_usage": True}, "max_tokens": 256,
+        "model": "base", "stream": True, "stream_options": {"include_usage": True},
         "messages": [{"role": "user", "content": "Hi"}],
     }  # fmt: skip
 
@@ -245,7 +245,10 @@ def test_instruct_mode_goes_on_with_a_text_alone(chat):
     send(page, "Once")
     page.click(".below button:nth-of-type(3)")  # continue
     page.wait(f"{IDLE} && document.querySelector('.answer').textContent === 'Hello there.Hello there.'")
-    assert [asked["prompt"] for asked in fake.asked[1:]] == ["Once", "OnceHello there."]
+    assert [(asked["prompt"], asked["max_tokens"]) for asked in fake.asked[1:]] == [
+        ("Once", 63),
+        ("OnceHello there.", 62),
+    ]
     page.click("[value=chat]")
     assert page.text(".prompt") == ["Hi"]
 

@@ -21,7 +21,11 @@ from mpt_eqx.sharding.explain import readable_bytes
 BACKLOG = 2048
 CLOSE_TIMEOUT = 5.0
 """Seconds that connections have to take the end of their answers, after the engine has stopped."""
+STOP_TIMEOUT = 2.0
+"""Seconds that the engine's thread has to end the chunk that runs; what it compiles is not waited for."""
+THREAD = "mpt_eqx engine"
 LOOK = 0.05
+"""Seconds between two looks at the engine."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -88,12 +92,12 @@ def serve_until_told(
         failed = not told.is_set()
         if not failed:
             _drain(engine, drain_timeout, say)
-        engine.stop()
+        engine.stop(timeout=STOP_TIMEOUT)
         server.should_exit = True
         http.join(CLOSE_TIMEOUT + 5)
     if failed:
         raise MPTError("the engine has ended, and so does the server; its log above says why")
-    if engine.health() != "stopped":  # the thread is in a long step, which Python's own end would trip over
+    if any(thread.name == THREAD for thread in threading.enumerate()):  # compiling, which would crash Python's own end
         _end_now(0)
     return 0
 

@@ -135,6 +135,7 @@ def run(args: argparse.Namespace) -> int:
     from mpt_eqx.serve import Engine
     from mpt_eqx.serve.app import create_app
     from mpt_eqx.serve.guards import guard
+    from mpt_eqx.serve.metrics import Metrics
     from mpt_eqx.sharding.explain import readable_bytes
 
     settings = read_settings(args)
@@ -156,8 +157,8 @@ def run(args: argparse.Namespace) -> int:
             f"weights {readable_bytes(stats.weight_bytes)}, KV caches {readable_bytes(stats.cache_bytes)} for "
             f"{stats.slots} slots, prefixes up to {readable_bytes(args.prefix_memory)}"
         )
-        app = create_app(engine, served, settings)
-        guarded = guard(app, settings, app.state.metrics.observe_request)
+        metrics = Metrics(engine)
+        guarded = guard(create_app(engine, served, settings, metrics), settings, metrics.observe_request)
         log = None if args.no_access_log else sys.stdout
         return serve_until_told(guarded, engine, listener, drain_timeout=args.drain_timeout, log=log, say=say)
 
