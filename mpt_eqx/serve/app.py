@@ -219,7 +219,16 @@ def _about(server: Server, model: ServedModel) -> dict[str, Any]:
         "created": model.created,
         "owned_by": "mpt_eqx",
         "max_model_len": server.contexts[model.name],
+        "chats": _chats(model),
     }
+
+
+def _chats(model: ServedModel) -> bool:
+    """Tells whether there is a chat template, without which conversations are refused."""
+    try:
+        return bool(model.tokenizer.chat_template(model.chat_template))
+    except MPTError:
+        return False
 
 
 def _json(value: Any, status: int = 200) -> Response:

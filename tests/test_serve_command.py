@@ -1,0 +1,177 @@
+"""`mpt-eqx serve`: its options in this process, and one server in a process of its own."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from types import SimpleNamespace
+
+import pytest
+from command import environment, run
+
+pytest.importorskip("uvicorn")
+
+SMALL = ("--slots", "2", "--context", "64", "--prefix-memory", "0", "--no-warmup", "--port", "0")
+
+
+def refused(*args):
+    """Returns what the command says and does not start for."""
+    done = run("serve", *args)
+    assert done.returncode in (1, 2) and not done.stdout, done
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--port", "70000"), "expected a port from 0 to 65535, found '70000'"),
+        (("--slots", "0"), "expected a whole number ≥ 1, found '0'"),
+        (("--timeout", "0"), "expected a number of seconds above 0, found '0'"),
+        (("--cache-memory", "much"), "expected a size such as 512MB or 2GiB, found 'much'"),
+        (("--max-body", "0"), "--max-body: expected at least 1 byte, found 0"),
+        (("--api-key", ""), "--api-key: expected a key of visible ASCII characters without spaces, found nothing"),
+        (("--api-key", "a b"), "found characters that are no visible ASCII"),
+        (("--api-key-file", "nowhere"), "--api-key-file: expected a file with keys, found nowhere"),
+        (("--allow-origin", "example.com"), "--allow-origin: expected an origin such as https://example.com"),
+        (("--allow-host", "http://x"), "--allow-host: expected a name without a port, found 'http://x'"),
+        (("--host", "no.such.host.invalid"), "--host: expected an address of this machine"),
+        (("--adapter", "nowhere", "--port", "0"), "--adapter: expected a directory, found none at nowhere"),
+        (("--adapter", "a b=.", "--port", "0"), "--adapter: expected a name of letters, digits"),
+        (("--template", "nowhere", "--port", "0"), "--template: expected"),
+    ],
+)
+def test_what_it_cannot_do_is_said_before_anything_is_loaded(flags, said):
+    assert said in refused(*flags)
+
+
+def test_two_adapters_need_two_names(tmp_path):
+    assert "found the same twice; give NAME=DIR" in refused(
+        "--port", "0", "--adapter", f"a={tmp_path}", "--adapter", f"a={tmp_path}"
+    )
+
+
+def test_an_empty_key_in_the_environment_or_a_file_opens_nothing(monkeypatch, tmp_path):
+    (tmp_path / "keys").write_text("\n")
+    assert "--api-key-file: expected a key" in refused("--api-key-file", tmp_path / "keys")
+    monkeypatch.setenv("MPT_EQX_API_KEY", "")
+    assert "$MPT_EQX_API_KEY: expected a key" in refused()
+
+
+def test_a_port_that_is_taken_is_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = refused("--port", str(port))
+    assert said.count("\n") == 1 and f"--port: expected a free port, found 127.0.0.1:{port}" in said
+
+
+def test_the_cache_of_all_slots_has_to_fit(one_layer):
+    assert "cache_bytes: expected at least" in refused(one_layer, "--cache-memory", "1KB", *SMALL)
+
+
+def test_keys_come_from_all_three_places(monkeypatch, tmp_path):
+    from mpt_eqx.cli.serve import read_settings, size
+
+    (tmp_path / "keys").write_text("one\n\ntwo \n")
+    monkeypatch.setenv("MPT_EQX_API_KEY", "three")
+    args = SimpleNamespace(
+        api_key=["zero", "one"], api_key_file=tmp_path / "keys", host="gpu1", allow_host=["gpu"], allow_origin=["*"],
+        max_body=size("2KiB"), timeout=1.0, edits=False, no_page=True,
+    )  # fmt: skip
+    settings = read_settings(args)
+    assert settings.api_keys == ("zero", "one", "two", "three") and settings.max_body == 2048 and not settings.page
+    assert settings.hosts == ("localhost", "127.0.0.1", "[::1]", "gpu1", "gpu")
+    assert [size(text) for text in ("7", "1.5kB", "2M", "1 GiB")] == [7, 1500, 2_000_000, 2**30]
+
+
+def test_the_help_says_who_can_see_a_key():
+    done = run("serve", "--help")
+    assert done.returncode == 0 and "can see it in the list of processes" in " ".join(done.stdout.split())
+
+
+class Process:
+    """A server in a process of its own."""
+
+    def __init__(self, *args):
+        command = [sys.executable, "-m", "mpt_eqx", "serve", *map(str, args)]
+        env = {**environment(), "MPT_EQX_API_KEY": "sk-1"}
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+        self.said = []
+        self.url = self.wait_for("listening on ").split()[-1]
+
+    def wait_for(self, text):
+        """Returns the first line of stderr that has the text."""
+        for line in self.process.stderr:
+            self.said.append(line)
+            if text in line:
+                return line
+        raise AssertionError("".join(self.said))
+
+    def ask(self, path, data=None, key="sk-1"):
+        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+        body = None if data is None else json.dumps(data).encode()
+        return urllib.request.urlopen(urllib.request.Request(self.url + path, body, headers), timeout=60)
+
+    def end(self, number=signal.SIGTERM):
+        """Returns the exit code, the lines about requests, and what was said."""
+        self.process.send_signal(number)
+        out, err = self.process.communicate(timeout=60)
+        return self.process.returncode, [json.loads(line) for line in out.splitlines()], "".join(self.said) + err
+
+
+@contextlib.contextmanager
+def started(*args):
+    server = Process(*args)
+    try:
+        yield server
+    finally:
+        server.process.kill()
+        server.process.communicate()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_server_starts_answers_drains_and_ends(one_layer):
+    with started(one_layer, "--name", "base", *SMALL) as server:
+        server.wait_for("ready after ")
+        assert json.load(server.ask("/health", key=""))["status"] == "ready"
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            server.ask("/v1/models", key="sk-2")
+        assert [model["id"] for model in json.load(server.ask("/v1/models"))["data"]] == ["base"]
+        with pytest.raises(urllib.error.HTTPError, match="413"):
+            server.ask("/v1/completions", {"model": "base", "prompt": "x" * 2 * 2**20})
+        asked = {"model": "base", "prompt": "The", "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+        whole = json.load(server.ask("/v1/completions", {**asked, "stream": False}))
+        assert whole["usage"]["completion_tokens"] >= 1
+        metrics = server.ask("/metrics").read().decode()
+        assert "mpt_eqx_ready 1.0" in metrics and 'mpt_eqx_first_token_seconds_count{model="base"} 1.0' in metrics
+        assert b"<title>mpt_eqx" in server.ask("/", key="").read()
+
+        answers = []
+
+        def stream():
+            answers.append(server.ask("/v1/completions", {**asked, "stream": True, "n": 2}).read().decode())
+
+        clients = [threading.Thread(target=stream) for _ in range(3)]
+        for client in clients:
+            client.start()
+        while "queued 0.0" in (text := server.ask("/metrics").read().decode()) and "active 0.0" in text and not answers:
+            time.sleep(0.01)
+        time.sleep(0.1)  # all three have been sent
+        code, lines, said = server.end()
+        for client in clients:
+            client.join()
+        assert code == 0, said
+        assert len(answers) == 3 and all(answer.rstrip().endswith("[DONE]") for answer in answers), answers
+        assert [line["status"] for line in lines[:4]] == [200, 401, 200, 413]
+        assert lines[4] | {"time": 0, "seconds": 0, "bytes": 0} == {
+            "time": 0, "method": "POST", "path": "/v1/completions", "status": 200, "complete": True, "seconds": 0,
+            "client": "127.0.0.1", "bytes": 0, "model": "base", "prompt_tokens": whole["usage"]["prompt_tokens"],
+            "completion_tokens": whole["usage"]["completion_tokens"],
+        }  # fmt: skip
+        assert "weights " in said and "KV caches " in said and "peak memory" in said and "Traceback" not in said
