@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
-import uvicorn
-
 from mpt_eqx.errors import MPTError
 from mpt_eqx.serve import Engine
 from mpt_eqx.sharding.explain import readable_bytes
@@ -68,6 +66,8 @@ def serve_until_told(
     HTTP runs in a thread of its own, so that this one has the signals: the first lets requests end, for at most
     `drain_timeout` seconds, and a second one ends the process at once.
     """
+    import uvicorn
+
     config = uvicorn.Config(
         app, http="h11", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
         date_header=True, timeout_graceful_shutdown=int(CLOSE_TIMEOUT), h11_max_incomplete_event_size=2**16,
