@@ -63,8 +63,9 @@ async def follow(
             except TimeoutError:
                 _check(engine, asked)
                 continue
-            if arrival == "gone":
+            if arrival == "gone" or ticket.cancelled.is_set():
                 raise GONE
+            await asyncio.sleep(0)  # others have their turn, also where much has arrived
             number, event = arrival
             if isinstance(event, Failure):
                 raise failure_error(event)

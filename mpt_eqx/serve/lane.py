@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
+from mpt_eqx.errors import MPTError
 from mpt_eqx.generation.buckets import DECODE_CHUNK, cache_bucket, prefill_buckets, prefill_chunks
 from mpt_eqx.generation.sampling_params import SamplingParams
 from mpt_eqx.generation.state import DecodeState, empty_state, replicate
@@ -297,6 +298,8 @@ def reported(job: Job) -> Iterator[None]:
     """Lets a job fail alone where its own functions raise."""
     try:
         yield
+    except MPTError as error:
+        job.tell(Failure("invalid", str(error)))
     except Exception:
         LOGGER.exception("a request's own function failed")
         job.tell(Failure("internal", "a function of this request failed"))

@@ -134,7 +134,8 @@ def _top(tokenizer: Tokenizer, token: Token) -> dict[str, float | None] | None:
         return None
     found: dict[str, float | None] = {}
     for id_, logprob in (*token.top, (token.id, token.logprob)):
-        found.setdefault(_name(tokenizer, id_), _number(logprob))
+        # The same number as in token_logprobs: clients compare them.
+        found.setdefault(_name(tokenizer, id_), _number(token.logprob if id_ == token.id else logprob))
     return found
 
 

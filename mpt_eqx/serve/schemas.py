@@ -139,7 +139,7 @@ class GenerationFields(Fields):
     """How many answers to each prompt."""
     stop: Annotated[str | list[str] | None, BeforeValidator(_text_or_texts)] = None
     """Texts before which an answer ends."""
-    stop_token_ids: list[int] | None = Field(default=None, max_length=64)
+    stop_token_ids: list[int] | None = Field(default=None, max_length=16)
     """An extension: tokens that end an answer, beside the model's own."""
     seed: int | None = Field(default=None, ge=-INT64, lt=INT64)
     """The same seed gives the same answer; without one it is random."""
