@@ -54,6 +54,7 @@ def test_blocks_of_python_run_and_print_what_is_shown(path, one_layer, tmp_path,
         "lora.md",
         "migrating.md",
         "quantization.md",
+        "serving.md",
         "sharding.md",
     ):  # what they print is the same for any model
         monkeypatch.setattr("mpt_eqx.SHIPPED_MODEL", one_layer)

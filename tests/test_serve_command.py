@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,10 +16,23 @@ from types import SimpleNamespace
 
 import pytest
 from command import environment, run
+from conftest import ROOT
 
 pytest.importorskip("uvicorn")
 
-SMALL = ("--slots", "2", "--context", "64", "--prefix-memory", "0", "--no-warmup", "--port", "0")
+SMALL = (
+    "--slots",
+    "2",
+    "--context",
+    "64",
+    "--prefix-memory",
+    "0",
+    "--no-warmup",
+    "--port",
+    "0",
+    "--template",
+    "mpt-instruct",
+)
 
 
 def refused(*args):
@@ -151,6 +165,25 @@ def test_a_server_starts_answers_drains_and_ends(one_layer):
         metrics = server.ask("/metrics").read().decode()
         assert "mpt_eqx_ready 1.0" in metrics and 'mpt_eqx_first_token_seconds_count{model="base"} 1.0' in metrics
         assert b"<title>mpt_eqx" in server.ask("/", key="").read()
+
+        for flags in ([], ["--plain"]):
+            command = [
+                sys.executable,
+                ROOT / "examples" / "serve_client.py",
+                "--url",
+                server.url,
+                "--key",
+                "sk-1",
+                *flags,
+            ]
+            asked_for = subprocess.run(
+                [*command, "--question", "Hi", "--max-tokens", "8"],
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=True,
+            )
+            assert re.search(r"^-\d+\.\d\d nats for \d+ tokens$", asked_for.stdout, re.MULTILINE), asked_for
 
         answers = []
 

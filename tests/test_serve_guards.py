@@ -218,7 +218,7 @@ def test_a_failure_tells_the_client_nothing_of_the_program(caplog):
         raise RuntimeError("secret")
 
     answer = ask(app=broken)
-    assert answer.status == 500 and answer.error == "the server failed; its log says why"
+    assert answer.status == 500 and answer.error == "the server failed at this request; its log has the reason"
     assert "secret" in caplog.text
 
 

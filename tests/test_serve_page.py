@@ -413,3 +413,58 @@ def test_the_description_of_the_interface_is_rendered_here(chat):
     page = open_chat("/docs", wait="document.querySelector('#about').textContent !== 'Loading …'")
     assert "/v1/chat/completions" in page.text("summary code")
     assert page.eval("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_the_page_and_the_real_application_agree(world):
+    """What the page sends is taken, what comes back is shown, and Stop and a closed page free what they held."""
+    from serving import ScriptedEngine, on_port, saying, shipped
+
+    from mpt_eqx.serve.app import create_app
+    from mpt_eqx.serve.guards import guard
+    from mpt_eqx.serve.settings import Settings
+
+    go, (_, _, open_page) = threading.Event(), world
+    models = {"base": shipped("base"), "base:chat": shipped("base:chat", chat_template="chatml")}
+    words = models["base"].tokenizer.encode("the first item of each iterable")
+
+    def script(request, ticket):
+        events = saying(words, 1)(request, ticket)
+        for number, event in enumerate(events):
+            if number == 2:
+                go.wait(20)
+            yield event
+
+    engine, settings = ScriptedEngine(script), Settings()
+    with on_port(guard(create_app(engine, models, settings), settings)) as url:
+        page = open_page(url)
+        page.wait("document.querySelector('#model').value === 'base:chat'")
+        go.set()
+        for selector, text in {"[name=temperature]": "0.5", "[name=top_k]": "5", "[name=seed]": "3"}.items():
+            page.click(selector)
+            page.type(text)
+        send(page, "What does zip() do?")
+        assert page.text(".error") == [""] and page.text(".answer") == ["the first item of each iterable"]
+        assert f"{len(words)} tokens" in page.text(".below span")[0]
+        (asked,) = engine.requests
+        assert (asked.model, asked.seed) == ("base:chat", 3)
+        assert (asked.sampling.temperature, asked.sampling.top_k) == (0.5, 5)
+        page.click("#draft")
+        page.type("x")
+        page.wait("/^[0-9]+ tokens of 256$/.test(document.querySelector('#count').textContent)")
+        page.press("Enter")
+        page.wait(IDLE)
+        go.clear()
+        page.click("[value=text]")
+        send(page, "Once", "document.querySelector('.answer')?.textContent === 'the'")
+        page.press("Escape")
+        page.wait(IDLE)
+        assert engine.tickets[-1].cancelled.wait(5) and page.text(".error") == [""]
+        send(page, "Again", "document.querySelector('article:last-child .answer')?.textContent === 'the'")
+        page.close()
+        assert engine.tickets[-1].cancelled.wait(5)
+        go.set()
+        page = open_page(f"{url}/docs")
+        page.wait("document.querySelectorAll('details').length >= 6")
+        assert {"/v1/completions", "/v1/chat/completions", "/tokenize"} <= set(page.text("summary code"))
+        assert {"temperature", "messages", "response_format"} <= set(page.text("dt code"))
+        page.close()

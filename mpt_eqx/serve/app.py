@@ -219,16 +219,17 @@ def _about(server: Server, model: ServedModel) -> dict[str, Any]:
         "created": model.created,
         "owned_by": "mpt_eqx",
         "max_model_len": server.contexts[model.name],
-        "chats": _chats(model),
+        "chat_template": _template_of(model),
     }
 
 
-def _chats(model: ServedModel) -> bool:
-    """Tells whether there is a chat template, without which conversations are refused."""
+def _template_of(model: ServedModel) -> str | None:
+    """Returns "given" for a template of the adapter or the command line, "checkpoint" for the checkpoint's, or None."""
     try:
-        return bool(model.tokenizer.chat_template(model.chat_template))
+        model.tokenizer.chat_template(model.chat_template)
     except MPTError:
-        return False
+        return None
+    return "checkpoint" if model.chat_template is None else "given"
 
 
 def _json(value: Any, status: int = 200) -> Response:

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
+from mpt_eqx.serve.errors import INTERNAL, APIError, as_json
 from mpt_eqx.serve.settings import Settings
 
 Message = MutableMapping[str, Any]
@@ -73,7 +74,7 @@ def guard(app: ASGIApp, settings: Settings, observe: Callable[[str, int, float],
         except Exception:
             log.exception("a request failed")
             if answer.status is None:
-                await answer.refuse(500, "the server failed; its log says why", "internal_error")
+                await answer.refuse(500, INTERNAL, "internal_error")
             elif not answer.complete:
                 raise  # the connection closes, so that half an answer does not look like all of it
         finally:
@@ -106,9 +107,7 @@ class _Answer:
 
     async def refuse(self, status: int, message: str, code: str, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
         """Sends an error."""
-        kind = "server_error" if status >= 500 else "invalid_request_error"
-        error = {"message": message, "type": kind, "param": None, "code": code}
-        body = b"" if status == 204 else json.dumps({"error": error}).encode()
+        body = b"" if status == 204 else as_json(APIError(status, message, code=code).body())
         own = [] if status == 204 else [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
         await self.send({"type": "http.response.start", "status": status, "headers": own + list(headers)})
         await self.send({"type": "http.response.body", "body": body})
