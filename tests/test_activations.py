@@ -1,5 +1,6 @@
 """Activations: values and gradients as torch computes them, and their place in config.json."""
 
+import functools
 import json
 
 import jax
@@ -22,6 +23,20 @@ def config_with(act):
     return MPTConfig.from_dict({**sizes, "ffn_config": {"ffn_act_fn": act}})
 
 
+@functools.cache
+def computed(dtype):
+    """Returns of each case its value and gradient: one program, because compiling takes the time."""
+    from mpt_eqx.model.activations import make_activation
+
+    def value_and_gradient(act, x):
+        return act(x), jax.grad(lambda x: act(x).astype(jnp.float32).sum())(x)
+
+    acts = {case: make_activation(config_with(act)) for case, act in CASES.items()}
+    with safe_open(GOLDEN / "activations" / "expected.safetensors", "np") as f:
+        x = jnp.asarray(f.get_tensor(f"{dtype}.x"))
+    return x.dtype, jax.jit(lambda x: {case: value_and_gradient(act, x) for case, act in acts.items()})(x)
+
+
 @pytest.fixture(scope="module")
 def recorded():
     with safe_open(GOLDEN / "activations" / "expected.safetensors", "np") as f:
@@ -32,12 +47,9 @@ def recorded():
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_are_those_of_torch(recorded, case, dtype):
-    from mpt_eqx.model.activations import make_activation
-
-    act = make_activation(config_with(CASES[case]))
-    x = jnp.asarray(recorded[f"{dtype}.x"])
-    value, grad = jax.jit(lambda x: (act(x), jax.grad(lambda x: act(x).astype(jnp.float32).sum())(x)))(x)
-    assert value.dtype == grad.dtype == x.dtype
+    of_x, found = computed(dtype)
+    value, grad = found[case]
+    assert value.dtype == grad.dtype == of_x
     rtol, *atols = TOLERANCE[dtype]
     for found, name, atol in zip((value, grad), ("value", "grad"), atols, strict=True):
         wanted = recorded[f"{dtype}.{case}.{name}"].astype(np.float32)

@@ -432,11 +432,13 @@ WORK = "the template searches or strips with more than 200,000,000 comparisons i
 ELSE = "line 1: expected a chat template, found something else"
 
 
-def yardstick():
-    """Seconds of plain Python on this machine as it is loaded now, about a fifth of one on an idle one."""
+def is_quick(seconds):
+    """Whether it is less than 15 times what some plain Python takes here and now, a fifth of a second when idle."""
+    if seconds < 0.1:
+        return True
     started = time.thread_time()
     sum(number * number for number in range(3_000_000))
-    return time.thread_time() - started
+    return seconds < 15 * (time.thread_time() - started)
 
 
 @pytest.mark.parametrize(
@@ -515,7 +517,7 @@ def test_a_template_cannot_take_time_or_memory(tokenizer, template, message):
     peak, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.thread_time()
     with pytest.raises(MPTError, match="^chat_template[:,].*" + message):
         tokenizer.apply_chat_template([USER], chat_template=template)
-    assert time.thread_time() - started < 15 * yardstick()
+    assert is_quick(time.thread_time() - started)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 100_000
 
 
@@ -538,7 +540,7 @@ def test_no_template_takes_long_over_a_long_message(tokenizer, expression):
     template = "{% set c = messages[0].content %}{% set parts = c.split(';') %}{{ " + expression + " }}"
     started = time.thread_time()
     assert prompt(tokenizer, [{"role": "user", "content": content}], template)
-    assert time.thread_time() - started < 15 * yardstick()
+    assert is_quick(time.thread_time() - started)
 
 
 def test_comparisons_are_those_of_the_original_texts():

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import examples, one_in, some
+from conftest import examples, is_long, one_in, some
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -491,7 +491,7 @@ BITS = [(1, "bfloat16", 0), *itertools.product([2], ["bfloat16", "float16", "flo
 @settings(max_examples=3, deadline=None)
 @given(
     st.lists(st.integers(1, 60), min_size=4, max_size=4),
-    st.sampled_from([{}, {**SAMPLED, "min_p": 0.01, "repetition_penalty": 1.1, "key": jax.random.key(5)}]),
+    st.sampled_from([*[{}] * is_long(), {**SAMPLED, "min_p": 0.01, "repetition_penalty": 1.1, "key": jax.random.key(5)}]),
 )
 def test_a_row_is_the_same_in_every_bit(kernel, tiny_model, one_block_model, blocks, dtype, at, lengths, sampling):
     """Alone or in a batch, first or padded, with long neighbours or short: logits are equal exactly."""
