@@ -292,7 +292,7 @@ def test_any_valid_configuration(d, split, at):
 
     config = MPTConfig.from_dict(d)
     assert MPTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    model = MPT(config, key=jax.random.key(0))
+    model = eqx.filter_jit(MPT)(config, key=jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_array))) == config.num_parameters()
     if config.resid_pdrop or config.emb_pdrop or config.attn_config.attn_pdrop:
         with pytest.raises(MPTError, match="key: expected a key"):
@@ -302,6 +302,7 @@ def test_any_valid_configuration(d, split, at):
     # One program for all: without packing, every token is of the same sequence.
     packs = config.attn_config.attn_uses_sequence_id
 
+    @eqx.filter_jit
     def forward(model, tokens, mask, ids):
         return model(tokens, mask=mask, sequence_ids=ids)
 
@@ -320,11 +321,11 @@ def test_any_valid_configuration(d, split, at):
         np.testing.assert_allclose(apart[:at], full[:at], atol=1e-5)
         np.testing.assert_allclose(other[at:12], apart[at:12], atol=1e-5)
 
-    extend = eqx.filter_jit(MPT.extend)
+    extend, unembed = eqx.filter_jit(MPT.extend), eqx.filter_jit(MPT.unembed)
     cache, rows = KVCache.empty(config, 16, jnp.float32), []
     for part in (tokens[:split], *tokens[split:, None]):
         x, cache = extend(model, part, cache)
-        rows.append(model.unembed(x))
+        rows.append(unembed(model, x))
     np.testing.assert_allclose(jnp.concatenate(rows), full[:12], atol=1e-4)
 
 
@@ -488,7 +489,7 @@ def test_a_small_sibling_of_a_known_model(tmp_path, name):
     model = from_pretrained(tmp_path)
     assert model.config == config
     result = generate(model, TOKENS.tolist(), max_new_tokens=4, return_logits=True)
-    logits = model(jnp.concatenate([TOKENS, jnp.asarray(result.tokens[0])]))
+    logits = eqx.filter_jit(model)(jnp.concatenate([TOKENS, jnp.asarray(result.tokens[0])]))
     np.testing.assert_allclose(logits[11:-1], result.logits[0], atol=1e-4)
 
 
@@ -564,7 +565,8 @@ def test_the_gradient_of_sea_lions_embedding():
 
     from_input = (loss(toward, 0) - loss(-toward, 0)) / 2
     from_output = (loss(0, toward) - loss(0, -toward)) / 2
-    grads = eqx.filter_grad(lambda model: jnp.sum(jnp.asarray(weight, jnp.float32) * model(TOKENS)))(model)
+    weighted = eqx.filter_grad(lambda model: jnp.sum(jnp.asarray(weight, jnp.float32) * model(TOKENS)))
+    grads = eqx.filter_jit(weighted)(model)
     found = np.sum(np.asarray(grads.wte.weight, np.float64) * toward)
     np.testing.assert_allclose(found, 0.1 * from_input + from_output, rtol=1e-3)
     assert abs(0.9 * from_input) > 0.1 * abs(found)
@@ -845,5 +847,7 @@ def test_longer_than_max_seq_len_on_request_but_for_learned_positions(tmp_path, 
     with pytest.raises(MPTError, match=r"at most max_seq_len=32, found 40; .*config_overrides=\{'max_seq_len': 40\}"):
         model(tokens)
     model = from_pretrained(tmp_path, **longer)
-    np.testing.assert_allclose(model(tokens)[:32], from_pretrained(tmp_path)(tokens[:32]), atol=1e-5)
+    np.testing.assert_allclose(
+        eqx.filter_jit(model)(tokens)[:32], eqx.filter_jit(from_pretrained(tmp_path))(tokens[:32]), atol=1e-5
+    )
     assert generate(model, tokens.tolist(), max_new_tokens=8).tokens.shape == (1, 8)

@@ -36,7 +36,6 @@ def counting_compiles():
         monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize(
     "sampling", [pytest.param({}, marks=pytest.mark.slow), {**SAMPLED, "key": jax.random.key(5)}],
     ids=["greedy", "sampled"],
@@ -491,7 +490,9 @@ BITS = [(1, "bfloat16", 0), *itertools.product([2], ["bfloat16", "float16", "flo
 @settings(max_examples=3, deadline=None)
 @given(
     st.lists(st.integers(1, 60), min_size=4, max_size=4),
-    st.sampled_from([*[{}] * is_long(), {**SAMPLED, "min_p": 0.01, "repetition_penalty": 1.1, "key": jax.random.key(5)}]),
+    st.sampled_from(
+        [*[{}] * is_long(), {**SAMPLED, "min_p": 0.01, "repetition_penalty": 1.1, "key": jax.random.key(5)}]
+    ),
 )
 def test_a_row_is_the_same_in_every_bit(kernel, tiny_model, one_block_model, blocks, dtype, at, lengths, sampling):
     """Alone or in a batch, first or padded, with long neighbours or short: logits are equal exactly."""

@@ -245,16 +245,17 @@ def test_randomness_in_training(tiny_config, where):
             {"ffn_config": FFNConfig(**moe, moe_jitter_eps=0.5)}, {"ffn_config": FFNConfig(**moe)}
         ),
     }.get(where, ({where: 0.5}, {}))  # fmt: skip
-    model, without = (MPT(tiny_config(**c), key=jax.random.key(0)) for c in (change, plain))
+    model, without = (MPT(tiny_config(n_layers=1, **c), key=jax.random.key(0)) for c in (change, plain))
     tokens = jnp.arange(12)
     with pytest.raises(MPTError, match=r"key: expected a key, .*; switch them off with eqx.nn.inference_mode\(model\)"):
         model(tokens)
-    one, again, other = (model(tokens, key=jax.random.key(i)) for i in (0, 0, 1))
+    call = eqx.filter_jit(lambda model, **key: model(tokens, **key))
+    one, again, other = (call(model, key=jax.random.key(i)) for i in (0, 0, 1))
     np.testing.assert_array_equal(one, again)
     assert np.abs(one - other).max() > 1e-3
     still = eqx.nn.inference_mode(model)
-    np.testing.assert_array_equal(still(tokens), without(tokens))
-    np.testing.assert_array_equal(still(tokens, key=jax.random.key(0)), without(tokens))
+    np.testing.assert_array_equal(call(still), call(without))
+    np.testing.assert_array_equal(call(still, key=jax.random.key(0)), call(without))
     results = [generate(m, tokens.tolist(), max_new_tokens=3).tokens for m in (model, without)]
     np.testing.assert_array_equal(*results)
 
@@ -277,7 +278,7 @@ def test_dropout_of_everything_has_no_gradient_but_is_finite(tiny_config):
     from mpt_eqx.train import next_token_loss
 
     model = MPT(tiny_config(resid_pdrop=1.0), key=jax.random.key(0))
-    grads = eqx.filter_grad(next_token_loss)(model, jnp.arange(12).reshape(2, 6), key=jax.random.key(0))
+    grads = eqx.filter_jit(eqx.filter_grad(next_token_loss))(model, jnp.arange(12).reshape(2, 6), key=jax.random.key(0))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(eqx.filter(grads, eqx.is_array)))
     assert np.all(grads.blocks[0].attn.Wqkv.weight == 0)
 
@@ -289,10 +290,11 @@ def test_a_mask_of_ones_and_zeros(tiny_config, learned):
     from mpt_eqx.train import next_token_loss
 
     attn_config = AttnConfig() if learned else AttnConfig(rope=True, rope_impl="hf")
-    model = MPT(tiny_config(attn_config=attn_config), key=jax.random.key(0))
+    model = MPT(tiny_config(n_layers=1, attn_config=attn_config), key=jax.random.key(0))
     tokens, mask = jnp.arange(8), jnp.asarray([0, 0, 1, 1, 1, 1, 1, 1])
-    np.testing.assert_array_equal(model(tokens, mask=mask), model(tokens, mask=mask.astype(bool)))
-    one, other = (next_token_loss(model, tokens[None], mask=m[None]) for m in (mask, mask.astype(bool)))
+    call, loss = eqx.filter_jit(model), eqx.filter_jit(next_token_loss)
+    np.testing.assert_array_equal(call(tokens, mask=mask), call(tokens, mask=mask.astype(bool)))
+    one, other = (loss(model, tokens[None], mask=m[None]) for m in (mask, mask.astype(bool)))
     assert one == other
 
 
@@ -312,12 +314,12 @@ def test_padding_and_holes_in_sequence_ids(tiny_config):
     """A packed sequence gives the numbers it gives alone, wherever it stands; −1 is seen by none."""
     from mpt_eqx import MPT, AttnConfig
 
-    config = tiny_config(attn_config=AttnConfig(alibi=True, attn_uses_sequence_id=True))
+    config = tiny_config(n_layers=1, attn_config=AttnConfig(alibi=True, attn_uses_sequence_id=True))
     model = MPT(config, key=jax.random.key(0))
     tokens = jnp.arange(10, dtype=jnp.int32)
-    packed = model(tokens, sequence_ids=jnp.asarray([0, 0, 0, 1, 1, 1, 1, -1, 2, 2]))
+    packed = eqx.filter_jit(model)(tokens, sequence_ids=jnp.asarray([0, 0, 0, 1, 1, 1, 1, -1, 2, 2]))
     for rows in (slice(0, 3), slice(3, 7), slice(8, 10)):
-        np.testing.assert_allclose(packed[rows], model(tokens[rows]), atol=1e-5)
+        np.testing.assert_allclose(packed[rows], eqx.filter_jit(model)(tokens[rows]), atol=1e-5)
 
 
 @examples(15, least=2)
@@ -348,8 +350,8 @@ def test_padding_anywhere_changes_no_real_logit_by_its_tokens(tiny_model, real):
 def test_padded_equals_alone(tiny_model, padding):
     tokens = jnp.arange(9, dtype=jnp.int32)
     mask = jnp.pad(jnp.ones(9, bool), padding)
-    padded = tiny_model(jnp.pad(tokens, padding), mask=mask)
-    np.testing.assert_allclose(padded[mask], tiny_model(tokens), atol=1e-5)
+    padded = eqx.filter_jit(tiny_model)(jnp.pad(tokens, padding), mask=mask)
+    np.testing.assert_allclose(padded[mask], eqx.filter_jit(tiny_model)(tokens), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", some(["float32", "bfloat16", "float16"], ["float32"]))
@@ -358,7 +360,7 @@ def test_cached_decode_equals_the_full_forward_at_every_position(tiny_model, dty
 
     model = jax.tree.map(lambda x: x.astype(dtype), tiny_model)
     tokens = jnp.arange(24, dtype=jnp.int32) * 5 % 61
-    full = np.asarray(model(tokens), np.float32)
+    full = np.asarray(eqx.filter_jit(model)(tokens), np.float32)
     cache = KVCache.empty(model.config, 32, dtype)
     extend = eqx.filter_jit(model.extend)
     x, cache = extend(tokens[:7], cache)
@@ -377,9 +379,10 @@ def test_reading_in_two_parts_equals_reading_at_once(tiny_model, at):
 
     tokens = jnp.arange(24, dtype=jnp.int32)
     empty = KVCache.empty(tiny_model.config, 32, jnp.float32)
-    once, _ = tiny_model.extend(tokens, empty)
-    first, cache = tiny_model.extend(tokens[:at], empty)
-    second, _ = tiny_model.extend(tokens[at:], cache)
+    extend = eqx.filter_jit(tiny_model.extend)
+    once, _ = extend(tokens, empty)
+    first, cache = extend(tokens[:at], empty)
+    second, _ = extend(tokens[at:], cache)
     np.testing.assert_allclose(jnp.concatenate([first, second]), once, atol=2e-5)
 
 
@@ -483,7 +486,7 @@ def test_no_label_no_loss(tiny_model):
     from mpt_eqx.train import next_token_loss
 
     tokens = jnp.ones((2, 5), jnp.int32)
-    assert next_token_loss(tiny_model, tokens, labels=jnp.full((2, 5), -100)) == 0
+    assert eqx.filter_jit(next_token_loss)(tiny_model, tokens, labels=jnp.full((2, 5), -100)) == 0
 
 
 @pytest.fixture(scope="module")
@@ -579,6 +582,6 @@ def test_ids_outside_the_vocabulary_are_refused(tiny_model, bad):
 def test_more_than_max_seq_len_is_refused_and_says_how(tiny_model):
     from mpt_eqx import MPTError
 
-    tiny_model(jnp.zeros(256, jnp.int32))
+    eqx.filter_eval_shape(tiny_model, jnp.zeros(256, jnp.int32))
     with pytest.raises(MPTError, match=r"at most max_seq_len=256, found 257.*config_overrides=.'max_seq_len': 257"):
         tiny_model(jnp.zeros(257, jnp.int32))

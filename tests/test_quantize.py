@@ -222,9 +222,10 @@ def test_a_quantised_model_computes_what_its_weights_stand_for(golden, name, sch
     from mpt_eqx import quantize
 
     model = quantize(golden(name).model, scheme, embeddings=embeddings)
-    expected = whole(model)(TOKENS)
+    expected = eqx.filter_jit(whole(model))(TOKENS)
     batch = jnp.stack([TOKENS, TOKENS[::-1]])
-    for found in (model(TOKENS), jax.jit(lambda m, t: m(t))(model, TOKENS), jax.vmap(model)(batch)[0]):
+    several = jax.jit(lambda m, b: jax.vmap(m)(b))(model, batch)
+    for found in (model(TOKENS), jax.jit(lambda m, t: m(t))(model, TOKENS), several[0]):
         # The scale of a row is multiplied before the sum in one, after it in the other: float32's precision of the sum.
         np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
 
@@ -253,7 +254,8 @@ def test_the_shipped_model_keeps_what_it_knows(shipped, scheme):
 
     text = "Return a new list containing all items from the iterable in ascending order, or None."
     tokens = jnp.asarray([[0, *load_tokenizer(SHIPPED_MODEL).encode(text)]])
-    before, after = (float(next_token_loss(m, tokens)) for m in (shipped, quantize(shipped, scheme, embeddings=True)))
+    loss = eqx.filter_jit(next_token_loss)
+    before, after = (float(loss(m, tokens)) for m in (shipped, quantize(shipped, scheme, embeddings=True)))
     assert abs(after / before - 1) < {"int8": 0.02, "int4": 0.1}[scheme]
 
 
@@ -281,10 +283,11 @@ def test_gradients_are_those_of_what_is_floating(tiny_model):
     from mpt_eqx.train import next_token_loss
 
     model = quantize(tiny_model, "int8")
-    grads = eqx.filter_grad(next_token_loss)(model, TOKENS[None])
+    gradient = eqx.filter_jit(eqx.filter_grad(next_token_loss))
+    grads = gradient(model, TOKENS[None])
     weight = grads.blocks[0].ffn.up_proj.weight
     assert weight.values is None and weight.scale.shape == (128, 1)
-    expected = eqx.filter_grad(next_token_loss)(whole(model), TOKENS[None]).wte.weight
+    expected = gradient(whole(model), TOKENS[None]).wte.weight
     np.testing.assert_allclose(grads.wte.weight, expected, atol=1e-5)
 
 
