@@ -415,7 +415,7 @@ def initialised(preset: str, axes: dict[str, int], options: dict) -> dict:
     config, key = from_pretrained(GOLDEN / "hf_generate").config, jax.random.key(3)
     mesh, rules = sharding.make_mesh(**axes), rules_of(preset, None)
     made = eqx.filter_jit(lambda key: sharding.shard(MPT(config, key=key), mesh, rules))(key)
-    fresh = MPT(config, key=key)
+    fresh = eqx.filter_jit(MPT)(config, key=key)
     moved = sharding.shard(fresh, mesh, rules)
     placed = jax.device_put(fresh, jax.devices()[1])
     again = sharding.shard(sharding.shard(placed, sharding.make_mesh(dp=4), sharding.DATA_PARALLEL), mesh, rules)

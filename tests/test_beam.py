@@ -515,7 +515,7 @@ def test_the_checks_pass(golden, run):
 
 
 @pytest.mark.parametrize(
-    ("run", "function", "part", "other"), one_in(4, [m[1:] for m in MUTATIONS]), ids=[m[0] for m in MUTATIONS]
+    ("run", "function", "part", "other"), one_in(8, [m[1:] for m in MUTATIONS]), ids=[m[0] for m in MUTATIONS]
 )
 def test_the_checks_notice_a_mutation(golden, monkeypatch, run, function, part, other):
     from mpt_eqx import GenerationError

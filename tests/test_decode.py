@@ -43,6 +43,7 @@ def test_vmap_over_prompts_gives_the_rows_of_generate(small, prompts, dtype):
     np.testing.assert_allclose(found.logprobs, wanted.logprobs, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_vmap_over_models_and_keys(small, prompts):
     """Each is as in `generate`, where the row is 0; keys are independent."""
     from mpt_eqx import MPT, SamplingParams, decode, generate

@@ -187,7 +187,7 @@ def test_quantised_gguf(golden, tmp_path, quantisation):
         assert np.abs(again(jnp.arange(12)) - model(jnp.arange(12))).max() < 0.3
 
 
-@pytest.mark.parametrize("quantisation", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+@pytest.mark.parametrize("quantisation", some(["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"], ["Q3_K", "Q4_K"]))
 def test_k_quants(tiny_config, tmp_path, quantisation):
     """Their blocks have 256 numbers; the library dequantises, this looks at shapes and values."""
     import gguf

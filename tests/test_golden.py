@@ -324,7 +324,7 @@ def test_low_precision_hidden_states(golden, name, differ):
         assert off.max() <= float(jnp.finfo(state.dtype).eps) * np.abs(wanted).max() and np.mean(off > 0) < differ
 
 
-@pytest.mark.parametrize("name", some(LOW_PRECISION, ["hf_bf16", "hf_fp16"]))
+@pytest.mark.parametrize("name", some(LOW_PRECISION, ["hf_bf16"]))
 def test_low_precision_loss_and_gradients(golden, name):
     """Gradients within 1.6 % of a tensor's largest in bfloat16, 0.2 % in float16: both have as many bits fewer.
 
@@ -648,7 +648,7 @@ def attn(**keys):
 @pytest.mark.parametrize(
     ("name", "setting"),
     one_in(
-        3,
+        6,
         [
             ("hf_default", {"layer_norm_epsilon": 0.1}),
             ("hf_default", attn(softmax_scale=0.1)),

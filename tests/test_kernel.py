@@ -70,6 +70,7 @@ def test_the_kernel_is_the_product(kind, out, columns, rows, seed):
 @pytest.mark.optimized
 @pytest.mark.parametrize("kind", some(KINDS, ["float32", "int4"]))
 @pytest.mark.parametrize("dtype", some(["float32", "bfloat16", "float16"], ["bfloat16"]))
+@pytest.mark.parametrize("way", some(["kernel", "XLA"], ["kernel"]), indirect=True)
 def test_a_rows_result_does_not_depend_on_the_rest_of_the_batch(kind, dtype, way, monkeypatch):
     """To the bit where the kernel runs, whose own code sums each row alone; in plain XLA within the error of a sum."""
     from mpt_eqx.ops import matmul
@@ -139,7 +140,7 @@ def layer_weights(kind, out, columns, count=3):
     return tuple(weight for weight, _ in made_layers), [numbers for _, numbers in made_layers]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", some(KINDS, ["bfloat16", "int8", "int4"]))
 @pytest.mark.parametrize("rows", [3, 20])
 def test_the_weight_of_a_layer_is_chosen_by_its_number(kind, rows, way):
     """In a loop, whether few positions or many; a number beside the layers means the nearest of them."""

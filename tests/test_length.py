@@ -130,13 +130,13 @@ def test_after_a_warmup_nothing_is_compiled(tiny_config, prompts):
 
     model = MPT(tiny_config(max_seq_len=1500, n_layers=1), key=jax.random.key(0))
     jax.clear_caches()
-    seconds = warmup(model, batch_sizes=[1, 3], prompt_lengths=[10, 300], max_new_tokens=600)
+    seconds = warmup(model, batch_sizes=[1, 3], prompt_lengths=[10, 300], max_new_tokens=300)
     assert set(seconds) == {(1, 10), (1, 300), (3, 10), (3, 300)}
     assert all(second > 0 for second in seconds.values())
     (a, b, c), key = prompts(40, 300, 9), jax.random.key(0)
     with counting_compiles() as compiles:
-        generate(model, [a, b, c], max_new_tokens=600)
-        list(stream(model, c, max_new_tokens=590, temperature=1.0, key=key))
+        generate(model, [a, b, c], max_new_tokens=300)
+        list(stream(model, c, max_new_tokens=290, temperature=1.0, key=key))
     assert compiles == []
     with pytest.raises(GenerationError, match="batch_sizes: expected a whole number ≥ 1, found 0"):
         warmup(model, batch_sizes=[0], prompt_lengths=[10], max_new_tokens=5)

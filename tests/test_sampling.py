@@ -288,7 +288,7 @@ def test_tokens_of_small_types():
             assert np.flatnonzero(np.asarray(found) != np.arange(300)).tolist() == wanted
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", some(["float32", "bfloat16", "float16"], ["bfloat16"]))
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_neutral_values_change_nothing(name, dtype):
     spread = jnp.array([-jnp.inf, 90, -90, 60, -0.0, 0.0, 1e-6, *np.linspace(-9, 9, V - 7)]).astype(dtype)
@@ -329,7 +329,7 @@ def test_low_precision_rounds_the_result_alone(name, dtype):
             np.testing.assert_array_equal(found.astype(jnp.float32), wanted.astype(jnp.float32))
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", one_in(3, FUNCTIONS))
 def test_rows_with_traced_options_equal_each_row_alone(name):
     """Under jit and vmap, each row with an option of its own, and compiled once for all of their values."""
     traced = []
@@ -488,7 +488,7 @@ def test_the_checks_pass_and_judge_nearly_every_row():
 
 
 @pytest.mark.parametrize(
-    ("name", "part", "other"), one_in(4, MUTATIONS), ids=[f"{m[0]}: {m[1]} → {m[2]}" for m in MUTATIONS]
+    ("name", "part", "other"), one_in(8, MUTATIONS), ids=[f"{m[0]}: {m[1]} → {m[2]}" for m in MUTATIONS]
 )
 def test_the_checks_notice_a_mutation(name, part, other):
     from mpt_eqx import sampling

@@ -66,6 +66,7 @@ def test_models_of_every_form(small, sequences, form):
 
 
 @pytest.mark.optimized
+@pytest.mark.parametrize("way", some(["kernel", "XLA"], ["kernel"]), indirect=True)
 def test_neither_order_nor_batch_nor_neighbours_change_a_bit(small, sequences, way):
     from mpt_eqx import score
 

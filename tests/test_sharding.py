@@ -58,7 +58,7 @@ def close(found):
 def test_every_preset_computes_what_one_device_does(ask, preset):
     """Logits, loss, gradients, a step of AdamW and tokens, greedy and sampled; weights read to the mesh and moved."""
     for axes in MESHES[preset] if is_long() else MESHES[preset][:1]:
-        found = ask("compare", case="hf_generate", preset=preset, axes=axes)
+        found = ask("compare", case="hf_generate", preset=preset, axes=axes, tokens=is_long() or preset == "FSDP_TP")
         assert close(found), (axes, found)
 
 
@@ -94,7 +94,7 @@ def test_the_engine_of_the_server_on_a_mesh(ask):
     assert ask("served", preset="FSDP_TP", axes={"fsdp": 2, "tp": 4}) == {"tokens": True, "sampled": True}
 
 
-@pytest.mark.parametrize("kind", some(["auto", "explicit", "explicit, set_mesh"], ["explicit"]))
+@pytest.mark.parametrize("kind", some(["auto", "explicit", "explicit, set_mesh"], ["explicit, set_mesh"]))
 def test_edits_on_a_mesh_are_those_of_one_device(ask, kind):
     """In one pass, and of generated tokens with other edits in each row."""
     found = ask("edited", kind=kind.split(",")[0], inside="set_mesh" in kind)
@@ -123,8 +123,9 @@ def test_a_mesh_of_three_axes(ask):
     assert close(found), found
 
 
-@pytest.mark.parametrize("how", some(["shard", "by hand"], ("by hand",)))
-@pytest.mark.parametrize("inside", some([True, False], (True,)))
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["shard", "by hand"])
+@pytest.mark.parametrize("inside", [True, False])
 def test_explicit_axes_inside_and_outside_of_set_mesh(ask, inside, how):
     """Models that are on no mesh, sharded and placed by hand; calls, gradients, a step of AdamW, tokens."""
     assert ask("explicit", inside=inside, how=how) == {"wrong": []}
@@ -188,7 +189,8 @@ ADAPTED = {
 }
 
 
-@pytest.mark.parametrize("preset", some(ADAPTED, ("FSDP",)))
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ADAPTED)
 def test_adapters_trained_on_a_mesh_are_those_of_one_device(ask, preset):
     """Over 8 bits: two steps, the files, and what is merged, which lies as the model without adapters does."""
     axes, targets, kind = ADAPTED[preset]

@@ -108,7 +108,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", one_in(2, KINDS))
+@pytest.mark.parametrize("kind", one_in(4, KINDS))
 def test_blocks_of_queries_are_the_formula(tiny_config, monkeypatch, kind):
     """Value and gradients at 29 positions, some padding among them, in blocks of 3; no scores of all are held."""
     from mpt_eqx import MPT, AttnConfig
