@@ -187,7 +187,7 @@ def test_a_prompt_alone_equals_the_prompt_in_a_batch(model, rows, search, return
         np.testing.assert_allclose(alone.scores, together.scores[here], rtol=1e-5, atol=1e-6)
 
 
-@examples(10)
+@examples(10, least=2)
 @given(PROMPTS, SEARCHES)
 def test_the_chunks_do_not_show(model, prompt, search):
     from mpt_eqx import beam_search
@@ -202,7 +202,7 @@ def test_the_chunks_do_not_show(model, prompt, search):
     assert other.finish_reasons == whole.finish_reasons
 
 
-@examples(12)
+@examples(12, least=2)
 @given(st.lists(PROMPTS, min_size=3, max_size=3), SEARCHES, st.sampled_from([True, False]))
 def test_one_beam_is_greedy(model, rows, search, early):
     """Without a repetition penalty, which a search applies to log-probabilities, and `generate` to logits."""

@@ -11,6 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 from command import run
+from conftest import some
 from harness import GOLDEN, SETTINGS, TASKS, numbers, write_tasks
 
 
@@ -64,7 +65,7 @@ def requests(*args):
     return [SimpleNamespace(args=each) for each in args]
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", some(SETTINGS, ["truncated"]))
 def test_answers_are_those_of_the_harness_through_transformers(manager, name):
     """Choices of several tokens, long texts, and generated ones; with prompts that fit, and that are cut."""
     import lm_eval

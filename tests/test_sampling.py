@@ -227,7 +227,7 @@ any_garbage = st.lists(st.integers(-1, 3) | st.just(V), min_size=T, max_size=T)
 
 
 @pytest.mark.parametrize("name", FILTERS)
-@settings(max_examples=100, deadline=None)
+@examples(100, least=30)
 @given(any_logits, any_probability)
 def test_filters_equal_their_plain_formulation(name, logits, option):
     check_filter(function(name, jit=True), name, logits, option)
@@ -455,7 +455,7 @@ PART_OF = {
 }
 
 
-def check(sampling, names):
+def check(sampling, names, ops=OPS):
     """Compares functions with the recorded values, and with plain formulations on drawn rows.
 
     Half of those rows have equal logits, and each has one of nearly no probability.
@@ -475,16 +475,17 @@ def check(sampling, names):
             elif name in WITH_TOKENS:
                 real, garbage = rng.integers(3, size=turn % 11).tolist(), rng.integers(-1, 3, size=T)
                 check_tokens(compiled, name, logits, real, turn % 4, garbage, option)
-    for op in OPS:
+    for op in ops:
         if any(CLASSES[step["cls"]][0] in names for step in CASE[op]):
             check_recorded(sampling, op)
     return clear
 
 
 def test_the_checks_pass_and_judge_nearly_every_row():
+    """With the recorded values they pass in `test_recorded`."""
     from mpt_eqx import sampling
 
-    assert np.mean(check(sampling, FUNCTIONS)) > 0.98
+    assert np.mean(check(sampling, FUNCTIONS, ops=())) > 0.98
 
 
 @pytest.mark.parametrize(

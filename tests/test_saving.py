@@ -418,6 +418,7 @@ def test_a_file_in_use_that_cannot_be_removed_is_left(tmp_path, monkeypatch):
     assert value_of(tmp_path) == 2 and not old & set(names_in(tmp_path))
 
 
+@pytest.mark.slow
 def test_without_the_modules_of_posix(tmp_path):
     """Imports, loads and saves, in a process where fcntl, resource and msvcrt are hidden."""
     script = (
