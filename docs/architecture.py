@@ -33,18 +33,22 @@ ROOMS: dict[str, tuple[str, tuple[str, ...]]] = {
         "a model of lm-evaluation-harness",
         ("errors", "model", "surgery", "checkpoint", "lora", "generation", "evaluation", "text"),
     ),
+    "serve": (
+        "many requests at a time; OpenAI's interface",
+        ("errors", "config", "ops", "model", "interp", "generation", "text"),
+    ),
     "cli": (
         "the commands of mpt-eqx",
         (
             *("errors", "config", "ops", "model", "sharding", "surgery", "checkpoint", "lora", "generation"),
-            *("evaluation", "text", "train", "lm_eval"),
+            *("evaluation", "text", "train", "lm_eval", "serve"),
         ),
     ),
 }  # fmt: skip
 
 COLOURS = (
     "#0b6e4f", "#c2571a", "#2f6fd0", "#8a3ffc", "#b28600", "#007d79", "#d12771", "#56718f", "#6f4e37", "#198038",
-    "#9f1853", "#3d5a80", "#a2191f", "#4d5358",
+    "#9f1853", "#3d5a80", "#a2191f", "#4d5358", "#005d5d",
 )  # fmt: skip
 BOX, HEIGHT, GAP, LANE = 490, 48, 12, 24
 
