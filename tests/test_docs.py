@@ -157,7 +157,7 @@ def test_the_navigation_has_every_page():
 
 def public_names():
     """Returns what `mpt_eqx` and its public modules export: imports that repeat the name, and constants."""
-    for module in ("", "interp", "lora", "sharding", "surgery", "train", "text"):
+    for module in ("", "interp", "lora", "serve", "sharding", "surgery", "train", "text"):
         dotted = f"mpt_eqx.{module}".rstrip(".")
         for node in ast.parse((PACKAGE / module / "__init__.py").read_text()).body:
             if isinstance(node, ast.ImportFrom):
@@ -170,7 +170,7 @@ def test_the_api_pages_have_exactly_the_public_names():
     written = [
         name for path in (DOCS / "api").glob("*.md") for name in re.findall(r"^::: (\S+)$", path.read_text(), re.M)
     ]
-    rooms = ("interp", "lora", "sharding", "surgery", "train", "text", "errors")
+    rooms = ("interp", "lora", "serve", "sharding", "surgery", "train", "text", "errors")
     public = set(public_names())
     twice = {name for name in public if name.count(".") == 2 and f"mpt_eqx.{name.split('.')[-1]}" in public}
     assert sorted(written) == sorted(public - {f"mpt_eqx.{room}" for room in rooms} - twice)
