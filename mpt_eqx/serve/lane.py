@@ -37,6 +37,9 @@ from mpt_eqx.serve.slots import (
 PREFILL_TOKENS = 256
 """Prompt tokens that are read between two chunks of decoding, or one chunk of the prompt where that is more."""
 
+SLOW_READ = 0.5
+"""Seconds that a chunk of a prompt may take while others wait for their next token, if a smaller chunk takes less."""
+
 SLOW_STEP = 0.05
 """Seconds of a step above which steps are not decoded in chunks."""
 
@@ -56,7 +59,6 @@ class Reading:
         state: of one row.
         start: how many of its tokens were read.
         cached: how many of these came from the cache of prefixes.
-        sizes: of the chunks that are left.
         scores: of the tokens so far, if they were asked for.
     """
 
@@ -66,7 +68,6 @@ class Reading:
     state: DecodeState
     start: int
     cached: int
-    sizes: Iterator[int]
     scores: list[tuple[np.ndarray, Likeliest]] = dataclasses.field(default_factory=list)
 
 
@@ -84,7 +85,7 @@ class Lane:
         self._reading: Reading | None = None
         self._slots = empty_slots(model, slots, self._capacity, edits=edits)
         self._off = edits_of(model, {}, context) if edits else {}
-        self._step_seconds = 0.0
+        self._step_seconds = self._token_seconds = 0.0
 
     @property
     def cache_bytes(self) -> int:
@@ -170,14 +171,14 @@ class Lane:
                 state = dataclasses.replace(state, edits=edits_of(self.model, request.edits, self.context))
         free = (row for row in range(self._count) if row not in self._running)
         row = next(free) if request.max_new_tokens else None
-        sizes = prefill_buckets(len(prompt) - start, 1)
-        self._reading = Reading(job, row, prompt, state, start, start, sizes)
+        self._reading = Reading(job, row, prompt, state, start, start)
 
     def _read(self) -> int:
         """Reads one more chunk of the prompt, and returns how many tokens it has room for."""
         reading, model = self._reading, self.model
         assert reading is not None
-        size, prompt, start = next(reading.sizes), reading.prompt, reading.start
+        prompt, start, began = reading.prompt, reading.start, time.monotonic()
+        size = self._chunk_size(len(prompt) - start)
         # Padded with its own last token: one that the prompt does not have could make NaN of it.
         chunk = np.full((1, size), prompt[-1], np.int32)
         here = prompt[start : start + size]
@@ -191,11 +192,20 @@ class Lane:
             found = jax.device_get(next_likely(model, x, replicate(model, targets)))
             reading.scores.append(jax.tree.map(lambda x: x[: len(follow)], found))
         jax.block_until_ready(x)
+        self._token_seconds = (time.monotonic() - began) / size
         reading.start += len(here)
         if reading.start == len(prompt):
             self._reading = None
             self._begin_answer(reading)
         return size
+
+    def _chunk_size(self, left: int) -> int:
+        """Returns the size of the next chunk of a prompt of which so many tokens are left."""
+        size = next(prefill_buckets(left, 1))
+        if not self._running:
+            return size
+        sizes = [one for one in prefill_chunks(1) if one <= size]
+        return next((one for one in sizes if one * self._token_seconds <= SLOW_READ), sizes[-1])
 
     def _begin_answer(self, reading: Reading) -> None:
         """Puts a prompt that was read into its slot."""
