@@ -134,22 +134,24 @@ def test_each_request_gets_the_tokens_that_generate_gives_it(engine, one_block_m
         assert asked.events[-1] == End(wanted.result.finish_reasons[0])
 
 
-def test_a_slow_model_decodes_and_reads_in_small_steps(make, one_block_model, monkeypatch, kernel):
+def test_a_slow_model_decodes_and_reads_in_small_steps(make, one_layer, monkeypatch, kernel):
     """One token at a time, so that none waits for the next; prompts in chunks of 32. Not a bit changes."""
+    from mpt_eqx import from_pretrained
     from mpt_eqx.serve import Chunk, lane
 
     sizes, original = [], lane.prefill_outputs
     monkeypatch.setattr(lane, "SLOW_STEP", -1)
     monkeypatch.setattr(lane, "SLOW_READ", -1)
     monkeypatch.setattr(lane, "prefill_outputs", lambda *args: (sizes.append(args[2].shape[1]), original(*args))[1])
-    engine = make(one_block_model, slots=2)
+    model = from_pretrained(one_layer)
+    engine = make(model, slots=2)
     (first,), _ = submit(engine, request(range(40), 200, {"temperature": 1.0}, seed=1))
     assert first.begun.wait(WAIT)
     (second,) = answers(engine, request([7] * 120, 9))
     first.wait()
     assert sizes == [32] * 6  # 40 tokens in two, and 120 in four instead of one
     for asked in (first, second):
-        wanted = alone(one_block_model, asked)
+        wanted = alone(model, asked)
         assert asked.tokens == wanted.tokens and asked.all("logprobs") == wanted.logprobs
         assert all(len(event.tokens) == 1 for event in asked.events if isinstance(event, Chunk))
 
