@@ -23,6 +23,25 @@ def on_port(app):
     assert not thread.is_alive()
 
 
+@contextmanager
+def one_layer_served(one_layer):
+    """Serves a layer of the shipped model with the real engine, and yields its address, the engine and the model."""
+    from mpt_eqx import from_pretrained
+    from mpt_eqx.serve import Engine
+    from mpt_eqx.serve.app import create_app
+    from mpt_eqx.serve.settings import Settings
+
+    model = from_pretrained(one_layer, dtype="float32")
+    engine = Engine({"pydoc": model}, slots=4, context=256, edits=True, warm=False)
+    engine.start()
+    assert engine.wait_until_ready(300) == "ready"
+    try:
+        with on_port(create_app(engine, {"pydoc": shipped(place=one_layer)}, Settings(edits=True))) as url:
+            yield url, engine, model
+    finally:
+        engine.stop()
+
+
 class ScriptedEngine:
     """Answers each request with the events of a script, in a thread of its own.
 
@@ -86,13 +105,14 @@ def saying(tokens, size=3):
     return script
 
 
-def shipped(name="pydoc", **given):
-    """Returns the shipped model as clients see it."""
+def shipped(name="pydoc", place=None, **given):
+    """Returns the shipped model, or that of a directory, as clients see it."""
     from mpt_eqx import SHIPPED_MODEL
     from mpt_eqx.config import MPTConfig
     from mpt_eqx.serve.settings import ServedModel
     from mpt_eqx.text import load_tokenizer
 
-    config = MPTConfig.from_json_file(SHIPPED_MODEL / "config.json")
+    place = place or SHIPPED_MODEL
+    config = MPTConfig.from_json_file(place / "config.json")
     values = {"defaults": {"temperature": 0.0}, "chat_template": None, "created": 1_700_000_000}
-    return ServedModel(name=name, config=config, tokenizer=load_tokenizer(SHIPPED_MODEL), **{**values, **given})
+    return ServedModel(name=name, config=config, tokenizer=load_tokenizer(place), **{**values, **given})

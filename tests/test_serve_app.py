@@ -323,6 +323,25 @@ def test_pages_and_figures_are_there_when_asked_for(engine, model):
     assert paths <= {route.path for route in app.routes}
 
 
+def test_edits_reach_an_engine_that_may_have_them(engine, model):
+    import numpy as np
+
+    from mpt_eqx.interp import Add
+    from mpt_eqx.serve.app import create_app
+    from mpt_eqx.serve.settings import Settings
+
+    edits = [{"layer": 3, "vector": [0.5] * 192, "start": 2}, {"layer": 0, "vector": [1] * 192}]
+    with on_port(create_app(engine, {"pydoc": model}, Settings(edits=True))) as url:
+        assert httpx.post(f"{url}/v1/completions", json={"prompt": "x", "edits": edits}).status_code == 200
+    found = engine.requests[-1].edits
+    expected = {3: Add(np.full(192, 0.5, np.float32), positions=slice(2, None)), 0: Add(np.ones(192, np.float32))}
+    assert set(found) == {f"blocks.{layer}.hook_resid_post" for layer in expected}
+    for layer, edit in expected.items():
+        one = found[f"blocks.{layer}.hook_resid_post"]
+        assert one.change is edit.change and one.start == edit.start and one.value.dtype == np.float32
+        np.testing.assert_array_equal(one.value, edit.value)
+
+
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
 REFUSED = [
     (COMPLETE, {}, "prompt", "prompt: expected a value, found none"),

@@ -284,7 +284,8 @@ def _edits(server: Server, vectors: Sequence[SteeringVector], model: ServedModel
         place = f"blocks.{asked.layer}.hook_resid_post"
         if place in edits:
             raise APIError(400, f"{where}.layer: expected each layer once, found {asked.layer} again", param="edits")
-        vector = np.asarray(asked.vector, np.float32)
+        with np.errstate(over="ignore"):
+            vector = np.asarray(asked.vector, np.float32)
         if not np.isfinite(vector).all():
             raise APIError(400, f"{where}.vector: expected numbers that fit float32, found larger ones", param="edits")
         edits[place] = Add(vector, positions=slice(asked.start, None))
