@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, some
 from safetensors import safe_open
 
 CASES = json.loads((GOLDEN / "activations" / "case.json").read_text())["cases"]
@@ -44,7 +44,7 @@ def recorded():
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", some(TOLERANCE, ["float32", "bfloat16"]))
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_are_those_of_torch(recorded, case, dtype):
     of_x, found = computed(dtype)

@@ -189,6 +189,7 @@ def test_a_prompt_alone_equals_the_prompt_in_a_batch(model, rows, search, return
 
 @examples(10, least=2)
 @given(PROMPTS, SEARCHES)
+@pytest.mark.slow
 def test_the_chunks_do_not_show(model, prompt, search):
     from mpt_eqx import beam_search
 

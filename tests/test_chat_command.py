@@ -38,6 +38,7 @@ def talker(one_layer, tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 def test_the_shipped_model_goes_on_from_what_is_said():
     """Its own template joins what was said by empty lines, so the first answer is what generate writes."""
     from mpt_eqx import SHIPPED_MODEL

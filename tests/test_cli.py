@@ -9,6 +9,7 @@ from command import run, run_process
 from conftest import GOLDEN
 
 
+@pytest.mark.slow
 def test_generate_writes_text_and_speed():
     """In a process of its own, as users run it."""
     done = run_process("generate", "The zip() function", "--max-new-tokens", 24, "--seed", 3)

@@ -125,6 +125,7 @@ def test_two_processes(one_layer, tmp_path):
             ["--documents", 60, "--layers", 1, "--width", 32, "--vocab-size", 300, "--length", 32, "--epochs", 0.015],
             (10_000, 100_000),
             id="small",
+            marks=pytest.mark.slow,
         ),
         pytest.param(["--epochs", 0.005, "--length", 64], (2e6, 5e6), id="true size", marks=pytest.mark.slow),
     ],

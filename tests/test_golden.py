@@ -77,7 +77,7 @@ def test_hidden_states(golden, name):
         np.testing.assert_allclose(state, case.expected[f"hidden.{i}"], atol=ATOL, rtol=0)
 
 
-@pytest.mark.parametrize("name", some(FLOAT32, KINDS[1::4]))
+@pytest.mark.parametrize("name", some(FLOAT32, ["f_embedding_fraction", "f_torch_dmoe", "f_pad_token_id"]))
 def test_loss_and_gradients(golden, name):
     from mpt_eqx.checkpoint.names import canonical_name, named_leaves
     from mpt_eqx.train import next_token_loss

@@ -30,6 +30,7 @@ def lowered(model: MPT, capacity: int = 256):
 
 
 @pytest.mark.parametrize("form", some(["float32", "bfloat16", "int8", "int4"], ["int4"]))
+@pytest.mark.slow
 def test_a_loop_computes_what_single_blocks_do(form, kernel, monkeypatch):
     model = made()
     model = quantize(model, form) if form.startswith("int") else jax.tree.map(lambda x: x.astype(form), model)

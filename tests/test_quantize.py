@@ -431,7 +431,7 @@ def test_a_part_of_a_model(tiny_model, tmp_path):
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=SCHEMES)
+@pytest.fixture(params=some(SCHEMES, ["int4"]))
 def saved(request, tiny_model, tmp_path):
     """A model and its directory."""
     from mpt_eqx import quantize, save_pretrained

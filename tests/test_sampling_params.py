@@ -62,6 +62,7 @@ def test_rows_with_different_options_do_not_change_each_other(decoded):
 
 
 @pytest.mark.optimized
+@pytest.mark.slow
 def test_a_row_that_asks_for_nothing_keeps_every_bit():
     from mpt_eqx.generation.sampling import process_logits, sample
 

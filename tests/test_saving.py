@@ -169,6 +169,7 @@ def test_no_space_left_in_an_empty_directory(saved, tmp_path, size):
     assert moment > 10
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path):
     """A small file system in a mount namespace of its own, with less and less room beside the old checkpoint."""
     inside = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs "$0" && exec "$@"', tmp_path]
