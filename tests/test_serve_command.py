@@ -1,5 +1,6 @@
 """`mpt-eqx serve`: its options in this process, and one server in a process of its own."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -19,6 +20,8 @@ from command import environment, run
 from conftest import ROOT
 
 pytest.importorskip("uvicorn")
+
+posix = pytest.mark.skipif(os.name != "posix", reason="signals")
 
 SMALL = (
     "--slots",
@@ -149,7 +152,7 @@ def started(*args):
         server.process.communicate()
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals")
+@posix
 def test_a_server_starts_answers_drains_and_ends(one_layer):
     with started(one_layer, "--name", "base", *SMALL) as server:
         server.wait_for("ready after ")
@@ -164,6 +167,7 @@ def test_a_server_starts_answers_drains_and_ends(one_layer):
         assert whole["usage"]["completion_tokens"] >= 1
         metrics = server.ask("/metrics").read().decode()
         assert "mpt_eqx_ready 1.0" in metrics and 'mpt_eqx_first_token_seconds_count{model="base"} 1.0' in metrics
+        assert 'mpt_eqx_queue_seconds_count{model="base"} 1.0' in metrics
         assert b"<title>mpt_eqx" in server.ask("/", key="").read()
 
         for flags in ([], ["--plain"]):
@@ -208,3 +212,146 @@ def test_a_server_starts_answers_drains_and_ends(one_layer):
             "completion_tokens": whole["usage"]["completion_tokens"],
         }  # fmt: skip
         assert "weights " in said and "KV caches " in said and "peak memory" in said and "Traceback" not in said
+
+
+class Engine:
+    """One that does what a test says: it is ready at once, and drains when `done` is set."""
+
+    def __init__(self, health="ready", done=False):
+        self.phase, self.done, self.calls, self.failures = health, threading.Event(), [], []
+        if done:
+            self.done.set()
+
+    def start(self):
+        self.calls.append("start")
+
+    def health(self):
+        return "stopped" if self.phase == "draining" and self.done.is_set() else self.phase
+
+    def stats(self):
+        return SimpleNamespace(active=1, queued=1, peak_bytes=10**6)
+
+    def drain(self):
+        self.calls.append("drain")
+        self.phase = "draining"
+
+    def stop(self, timeout):
+        self.calls.append("stop")
+        self.phase = "stopped"
+        for fail in self.failures:
+            fail()
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Serves an application with an engine in this process, and returns the exit code and what was said."""
+    from mpt_eqx.cli import _serve_process
+
+    ends = []
+    monkeypatch.setattr(_serve_process, "_end_now", ends.append)
+
+    def call(app, engine, *, until="ready", then=None, drain_timeout=0.2):
+        said = []
+
+        def say(text):
+            said.append(text)
+            if until in text:
+                threading.Thread(target=tell).start()
+
+        def tell():
+            if then is not None:
+                then(next(line for line in said if "listening" in line).split()[-1])
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        with _serve_process.bind("127.0.0.1", 0) as listener:
+            code = _serve_process.serve_until_told(
+                app, engine, listener, drain_timeout=drain_timeout, log=None, say=say
+            )
+        return code, said, ends
+
+    before = signal.getsignal(signal.SIGTERM)
+    yield call
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+async def nothing(scope, receive, send):
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"{}"})
+
+
+@posix
+def test_what_has_not_ended_after_the_drain_ends_with_an_error(serve):
+    """It has begun as a stream, and is no half answer without an error."""
+    engine, answers = Engine(), []
+
+    async def streams(scope, receive, send):
+        loop, failed = asyncio.get_running_loop(), asyncio.Event()
+        engine.failures.append(lambda: loop.call_soon_threadsafe(failed.set))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+        await failed.wait()
+        await send({"type": "http.response.body", "body": b"data: {error}\n\n"})
+
+    clients = []
+
+    def then(url):
+        clients.append(threading.Thread(target=lambda: answers.append(urllib.request.urlopen(url).read())))
+        clients[0].start()
+        while not engine.failures:
+            time.sleep(0.01)
+
+    code, said, ends = serve(streams, engine, then=then)
+    clients[0].join(10)
+    assert code == 0 and answers == [b"data: 1\n\ndata: {error}\n\n"] and not ends
+    assert engine.calls == ["start", "drain", "stop"]
+    assert "draining: 2 sequences have 0.2 seconds to end" in said
+    assert "drained no further: 2 sequences end with an error" in said
+
+
+@posix
+def test_a_drain_is_no_longer_than_it_needs_to_be(serve):
+    engine = Engine(done=True)
+    started = time.monotonic()
+    code, _, ends = serve(nothing, engine, drain_timeout=60)
+    assert code == 0 and time.monotonic() - started < 10 and not ends
+
+
+@posix
+def test_it_does_not_wait_for_a_warm_up_to_end(serve):
+    engine = Engine("starting")
+    code, said, _ = serve(nothing, engine, until="listening")
+    assert code == 0 and engine.calls == ["start", "stop"] and not any("ready" in line for line in said)
+
+
+@posix
+def test_a_second_signal_ends_it_at_once(serve):
+    engine = Engine()
+    seen = []
+
+    def say_twice(url):
+        threading.Timer(0.3, lambda: (os.kill(os.getpid(), signal.SIGINT), seen.append(1), engine.done.set())).start()
+
+    code, _, ends = serve(nothing, engine, then=say_twice, drain_timeout=30)
+    assert code == 0 and ends == [128 + signal.SIGINT] and seen
+
+
+@posix
+def test_the_process_ends_with_an_error_when_the_engine_does(serve):
+    from mpt_eqx import MPTError
+
+    with pytest.raises(MPTError, match="the engine has ended, and so does the server; its log above says why"):
+        serve(nothing, Engine("dead"), until="never")
+
+
+def test_a_pipe_that_nobody_reads_keeps_no_request_waiting():
+    """The lines are written in a thread of their own, which then waits alone."""
+    from mpt_eqx.cli._serve_process import _logged
+    from mpt_eqx.serve.guards import access
+
+    reading, writing = os.pipe()
+    with open(writing, "w") as stream, open(reading) as reader:
+        with _logged(stream):
+            for number in range(2000):
+                access.info("%s", f"{number} " + "x" * 100)  # more than a pipe holds
+            read = [reader.readline() for _ in range(2000)]
+        assert [int(line.split()[0]) for line in read] == list(range(2000))

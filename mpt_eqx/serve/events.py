@@ -15,7 +15,7 @@ from mpt_eqx.serve.engine import Engine
 from mpt_eqx.serve.errors import APIError, failure_error
 from mpt_eqx.serve.metrics import Metrics
 from mpt_eqx.serve.prepare import Asked
-from mpt_eqx.serve.requests import Chunk, End, Event, Failure, Ticket
+from mpt_eqx.serve.requests import Chunk, End, Event, Failure, Prompt, Ticket
 
 LOOK_AFTER = 1.0
 """Seconds without an event after which the engine's health is looked at."""
@@ -69,8 +69,8 @@ async def follow(
             number, event = arrival
             if isinstance(event, Failure):
                 raise failure_error(event)
-            if metrics is not None and isinstance(event, Chunk):
-                _observe(metrics, waits[number], len(event.tokens))
+            if metrics is not None:
+                _observe(metrics, waits[number], event)
             piece = read_event(answers[number], event)
             left -= isinstance(event, End)
             if piece is not None:
@@ -96,13 +96,16 @@ class Wait:
     begun: bool = False
 
 
-def _observe(metrics: Metrics, wait: Wait, count: int) -> None:
+def _observe(metrics: Metrics, wait: Wait, event: Event) -> None:
     now = time.monotonic()
-    if wait.begun:
-        metrics.observe_next_tokens(wait.model, count, now - wait.since)
-    else:
-        metrics.observe_first_token(wait.model, now - wait.since)
-    wait.begun, wait.since = True, now
+    if isinstance(event, Prompt):
+        metrics.observe_queue(wait.model, event.waited)
+    elif isinstance(event, Chunk):
+        if wait.begun:
+            metrics.observe_next_tokens(wait.model, len(event.tokens), now - wait.since)
+        else:
+            metrics.observe_first_token(wait.model, now - wait.since)
+        wait.begun, wait.since = True, now
 
 
 async def _tell_gone(http: HTTPRequest, ticket: Ticket, arrived: "asyncio.Queue[Any]") -> None:

@@ -5,7 +5,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 
-from mpt_eqx.serve.requests import Chunk, End, Event, Failure, Request, Send, Ticket
+from mpt_eqx.serve.requests import Chunk, End, Event, Failure, Prompt, Request, Send, Ticket
 
 
 @dataclasses.dataclass(eq=False)
@@ -18,6 +18,8 @@ class Job:
         ticket: tells whether it was cancelled.
         tokens: the new tokens so far.
         ended: how it ended; None while it has not.
+        since: when it was submitted, by time.monotonic().
+        waited: seconds in the queue.
     """
 
     request: Request
@@ -25,6 +27,8 @@ class Job:
     ticket: Ticket
     tokens: list[int] = dataclasses.field(default_factory=list)
     ended: str | None = None
+    since: float = dataclasses.field(default_factory=time.monotonic)
+    waited: float = 0.0
 
     def tell(self, event: Event) -> None:
         """Sends an event, unless the job has ended."""
@@ -33,6 +37,8 @@ class Job:
                 self.ended = event.reason if isinstance(event, End) else event.kind
             elif isinstance(event, Chunk):
                 self.tokens += event.tokens
+            elif isinstance(event, Prompt):
+                event = dataclasses.replace(event, waited=self.waited)
             try:
                 self.send(event)
             except Exception:  # such as a closed event loop: nobody listens
@@ -75,6 +81,7 @@ class FairQueue:
         for client, waiting in self._clients.items():
             if fits(waiting[0]):
                 job = waiting.popleft()
+                job.waited = time.monotonic() - job.since
                 self._clients.move_to_end(client)
                 if not waiting:
                     del self._clients[client]

@@ -84,11 +84,13 @@ class Prompt:
         cached: how many of its tokens were in the cache of prefixes.
         logprobs: of each token after the first, in nats, if they were asked for.
         top: the likeliest tokens in the place of each after the first, if they were asked for.
+        waited: seconds in the queue.
     """
 
     cached: int
     logprobs: list[float]
     top: list[Top]
+    waited: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
