@@ -45,14 +45,19 @@ class Answer:
 
 
 def ask(
-    settings=None, path="/v1/models", method="GET", host="localhost:8000", body=(), app=echo, observe=None, **headers
-):
-    """Returns the answer to one request; `body` is what arrives, piece by piece, and None where the client leaves."""
+    settings=None, path="/v1/models", method="GET", host="localhost:8000", body=(), app=echo, observe=None, left=None,
+    **headers,
+):  # fmt: skip
+    """Returns the answer to one request.
+
+    `body` is what arrives, piece by piece, None where the client leaves, and a number where it waits; what was not read
+    is in `left`.
+    """
     names = {name.replace("_", "-").encode(): value.encode() for name, value in headers.items()}
     listed = [(b"host", host.encode())] if host is not None else []
     scope = {"type": "http", "method": method, "path": path, "headers": [*listed, *names.items()]}
     scope |= {"client": ("127.0.0.1", 5), "query_string": b"secret=1"}
-    pieces, sent = list(body), []
+    pieces, sent = list(body) if left is None else left, []
 
     async def receive():
         if not pieces:
@@ -145,6 +150,24 @@ def test_a_body_above_the_limit_is_refused_before_it_is_parsed():
         assert ask(small, method="POST", body=[b"1"], content_length=length).status == 413
     answer = ask(small, method="POST", body=[b"12345", b"678901", b"2" * 99], transfer_encoding="chunked")
     assert answer.status == 413 and answer.error == "body: expected at most 10 bytes"
+
+
+def test_a_refused_client_may_finish_sending_within_bounds(monkeypatch):
+    """Else its connection would break before it has read why."""
+    for settings in (SECRET, Settings(max_body=10)):
+        pieces = [b"1" * 2**20] * 3
+        assert ask(settings, method="POST", body=pieces, content_length=str(3 * 2**20), left=pieces).status in (
+            401,
+            413,
+        )
+        assert pieces == []
+    monkeypatch.setattr("mpt_eqx.serve.guards.DROP_SECONDS", 0.02)
+    assert ask(SECRET, method="POST", body=[b"1", 9.0, b"2"], content_length="3").status == 401
+    endless = [b"1" * 2**20] * 70
+    assert ask(SECRET, method="POST", body=endless, content_length="99999999", left=endless).status == 401 and endless
+    waits = [b"1"]
+    assert ask(SECRET, method="POST", body=waits, content_length="1", expect="100-continue", left=waits).status == 401
+    assert waits
 
 
 def test_a_body_that_does_not_come_is_not_waited_for():

@@ -1,6 +1,7 @@
 """What stands before the application: who may ask, from where, how much; and a line for each request."""
 
 import asyncio
+import contextlib
 import datetime
 import hashlib
 import hmac
@@ -36,6 +37,8 @@ SECURITY_HEADERS = {
 }
 NOT_ANSWERED = 499
 """In the log: the client went away before there was an answer."""
+DROP_BYTES, DROP_SECONDS = 64 * 2**20, 10.0
+"""So much of the body of a refused request is waited for."""
 LOGGED = ("model", "prompt_tokens", "completion_tokens")
 
 access = logging.getLogger("mpt_eqx.serve.access")
@@ -70,6 +73,7 @@ def guard(app: ASGIApp, settings: Settings, observe: Callable[[str, int, float],
                 if inner is not None:
                     await app(scope, inner, answer.send)
             else:
+                await _drop_body(scope, receive)
                 await answer.refuse(*refusal)
         except Exception:
             log.exception("a request failed")
@@ -150,7 +154,6 @@ def _refusal(scope: MutableMapping[str, Any], settings: Settings, digests: list[
 
 
 def _too_large(settings: Settings) -> Refusal:
-    # The connection stays, so that a client which is still sending reads this and not that it was cut off.
     return 413, f"body: expected at most {settings.max_body} bytes", "request_too_large", []
 
 
@@ -197,11 +200,29 @@ def _has_key(scope: MutableMapping[str, Any], digests: list[bytes]) -> bool:
     return any(valid) and scheme.lower() == b"bearer"
 
 
+async def _drop_body(scope: MutableMapping[str, Any], receive: Receive) -> None:
+    """Takes what a client still sends, within bounds: most read an answer only after that, and none if cut off."""
+    if not _has_body(scope) or _values(scope, b"expect"):
+        return
+    dropped = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DROP_SECONDS):
+            while dropped < DROP_BYTES:
+                message = await receive()
+                dropped += len(message.get("body", b""))
+                if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                    return
+
+
+def _has_body(scope: MutableMapping[str, Any]) -> bool:
+    return bool(_values(scope, b"content-length") or _values(scope, b"transfer-encoding"))
+
+
 async def _read_body(
     scope: MutableMapping[str, Any], receive: Receive, settings: Settings, answer: _Answer
 ) -> Receive | None:
     """Returns a `receive` that gives the whole body first; None where the request has ended because of it."""
-    if not _values(scope, b"content-length") and not _values(scope, b"transfer-encoding"):
+    if not _has_body(scope):
         return receive
     body = bytearray()
     try:
@@ -212,6 +233,8 @@ async def _read_body(
                     return None
                 body += message.get("body", b"")
                 if len(body) > settings.max_body:
+                    body.clear()
+                    await _drop_body(scope, receive)
                     await answer.refuse(*_too_large(settings))
                     return None
                 if not message.get("more_body", False):
