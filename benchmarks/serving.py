@@ -36,7 +36,6 @@ PERCENTILES = (50, 90, 99)
 def write_model(directory: Path) -> tuple[Path, Path]:
     """Writes random weights as a checkpoint and as GGUF, with the shipped tokenizer, and returns where."""
     import jax
-
     import jax.numpy as jnp
 
     from mpt_eqx import MPT, SHIPPED_MODEL, AttnConfig, InitConfig, MPTConfig, save_pretrained

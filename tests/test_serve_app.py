@@ -350,6 +350,7 @@ REFUSED = [
     (COMPLETE, {"prompt": [[]]}, "prompt", "prompt: expected a text"),
     (COMPLETE, {"prompt": ["a", 1]}, "prompt", "prompt: expected a text"),
     (COMPLETE, {"prompt": [True]}, "prompt", "prompt: expected a text"),
+    (COMPLETE, {"prompt": ["a"] * 1025}, "prompt", "prompt: expected at most 1024 prompts, found 1025"),
     (COMPLETE, {"prompt": [4096]}, "prompt", "prompt: expected token ids from 0 to 4095, found 4096"),
     (COMPLETE, {"prompt": [[1], [-1]]}, "prompt", r"prompt\[1\]: expected token ids from 0 to 4095, found -1"),
     (COMPLETE, {"temperature": -1}, "temperature", "temperature: .* greater than or equal to 0, found -1"),

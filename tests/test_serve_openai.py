@@ -85,6 +85,11 @@ def test_rows_of_one_request_are_those_of_one_call(client, served, model):
     assert found.usage.completion_tokens == sum(row.lengths[0] for row in rows)
 
 
+def test_more_answers_than_ever_have_room_are_refused_for_good(client):
+    with pytest.raises(openai.BadRequestError, match="requests: expected at most 68 together, as have room, found 69"):
+        complete(client, PROMPTS[:1] * 69)
+
+
 def test_without_a_seed_answers_differ(client):
     assert len({complete(client, PROMPTS[0], temperature=1.5).choices[0].text for _ in range(4)}) > 1
 

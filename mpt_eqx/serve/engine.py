@@ -137,12 +137,14 @@ class Engine:
         """Puts requests in the queue, all or none.
 
         Raises:
-            GenerationError: a request is not valid.
+            GenerationError: a request is not valid, or there are more of them than slots and places in the queue.
             QueueFullError: more would wait than may.
             UnavailableError: the engine is not ready.
         """
         for request, _ in requests:
             self._check(request)
+        if len(requests) > (most := self._max_queue + self._slots):
+            raise GenerationError(f"requests: expected at most {most} together, as have room, found {len(requests)}")
         ticket = Ticket()
         with self._changed:
             if (health := self.health()) != "ready":

@@ -10,6 +10,7 @@ from mpt_eqx.errors import printable
 from mpt_eqx.serve.errors import APIError
 from mpt_eqx.serve.requests import TOP
 
+MAX_PROMPTS = 1024
 MAX_STOPS = 16
 MAX_STOP = 256
 MAX_BIAS = 1024
@@ -57,9 +58,11 @@ def _text_or_texts(value: Any) -> Any:
 
 def _prompt(value: Any) -> Any:
     kinds = {type(item) for item in value} if isinstance(value, list) else set()
-    if isinstance(value, str) or kinds in ({str}, {int}):
+    if isinstance(value, str) or kinds == {int}:
         return value
-    if kinds == {list} and all({type(token) for token in item} == {int} for item in value):
+    if kinds == {str} or (kinds == {list} and all({type(token) for token in item} == {int} for item in value)):
+        if len(value) > MAX_PROMPTS:
+            raise ValueError(f"expected at most {MAX_PROMPTS} prompts, found {len(value)}")
         return value
     raise ValueError("expected a text, a list of texts, token ids, or a list of token ids for each prompt")
 
