@@ -197,8 +197,6 @@ def test_a_slow_reader_does_not_hold_the_engine(engine, url):
 
 
 def test_the_log_is_told_of_tokens_and_figures_of_times(engine):
-    from fastapi import Request as HTTPRequest
-
     from mpt_eqx.serve import Chunk, End
     from mpt_eqx.serve.app import create_app
     from mpt_eqx.serve.settings import Settings
@@ -206,6 +204,9 @@ def test_the_log_is_told_of_tokens_and_figures_of_times(engine):
     states, seen = [], []
 
     class Metrics:
+        def observe_queue(self, model, seconds):
+            seen.append((model, "queue", seconds))
+
         def observe_first_token(self, model, seconds):
             seen.append((model, 0, seconds >= 0))
 
@@ -224,5 +225,5 @@ def test_the_log_is_told_of_tokens_and_figures_of_times(engine):
     engine.script = events(*begun(), Chunk([42], [-1.0], []), End("length"))
     with on_port(outer) as url:
         assert httpx.post(f"{url}/v1/completions", json=BODY).status_code == 200
-    assert HTTPRequest and states[-1] == {"model": "pydoc", "prompt_tokens": 1, "completion_tokens": 3}
-    assert seen == [("pydoc", 0, True), ("pydoc", 1, True)]
+    assert states[-1] == {"model": "pydoc", "prompt_tokens": 1, "completion_tokens": 3}
+    assert seen == [("pydoc", "queue", 0.0), ("pydoc", 0, True), ("pydoc", 1, True)]
