@@ -1,6 +1,7 @@
 """The real engine behind OpenAI's client: answers are those of `generate` and `score`."""
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -20,9 +21,9 @@ def served(one_layer):
 
 @pytest.fixture(scope="module")
 def running(one_layer):
-    """The address of a server, and its model."""
+    """The address of a server, its model and its engine."""
     with one_layer_served(one_layer) as (url, engine, model):
-        yield url, model
+        yield url, model, engine
         stats = engine.stats()
         assert stats.active == stats.queued == 0 and engine.health() == "ready"
 
@@ -126,6 +127,26 @@ def test_stop_strings_end_the_sequence_early(client):
     found = complete(client, PROMPTS[0], temperature=0, stop=stop)
     assert found.choices[0].text == text[: text.index(stop)] and found.choices[0].finish_reason == "stop"
     assert found.usage.completion_tokens < whole.usage.completion_tokens
+
+
+def test_a_stream_that_is_closed_frees_its_slots(client, running):
+    engine = running[2]
+    before = engine.stats().ended.get("cancelled", 0)
+    for _ in range(3):
+        ask = {
+            "model": "pydoc",
+            "prompt": PROMPTS,
+            "max_tokens": 200,
+            "temperature": 1,
+            "extra_body": {"ignore_eos": True},
+        }
+        with client.completions.create(**ask, stream=True) as stream:
+            assert next(stream).choices[0].text
+    deadline = time.monotonic() + 20
+    while (stats := engine.stats()).active or stats.queued:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert stats.ended["cancelled"] > before and complete(client, PROMPTS[0]).choices[0].text
 
 
 def test_chat_streams_what_it_answers(client):
