@@ -55,10 +55,13 @@ class DecodeState(eqx.Module):
 
 def empty_state(model: MPT, rows: int, capacity: int) -> DecodeState:
     """Returns a state of rows without tokens, with room for `capacity` tokens in each."""
-    layout = model.layout
-    state = map_with_axes(
-        state_shapes(model, rows, capacity), lambda x, *names: new_array(layout, x.shape, x.dtype, 0, *names)
-    )
+    return zeros_of(model, state_shapes(model, rows, capacity))
+
+
+def zeros_of(model: MPT, shapes: DecodeState) -> DecodeState:
+    """Returns what `empty_state` does, of shapes from `state_shapes`, which take long to find."""
+    layout, rows = model.layout, shapes.tokens.shape[0]
+    state = map_with_axes(shapes, lambda x, *names: new_array(layout, x.shape, x.dtype, 0, *names))
     nothing = tuple(new_array(layout, (rows,), np.int32, -1, None) for _ in range(2))
     return eqx.tree_at(lambda s: (s.not_finite, s.nothing_left), state, nothing)
 

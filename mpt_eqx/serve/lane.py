@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 from mpt_eqx.errors import MPTError
 from mpt_eqx.generation.buckets import DECODE_CHUNK, cache_bucket, prefill_buckets, prefill_chunks
 from mpt_eqx.generation.sampling_params import SamplingParams
-from mpt_eqx.generation.state import DecodeState, empty_state, replicate
+from mpt_eqx.generation.state import DecodeState, replicate, state_shapes, zeros_of
 from mpt_eqx.generation.steps import StepOutput, nothing_left
 from mpt_eqx.model import MPT
 from mpt_eqx.model.taps import Edit
@@ -85,6 +85,7 @@ class Lane:
         self._reading: Reading | None = None
         self._slots = empty_slots(model, slots, self._capacity, edits=edits)
         self._off = edits_of(model, {}, context) if edits else {}
+        self._shapes: dict[int, DecodeState] = {}
         self._step_seconds = self._token_seconds = 0.0
 
     @property
@@ -131,7 +132,7 @@ class Lane:
         capacities = sorted({cache_bucket(model.config, length) for length in range(1, self.context + 1)})
         for capacity in capacities:
             for edits in kinds:
-                state = dataclasses.replace(empty_state(model, 1, capacity), edits=jax.tree.map(jnp.copy, edits))
+                state = dataclasses.replace(self._empty(capacity), edits=jax.tree.map(jnp.copy, edits))
                 for size in prefill_chunks(1):
                     tokens = np.zeros((1, size), np.int32)
                     state, x = prefill_outputs(model, state, *replicate(model, (tokens, one)))
@@ -147,6 +148,12 @@ class Lane:
             on, allowed = replicate(model, (active, mask))
             self._slots, output = decode_slots(model, self._slots, on, allowed, steps)
             jax.block_until_ready(output)
+
+    def _empty(self, capacity: int) -> DecodeState:
+        """Returns a state of one row without tokens."""
+        if capacity not in self._shapes:
+            self._shapes[capacity] = state_shapes(self.model, 1, capacity)
+        return zeros_of(self.model, self._shapes[capacity])
 
     def _drop_given_up(self) -> None:
         for row, job in list(self._running.items()):
@@ -166,7 +173,7 @@ class Lane:
             start, kept = self.prefixes.longest(prompt)
             state = None if kept is None else continued(kept, np.asarray(start, np.int32), capacity)
         if state is None:
-            state = empty_state(self.model, 1, capacity)
+            state = self._empty(capacity)
             if request.edits:
                 state = dataclasses.replace(state, edits=edits_of(self.model, request.edits, self.context))
         free = (row for row in range(self._count) if row not in self._running)
