@@ -112,6 +112,23 @@ def test_the_help_says_who_can_see_a_key():
     assert done.returncode == 0 and "can see it in the list of processes" in " ".join(done.stdout.split())
 
 
+def test_adapters_are_models_by_name_that_share_the_bases_weights():
+    from mpt_eqx import SHIPPED_ADAPTER, SHIPPED_MODEL
+    from mpt_eqx.cli._serve_models import load_models
+
+    options = {"revision": None, "template": None, "mesh": None, "dtype": None, "max_seq_len": 128, "quantize": None}
+    args = SimpleNamespace(model=str(SHIPPED_MODEL), name=None, adapter=[f"qa={SHIPPED_ADAPTER}"], **options)
+    models, served = load_models(args)
+    assert list(models) == list(served) == ["pydoc-3m", "pydoc-3m:qa"]
+    assert models["pydoc-3m"].wte.weight is models["pydoc-3m:qa"].wte.weight
+    assert {model.config.max_seq_len for model in served.values()} == {128}
+    # What is beside the adapter wins over what is beside the model.
+    assert served["pydoc-3m"].chat_template is None and "{%" in served["pydoc-3m:qa"].chat_template
+    assert [model.defaults["temperature"] for model in served.values()] == [0.7, 0.0]
+    args = SimpleNamespace(model=None, name="base", adapter=[], **options)
+    assert list(load_models(args)[1]) == ["base", "base:answers"]
+
+
 class Process:
     """A server in a process of its own."""
 
@@ -212,6 +229,20 @@ def test_a_server_starts_answers_drains_and_ends(one_layer):
             "completion_tokens": whole["usage"]["completion_tokens"],
         }  # fmt: skip
         assert "weights " in said and "KV caches " in said and "peak memory" in said and "Traceback" not in said
+
+
+@posix
+@pytest.mark.slow
+def test_a_server_on_a_mesh_gives_the_same_answers(one_layer, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    answers = []
+    for mesh in ((), ("--mesh", "tp=2")):
+        with started(one_layer, *SMALL, *mesh) as server:
+            server.wait_for("ready after ")
+            asked = {"prompt": "Return True if", "max_tokens": 12, "temperature": 0}
+            answers.append(json.load(server.ask("/v1/completions", asked))["choices"][0]["text"])
+            assert server.end()[0] == 0
+    assert answers[0] and answers[0] == answers[1]
 
 
 class Engine:

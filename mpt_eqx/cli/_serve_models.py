@@ -35,7 +35,8 @@ def load_models(args: argparse.Namespace) -> tuple[dict[str, "MPT"], dict[str, "
         raise MPTError("--adapter: expected a name for each, found the same twice; give NAME=DIR")
     if source is None:
         source = str(SHIPPED_MODEL)
-        adapters = adapters or {"answers": SHIPPED_ADAPTER}
+        if args.mesh is None:  # where heads are sharded, its targets are split
+            adapters = adapters or {"answers": SHIPPED_ADAPTER}
     template = read_template(args.template)
     place = find_checkpoint(source, revision=args.revision)
     base = args.name or _name_of(source)
