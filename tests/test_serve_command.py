@@ -374,6 +374,23 @@ def test_the_process_ends_with_an_error_when_the_engine_does(serve):
         serve(nothing, Engine("dead"), until="never")
 
 
+@posix
+def test_the_process_ends_with_an_error_when_http_does(serve, monkeypatch):
+    from mpt_eqx import MPTError
+
+    async def ends(self, sockets=None):
+        self.started = True
+
+    async def fails(self, sockets=None):
+        raise OSError("no loop")
+
+    monkeypatch.setattr("threading.excepthook", lambda _: None)
+    for broken, said in ((ends, "HTTP has ended, and so does the server"), (fails, "HTTP did not start")):
+        monkeypatch.setattr("uvicorn.Server.serve", broken)
+        with pytest.raises(MPTError, match=f"{said}; its log above says why"):
+            serve(nothing, Engine(), until="never")
+
+
 def test_a_pipe_that_nobody_reads_keeps_no_request_waiting():
     """The lines are written in a thread of their own, which then waits alone."""
     from mpt_eqx.cli._serve_process import _logged

@@ -79,6 +79,8 @@ def serve_until_told(
         http.start()
         while not server.started and http.is_alive():
             time.sleep(0.01)
+        if not server.started:
+            raise MPTError("HTTP did not start; its log above says why")
         say(f"listening on {url_of(listener)}")
         engine.start()
         while (health := engine.health()) == "starting" and not told.wait(LOOK):
@@ -89,14 +91,15 @@ def serve_until_told(
             say(f"ready after {time.monotonic() - started:.1f} s{memory}")
         while http.is_alive() and engine.health() not in ("dead", "stopped") and not told.wait(LOOK * 4):
             pass
-        failed = not told.is_set()
+        failed, dead = not told.is_set(), engine.health() in ("dead", "stopped")
         if not failed:
             _drain(engine, drain_timeout, say)
         engine.stop(timeout=STOP_TIMEOUT)
         server.should_exit = True
         http.join(CLOSE_TIMEOUT + 5)
     if failed:
-        raise MPTError("the engine has ended, and so does the server; its log above says why")
+        what = "the engine" if dead else "HTTP"
+        raise MPTError(f"{what} has ended, and so does the server; its log above says why")
     if any(thread.name == THREAD for thread in threading.enumerate()):  # compiling, which would crash Python's own end
         _end_now(0)
     return 0
