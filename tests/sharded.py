@@ -325,7 +325,11 @@ def adapted(preset: str, axes: dict[str, int], targets: list[str], kind: str = "
 
 @functools.cache
 def learned_alone(form: str) -> tuple:
-    return learned_by(alone("hf_generate")[0], form)
+    return learned_by(alone(learner(form))[0], form)
+
+
+def learner(form: str) -> str:
+    return "f_torch_dmoe" if form == "experts" else "hf_generate"
 
 
 def learned_by(model, form: str) -> tuple:
@@ -334,8 +338,9 @@ def learned_by(model, form: str) -> tuple:
     model = jax.tree.map(jax.numpy.copy, stack(model) if form == "stacked" else model)
     state, metrics = train.TrainState.create(model, optimizer), []
     step = train.make_train_step(
-        optimizer, accumulate=2, max_grad_norm=0.5, remat="full" if form == "stacked" else "none"
-    )
+        optimizer, accumulate=2, max_grad_norm=0.5, remat="full" if form == "stacked" else "none",
+        loss=functools.partial(next_token_loss, moe_loss_weight=0.1 if form == "experts" else None),
+    )  # fmt: skip
     mask = np.ones(TOKENS.shape, bool)
     mask[0, 2:] = mask[2, :7] = mask[3] = False
     for _ in range(3):
@@ -347,7 +352,7 @@ def learned_by(model, form: str) -> tuple:
 def learned(preset: str, axes: dict[str, int], form: str = "plain") -> dict:
     """How far training on a mesh is from training on one device."""
     (wanted, model), rules = learned_alone(form), rules_of(preset, None)
-    metrics, found = learned_by(sharding.shard(alone("hf_generate")[0], mesh_of("auto", axes), rules), form)
+    metrics, found = learned_by(sharding.shard(alone(learner(form))[0], mesh_of("auto", axes), rules), form)
     model = sharding.split_qkv(model) if rules.heads else model
     return {"metrics": largest(metrics, wanted), "weights": largest(found, model)}
 

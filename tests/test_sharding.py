@@ -156,6 +156,7 @@ def test_a_wrapped_model_on_a_mesh_computes_what_one_device_does(ask, preset):
 LEARNED = {
     **{preset: (preset, MESHES[preset][0], "plain") for preset in MESHES},
     "stacked": ("FSDP_TP", {"fsdp": 2, "tp": 2}, "stacked"),
+    "experts": ("FSDP_TP", {"fsdp": 2, "tp": 2}, "experts"),  # with the loss that balances them
 }
 
 
