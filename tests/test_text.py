@@ -347,3 +347,42 @@ def test_whatever_a_tokenizer_raises_is_an_error_of_ours():
     for error in (KeyboardInterrupt(), SystemExit(), MPTError("ours")):
         with pytest.raises(type(error)), backend_errors("x"):
             raise error
+
+
+def test_the_bytes_of_single_tokens():
+    """Joined, they are the text, special tokens included."""
+    from types import SimpleNamespace
+
+    import tokenizers
+
+    from mpt_eqx import SHIPPED_MODEL, MPTError
+    from mpt_eqx.text import Tokenizer, load_tokenizer
+    from mpt_eqx.text.sentencepiece import SentencePieceBackend
+
+    tokenizer, text = load_tokenizer(SHIPPED_MODEL), "A wörld 🙂\n\n\t<|endoftext|> end"
+    assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))).decode() == text
+    assert tokenizer.token_bytes(5000) == b"" and '"model"' in tokenizer.to_json()
+    pieces = ["\u2581a", "<0xC3>"]
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({piece: id_ for id_, piece in enumerate(pieces)}, pieces[0])
+    )
+    processor = SimpleNamespace(get_piece_size=lambda: 2, id_to_piece=pieces.__getitem__)
+    for backend in (words, SentencePieceBackend(processor, {"<end>": (2, True)})):
+        tokenizer = Tokenizer(backend, [])
+        assert [tokenizer.token_bytes(id_) for id_ in (0, 1)] == [b" a", b"\xc3"]
+    assert tokenizer.token_bytes(2) == b"<end>" and tokenizer.token_bytes(3) == b""
+    with pytest.raises(MPTError, match="tokenizer: expected one with a tokenizer.json, found a SentencePiece model"):
+        tokenizer.to_json()
+
+
+def test_text_is_decoded_as_tokens_arrive():
+    from mpt_eqx import SHIPPED_MODEL
+    from mpt_eqx.text import load_tokenizer
+
+    tokenizer = load_tokenizer(SHIPPED_MODEL)
+    ids = tokenizer.encode(" wörld 🙂")
+    add = tokenizer.decoder(tokenizer.encode("Hello"))
+    pieces = [add(token) for token in (*ids, None)]
+    assert "".join(pieces) == " wörld 🙂" and "" in pieces[:-1] and pieces[-1] == ""
+    add = tokenizer.decoder()
+    assert [add(token) for token in ids[-2:-1]] == [""] and add(None) == "\ufffd"
