@@ -83,6 +83,8 @@ def configs(draw):
     attn |= {"attn_type": kind} | ({"kv_n_heads": draw(st.sampled_from([2, 4]))} if kind[0] == "g" else {})
     if norm := rarely(draw(st.sampled_from(["qk_ln", "qk_gn"]))):
         attn[norm] = True
+    if draw(st.integers(0, 3)) == 0:  # as transformers has it, but for its type
+        attn["attn_pdrop"] = top["resid_pdrop"] = 0.1
     if rarely(True):
         attn["rope_hf_config"] = RopeHFConfig(type="dynamic", factor=2.0, original_max_position_embeddings=32)
     if rarely(True):
