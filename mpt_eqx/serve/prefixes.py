@@ -11,6 +11,9 @@ from mpt_eqx.generation.state import DecodeState
 LEAST = 32
 """Tokens that must be alike: fewer are read as fast as a cache is copied."""
 
+MOST = 256
+"""The most prompts that are kept, so that to compare with all takes little time."""
+
 
 class PrefixCache:
     """Keeps as many as fit; the least recently used goes first.
@@ -65,7 +68,7 @@ class PrefixCache:
                     return  # it serves for this one
                 del self._kept[key]
         self._kept[prompt.tobytes()] = prompt, state, size
-        while self.size > self.limit:
+        while self.size > self.limit or len(self._kept) > MOST:
             self._kept.popitem(last=False)
 
     def clear(self) -> None:
