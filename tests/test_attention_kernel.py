@@ -109,7 +109,7 @@ def attended(q, k, v, slopes, places, window=None, softcap=None):
     return attend(q, cache, places, scale=q.shape[-1] ** -0.5, slopes=slopes, window=window, softcap=softcap)
 
 
-@examples(10)
+@examples(10, least=2)
 @given(
     st.sampled_from(["float32", "bfloat16", "float16"]), st.integers(1, 3), st.sampled_from([1, 24, 64, 80]),
     st.sampled_from([2, 9, 31, 70]), st.integers(0, 430), st.sampled_from([None, 0, 7, 100]), st.booleans(),

@@ -121,6 +121,7 @@ def test_derivatives_are_those_of_the_log_probabilities_of_the_tokens(small, pro
     ("dtype", "rows", "size"),
     [("bfloat16", 2, 1536), *(pytest.param("float32", *x, marks=pytest.mark.slow) for x in ((1, 6144), (4, 1536)))],
 )
+@pytest.mark.slow
 def test_memory_is_that_of_generate(tiny_config, dtype, rows, size):
     """The cache and the larger of what a chunk of the prompt and of the steps need, within 5 %."""
     from mpt_eqx import MPT, SamplingParams, decode

@@ -45,7 +45,15 @@ def with_language(language):
     return [path for path in PAGES if any(name == language for name, *_ in fences(path))]
 
 
-@pytest.mark.parametrize("path", with_language("python"), ids=named)
+# What they call, other pages and tests call, too.
+LONG = ("index.md", "migrating.md", "quantization.md", "sharding.md", "surgery.md")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.slow) if path.name in LONG else path for path in with_language("python")],
+    ids=named,
+)
 def test_blocks_of_python_run_and_print_what_is_shown(path, one_layer, tmp_path, monkeypatch, capsys):
     """A page's blocks run one after another; in the README each stands alone."""
     monkeypatch.chdir(tmp_path)

@@ -24,10 +24,10 @@ CACHED = (
     *("f_mha_alibi", "f_rope_dynamic", "f_learned_pos", "f_gqa_kv2", "f_reuse_kv", "f_reuse_kv_x"),
     *("f_sliding_window_rope", "f_temp_tuning", "f_torch_dmoe"),
 )
-# Beside the kinds, one case of each norm, bias, activation and rotation; and every other kind padded on the left.
+# Beside the kinds, one case of each norm, bias, activation and rotation; and some kinds padded on the left.
 KEPT = {
     *(("", name) for name in SHORT),
-    *(("left.", name) for name in FEWER),
+    *(("left.", name) for name in FEWER[1::2]),
     *(("", "f_" + name) for name in ("rmsnorm", "lp_rmsnorm", "bias", "clip_qkv", "rope_llama3", "untied", "mqa")),
     *(("", "f_" + name) for name in ("unfused_qkv", "qk_gn", "act_quick_gelu", "head_dim", "logit_scale")),
 }
@@ -67,7 +67,7 @@ def test_logits(golden, name, padding):
     assert difference(golden(name), padding).max() < ATOL
 
 
-@pytest.mark.parametrize("name", some(FLOAT32, FEWER))
+@pytest.mark.parametrize("name", some(FLOAT32, FEWER[::3]))
 def test_hidden_states(golden, name):
     case = golden(name)
     tokens, _, sequence_ids = batch(case)
@@ -77,7 +77,7 @@ def test_hidden_states(golden, name):
         np.testing.assert_allclose(state, case.expected[f"hidden.{i}"], atol=ATOL, rtol=0)
 
 
-@pytest.mark.parametrize("name", some(FLOAT32, ["f_embedding_fraction", "f_torch_dmoe", "f_pad_token_id"]))
+@pytest.mark.parametrize("name", some(FLOAT32, ["f_embedding_fraction", "f_torch_dmoe"]))
 def test_loss_and_gradients(golden, name):
     from mpt_eqx.checkpoint.names import canonical_name, named_leaves
     from mpt_eqx.train import next_token_loss
@@ -124,7 +124,7 @@ def extended(model, tokens, cache):
     return model.unembed(x), cache
 
 
-@pytest.mark.parametrize("name", some(FLOAT32, CACHED[::2]))
+@pytest.mark.parametrize("name", some(FLOAT32, CACHED[1::3]))
 def test_with_a_cache_the_logits_are_the_recorded_greedy_ones(golden, name):
     """Prompt and tokens in two halves, the second of which attends to the cache; the likeliest tokens come out."""
     from mpt_eqx import KVCache
@@ -161,6 +161,7 @@ def test_greedy_tokens(golden, name):
     np.testing.assert_allclose(result.logits, logits, atol=ATOL, rtol=0)
 
 
+@pytest.mark.slow
 def test_temperature_counts_left_padding_in_a_padded_input(golden):
     case = golden("f_temp_tuning")
     prompt, mask = case.expected["greedy.input_ids"][0], case.expected["greedy.attention_mask"][0].astype(bool)
@@ -169,6 +170,7 @@ def test_temperature_counts_left_padding_in_a_padded_input(golden):
     np.testing.assert_allclose(logits[len(prompt) - 1 : -1], case.expected["greedy.logits"][0], atol=ATOL, rtol=0)
 
 
+@pytest.mark.slow
 def test_dynamic_rotation_past_the_trained_length(golden):
     """As the reference decodes with its cache; the full forward pass agrees, which the reference cannot do."""
     from mpt_eqx import MPTError, generate
@@ -251,6 +253,7 @@ def test_alibi_bias_max_is_honoured_where_transformers_ignores_it(golden):
     assert np.abs(logits - case.expected["logits"]).max() > 1
 
 
+@pytest.mark.slow
 def test_with_the_slopes_that_transformers_took_the_same_weights_give_its_numbers(golden):
     """Within a millionth of the largest number of hidden states, greedy logits and loss; five of a gradient's."""
     case = golden("hf_alibi_bias_max16", config_overrides=attn(alibi_bias_max=8))
@@ -631,7 +634,7 @@ def logits(golden, name):
 
 @pytest.mark.parametrize(
     ("name", "what", "mutation", "off"),
-    one_in(8, [*((*mutation, logits) for mutation in MUTATIONS), *SHOWN_ELSEWHERE]),
+    one_in(20, [*((*mutation, logits) for mutation in MUTATIONS), *SHOWN_ELSEWHERE]),
     ids=[f"{m[0]}: {m[1]}" for m in (*MUTATIONS, *SHOWN_ELSEWHERE)],
 )
 def test_the_reference_notices_a_mutation(golden, monkeypatch, name, what, mutation, off):

@@ -434,7 +434,7 @@ def test_every_instruction_set_gives_the_attention(dtype):
 @pytest.mark.parametrize(
     ("file", "part", "other"),
     one_in(
-        3,
+        6,
         [
             ("attention", "p.window < 0 ? 0 : std::max<int64_t>(position - p.window, 0)", "0"),
             ("attention", "* scale) + slope * distance", "* scale)"),

@@ -167,7 +167,8 @@ def test_the_gradient_over_a_quantised_base_is_that_of_the_dequantised_one(base,
         np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()), rtol=0, err_msg=name)
 
 
-@pytest.mark.parametrize("form", some(FORMS, ["stacked int4"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
 def test_only_the_adapters_learn_and_the_optimizer_keeps_theirs_alone(base, form):
     plain = jax.tree.map(jnp.copy, FORMS[form](base))  # a step frees what it was given
     model = with_all(plain, dropout=0.1)

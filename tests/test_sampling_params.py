@@ -196,6 +196,13 @@ def test_processors_come_after_penalties_and_before_the_temperature(one_block_mo
     assert len(np.unique(wanted)) > 8
     found = generate(one_block_model, rows, temperature=4.0, logits_processors=[halved], **options).tokens
     np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.slow
+def test_what_is_drawn_after_processors_is_the_likeliest_they_left(one_block_model):
+    from mpt_eqx import generate
+
+    rows, options = ROWS_OF_ONE, {"max_new_tokens": 10, "key": jax.random.key(3), "return_logits": True}
     second = generate(one_block_model, rows, temperature=1.0, top_k=1, logits_processors=(without_the_best,), **options)
     greedy = generate(one_block_model, rows, logits_processors=(without_the_best,), **options)
     np.testing.assert_array_equal(second.tokens, greedy.tokens)

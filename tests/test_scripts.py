@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 from command import run
+from conftest import is_long
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def sampled(one_layer):
 
 
 def test_each_prompt_of_a_file_gets_what_it_gets_alone(one_layer, sampled, written, tmp_path):
-    """In order, in batches of any size, with the key of its place; its other keys stay."""
+    """In order, in batches of any size (of two in `just test`), with the key of its place; its other keys stay."""
     import jax
 
     from mpt_eqx import from_pretrained, generate
@@ -56,7 +57,8 @@ def test_each_prompt_of_a_file_gets_what_it_gets_alone(one_layer, sampled, writt
         tokens = result.tokens[0, : result.lengths[0]].tolist()
         text = tokenizer.decode(tokens, prompt=prompt)
         assert found == {**record, "text": text, "tokens": tokens, "finish_reason": result.finish_reasons[0]}
-    assert done.stdout == run("generate", "--input", path, "--batch-size", 3, *sampled).stdout
+    if is_long():
+        assert done.stdout == run("generate", "--input", path, "--batch-size", 3, *sampled).stdout
 
 
 def test_the_first_line_is_what_a_lone_prompt_gets(sampled, written):

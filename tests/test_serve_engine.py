@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import is_long
 from test_generate import counting_compiles
 
 V = 61
@@ -125,10 +126,14 @@ MANY = (
 
 
 def test_each_request_gets_the_tokens_that_generate_gives_it(engine, one_block_model, kernel):
-    """To the bit, whoever else is in the batch: eight requests of all kinds on three slots."""
+    """To the bit, whoever else is in the batch: eight requests of all kinds on three slots.
+
+    In `just test` three of them are compared.
+    """
     from mpt_eqx.serve import End
 
-    for asked in answers(engine, *(request(**each) for each in MANY)):
+    found = answers(engine, *(request(**each) for each in MANY))
+    for asked in found if is_long() else found[1:6:2]:
         wanted = alone(one_block_model, asked)
         assert asked.tokens == wanted.tokens and asked.all("logprobs") == wanted.logprobs
         assert asked.events[-1] == End(wanted.result.finish_reasons[0])
@@ -258,11 +263,9 @@ def test_edits_are_those_of_generate(engine, one_block_model):
 
 
 def test_prompts_that_begin_alike_are_read_once(engine, one_block_model):
-    from mpt_eqx.serve import Prompt
-
     system = np.random.default_rng(2).integers(V, size=90).tolist()
     first, second, third = (answers(engine, request([*system, *rest], 8))[0] for rest in ([1, 2], [3], [1, 2]))
-    assert [one.events[0] for one in (first, second, third)] == [Prompt(n, [], []) for n in (0, 90, 91)]
+    assert [one.events[0].cached for one in (first, second, third)] == [0, 90, 91]
     for asked in (first, second, third):
         assert asked.tokens == alone(one_block_model, asked).tokens
     stats = engine.stats()
@@ -342,7 +345,7 @@ def test_each_model_has_its_slots_and_weights_that_models_share_count_once(one_b
     maps = lambda m: (m.blocks[0].attn.Wqkv.lora_A.weight, m.blocks[0].attn.Wqkv.lora_B.weight)  # noqa: E731
     random = [jax.random.normal(jax.random.key(n), weight.shape) for n, weight in enumerate(maps(adapted))]
     adapted, added = eqx.tree_at(maps, adapted, random), sum(weight.nbytes for weight in random)
-    engine = Engine({"base": one_block_model, "base:adapter": adapted}, slots=2, warm=False)
+    engine = Engine({"base": one_block_model, "base:adapter": adapted}, slots=3, edits=True, warm=False)
     engine.start()
     assert engine.wait_until_ready(WAIT) == "ready"
     names = ["base", "base:adapter"] * 3
@@ -352,26 +355,28 @@ def test_each_model_has_its_slots_and_weights_that_models_share_count_once(one_b
     assert found[0].tokens != alone(adapted, found[0]).tokens
     weights = sum(x.nbytes for x in jax.tree.leaves(one_block_model) if isinstance(x, jax.Array))
     stats = engine.stats()
-    assert stats.weight_bytes == weights + added and stats.slots == 4
+    assert stats.weight_bytes == weights + added and stats.slots == 6
     assert stats.cache_bytes == sum(lane.cache_bytes for lane in engine._lanes.values())
     engine.stop()
 
 
 def test_nothing_is_left_of_five_hundred_requests(make, one_block_model):
     """No slot, no thread, no event: every answer is the same at the end as at the beginning."""
-    engine = make(one_block_model, slots=3, max_queue=500, prefix_bytes=10**6)
+    engine = make(one_block_model, slots=3, edits=True, max_queue=500, prefix_bytes=10**6)
     (first,) = answers(engine, request([1, 2], 9))
     threads = threading.active_count()
     before = len(jax.live_arrays())
     for round in range(5):
-        asked, ticket = submit(engine, *(request([n % V, 2, round], 1 + n % 20) for n in range(100)))
+        asked, ticket = submit(
+            engine, *(request([n % V, 2, round], 1 + n % (20 if is_long() else 8)) for n in range(100))
+        )
         if round % 2:
             ticket.cancel()
         assert all(one.wait().ended for one in asked)
     (last,) = answers(engine, request([1, 2], 9))
     assert last.tokens == first.tokens and threading.active_count() == threads
     assert (engine.stats().active, engine.stats().queued) == (0, 0) and len(jax.live_arrays()) <= before + 50
-    assert sum(engine.stats().ended.values()) == 502
+    assert holds(lambda: sum(engine.stats().ended.values()) == 502)
 
 
 def slow(engine):
@@ -521,7 +526,7 @@ def test_no_token_is_left(engine):
 
 def test_logits_that_are_not_finite(make, one_block_model):
     broken = eqx.tree_at(lambda m: m.norm_f.weight, one_block_model, jnp.full(32, jnp.nan))
-    engine = make(broken)
+    engine = make(broken, edits=True)
     for asked in answers(engine, request([1], 5), request(range(9), 0, prompt_logprobs=True)):
         kind, message = asked.failure
         assert kind == "internal" and message.startswith("the model's logits are not finite; look for NaN")

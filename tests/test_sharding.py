@@ -83,10 +83,9 @@ def test_stacked_blocks_lie_on_a_mesh_as_single_ones_do(ask, kind):
     assert found == {"placed alike": True, "bytes": True, "lines": 1}
 
 
-def test_decode_on_a_mesh_and_inside_shard_map(ask):
-    """Drawn tokens inside shard_map; on a mesh greedy ones, and drawn ones in `just test-all`."""
-    found = ask("decoded", preset="FSDP_TP", axes={"fsdp": 2, "tp": 2}, drawn=is_long())
-    assert found == {"vmap": True, "shard_map": True}
+@pytest.mark.parametrize("inside", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["vmap", "shard_map"])
+def test_decode_on_a_mesh_and_inside_shard_map(ask, inside):
+    assert ask("decoded", preset="FSDP_TP", axes={"fsdp": 2, "tp": 2}, inside=inside) == {"tokens": True}
 
 
 def test_the_engine_of_the_server_on_a_mesh(ask):

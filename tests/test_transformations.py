@@ -333,9 +333,8 @@ SWITCHES = {
 }
 
 
-@pytest.mark.parametrize(
-    "switch", [name if name == "rank promotion" else pytest.param(name, marks=pytest.mark.slow) for name in SWITCHES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("switch", SWITCHES)
 def test_everything_runs_under_a_switch_of_jax(small, switch, prompts):
     """Forward, gradient, a step with a cache, generate and beams; the tokens are those without it."""
     from mpt_eqx import KVCache, beam_search, generate
