@@ -181,6 +181,7 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_an_answer_and_not_the_conversation(interruptible):
     """In a terminal: an endless answer is cut, the next one comes, Ctrl-D leaves."""
     keyboard, terminal = pty.openpty()

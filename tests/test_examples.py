@@ -165,6 +165,7 @@ def figures(pattern, text):
     return np.array(found)
 
 
+@pytest.mark.slow
 def test_a_logit_lens(run, tmp_path):
     """The answer is formed on the way, and the last layer gives the model's own."""
     out = run("logit_lens.py", "--output", tmp_path / "lens.svg")
@@ -174,6 +175,7 @@ def test_a_logit_lens(run, tmp_path):
     assert (tmp_path / "lens.svg").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_attention_patterns(run, tmp_path):
     """Heads with flatter slopes look further back."""
     out = run("attention_patterns.py", "--length", 48, "--output", tmp_path / "patterns.png")

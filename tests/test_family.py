@@ -281,7 +281,8 @@ def configs(draw):
     }  # fmt: skip
 
 
-@examples(20, least=2)
+@pytest.mark.slow
+@examples(20)
 @given(configs(), st.integers(1, 10), st.integers(1, 11))
 def test_any_valid_configuration(d, split, at):
     """Builds and counts; round trip; causality; padding changes nothing; decoding in parts equals the full forward.

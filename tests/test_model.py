@@ -78,8 +78,8 @@ def test_queries_share_a_key_head_with_their_neighbours(tiny_config):
     from mpt_eqx import MPT, AttnConfig
 
     grouped = AttnConfig(alibi=True, fused_qkv=False, attn_type="grouped_query_attention", kv_n_heads=2)
-    model = MPT(tiny_config(attn_config=grouped), key=jax.random.key(0))
-    full = MPT(tiny_config(attn_config=AttnConfig(alibi=True, fused_qkv=False)), key=jax.random.key(0))
+    model = MPT(tiny_config(n_layers=1, attn_config=grouped), key=jax.random.key(0))
+    full = MPT(tiny_config(n_layers=1, attn_config=AttnConfig(alibi=True, fused_qkv=False)), key=jax.random.key(0))
     weights = [getattr(block.attn, name).weight for block in model.blocks for name in ("Wq", "Wk", "Wv")]
     repeated = [w if len(w) == 32 else jnp.repeat(w.reshape(2, 8, 32), 2, axis=0).reshape(32, 32) for w in weights]
     full = eqx.tree_at(
@@ -302,7 +302,7 @@ def test_every_row_of_a_batch_has_its_own_dropout(tiny_config):
     from mpt_eqx import MPT
     from mpt_eqx.train import next_token_loss
 
-    model = MPT(tiny_config(resid_pdrop=0.5), key=jax.random.key(0))
+    model = MPT(tiny_config(n_layers=1, resid_pdrop=0.5), key=jax.random.key(0))
     tokens = jnp.full((2, 6), 5)
     one, other = (
         next_token_loss(model, tokens, labels=tokens.at[1 - row].set(-100), key=jax.random.key(0)) for row in (0, 1)

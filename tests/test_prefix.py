@@ -6,7 +6,7 @@ import pytest
 from conftest import some
 
 
-@pytest.mark.parametrize("at", some([1, 30, 256, 299], [30, 256]))
+@pytest.mark.parametrize("at", some([1, 30, 256, 299], [256]))
 def test_a_prefix_and_the_rest_equal_the_whole(tiny_config, prompts, at):
     from mpt_eqx import MPT, InitConfig, generate, prefill
 
@@ -20,20 +20,20 @@ def test_a_prefix_and_the_rest_equal_the_whole(tiny_config, prompts, at):
     np.testing.assert_allclose(rest.logits, whole.logits, atol=2e-5)
 
 
-def test_it_can_be_kept_and_continued_again(tiny_model, prompts):
+def test_it_can_be_kept_and_continued_again(one_block_model, prompts):
     """No call changes it: the second gives what the first gave, in a batch and by streaming too."""
     from mpt_eqx import generate, prefill, stream
 
     start, a, b = prompts(50, 7, 3)
-    prefix = prefill(tiny_model, start)
+    prefix = prefill(one_block_model, start)
     before = [np.array(leaf) for leaf in jax.tree.leaves(prefix)]
-    first = generate(tiny_model, [a, b, []], max_new_tokens=9, prefix=prefix)
-    second = generate(tiny_model, [a, b, []], max_new_tokens=9, prefix=prefix)
+    first = generate(one_block_model, [a, b, []], max_new_tokens=9, prefix=prefix)
+    second = generate(one_block_model, [a, b, []], max_new_tokens=9, prefix=prefix)
     np.testing.assert_array_equal(first.tokens, second.tokens)
     for row, rest in enumerate((a, b, [])):
-        whole = generate(tiny_model, [*start, *rest], max_new_tokens=9)
+        whole = generate(one_block_model, [*start, *rest], max_new_tokens=9)
         np.testing.assert_array_equal(first.tokens[row], whole.tokens[0])
-        assert list(stream(tiny_model, rest, max_new_tokens=9, prefix=prefix)) == whole.tokens[0].tolist()
+        assert list(stream(one_block_model, rest, max_new_tokens=9, prefix=prefix)) == whole.tokens[0].tolist()
     for leaf, old in zip(jax.tree.leaves(prefix), before, strict=True):
         np.testing.assert_array_equal(leaf, old)
 

@@ -75,6 +75,7 @@ def test_a_row_that_asks_for_nothing_keeps_every_bit():
     assert int(sample(processed, params, jax.random.key(0), jnp.zeros_like(lengths))[0]) == int(jnp.argmax(logits[0]))
 
 
+@pytest.mark.slow
 def test_epsilon_and_eta_filter_what_is_drawn(one_block_model):
     """After temperature: no token of less probability is drawn, and without them some are."""
     from mpt_eqx import generate

@@ -126,6 +126,7 @@ def test_an_adapter_changes_nothing_else(room, one_layer):
     assert len(base) == len(kept) and all(x.tobytes() in kept for x in base.values())
 
 
+@pytest.mark.slow
 def test_an_adapter_with_dropout_by_lion_in_stacked_blocks(room, one_layer):
     """Options that change what is compiled, and the sample in between, all in one run."""
     options = ("--lora", 2, "--lora-dropout", 0.5, "--optimizer", "lionw", "--blocks", "stacked", "--remat", "offload")
