@@ -13,7 +13,7 @@ KINDS = some(
         *("f_gqa_kv2", "f_attn_softcap", "f_learned_pos", "f_bias", "f_qk_gn", "f_clip_qkv", "f_sliding_window"),
         *("f_unfused_qkv", "f_rmsnorm", "f_temp_tuning", "f_pad_token_id", "hf_default"),
     ],
-    kept=("f_mha_alibi", "f_torch_dmoe", "f_reuse_kv"),
+    kept=("f_mha_alibi", "f_torch_dmoe"),
 )
 TOKENS = jnp.asarray([5, 1, 7, 7, 2, 9])
 T = len(TOKENS)
