@@ -438,7 +438,7 @@ def failing_step(monkeypatch, error):
 
 
 def test_after_a_step_that_failed_the_engine_serves_on(make, one_block_model, monkeypatch):
-    engine = make(one_block_model, slots=2)
+    engine = make(one_block_model, edits=True)
     wanted = answers(engine, request([1, 2], 9))[0].tokens
     running, _ = slow(engine)
     failing_step(monkeypatch, RuntimeError("out of memory"))
