@@ -2,6 +2,7 @@
 
     python benchmarks/training.py --torch PYTHON        a Python that has torch and transformers (default: this one)
     python benchmarks/training.py --package ../before   another checkout of this library as well
+    python benchmarks/training.py --lora 8 --lengths 256 --rows 8    LoRA on the shipped model, beside PEFT
 
 A step is forward, loss, backward and AdamW on random tokens and weights: in float32, and with bfloat16 compute over
 float32 weights (`torch.autocast` in torch). Each (implementation, type, length) is a process; those of a type and a
@@ -45,43 +46,68 @@ def open_transformers(sizes: dict[str, int], dtype: str, rows: int, length: int)
     return step
 
 
-def open_mpt_eqx(sizes: dict[str, int], dtype: str, rows: int, length: int) -> Callable[[], float]:
-    """Returns a function that takes a step and returns its loss."""
-    import equinox as eqx
-    import jax
-    import jax.numpy as jnp
-    import optax
+def open_peft(directory: str, rank: int, rows: int, length: int, **_: Any) -> Callable[[], float]:
+    """Returns a function that takes a step of LoRA on Wqkv and returns its loss."""
+    import peft
+    import torch
+    import transformers
 
-    from mpt_eqx import MPT, AttnConfig, MPTConfig
-    from mpt_eqx.train import next_token_loss
-
-    config = MPTConfig(**sizes, no_bias=True, attn_config=AttnConfig(alibi=True))
-    optimizer = optax.adamw(LEARNING_RATE)
-    tokens = jax.random.randint(jax.random.key(1), (rows, length), 1, sizes["vocab_size"])
-
-    def loss_of(model: Any, tokens: Any) -> Any:
-        return next_token_loss(jax.tree.map(lambda x: x.astype(dtype), model), tokens)
-
-    @eqx.filter_jit(donate="all")
-    def update(model: Any, state: Any, tokens: Any) -> Any:
-        loss, grads = eqx.filter_value_and_grad(loss_of)(model, tokens)
-        updates, state = optimizer.update(grads, state, model)
-        return eqx.apply_updates(model, updates), state, loss
-
-    model = MPT(config, key=jax.random.key(0))
-    kept = [model, optimizer.init(model)]
-    del model
+    torch.manual_seed(0)
+    base = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, use_cache=False)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=rank, target_modules=["Wqkv"])).train()
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), LEARNING_RATE)
+    tokens = torch.randint(1, base.config.vocab_size, (rows, length))
 
     def step() -> float:
-        *kept[:], loss = update(*kept, jnp.array(tokens))
+        optimizer.zero_grad(set_to_none=True)
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
         return float(loss)
 
     return step
 
 
+def open_mpt_eqx(
+    dtype: str, rows: int, length: int, sizes: dict[str, int] | None = None, directory: str = "", rank: int = 0
+) -> Callable[[], float]:
+    """Returns a function that takes a step and returns its loss: of all weights, or of LoRA on Wqkv."""
+    import jax
+    import numpy as np
+    import optax
+
+    from mpt_eqx import MPT, AttnConfig, MPTConfig, from_pretrained, lora, train
+
+    optimizer = optax.adamw(LEARNING_RATE)
+    if sizes is None:
+        model = lora.add(from_pretrained(directory, dtype="float32"), rank=rank, key=jax.random.key(0))
+        state, update = (
+            train.TrainState.create(model, optimizer, trainable=lora.trainable),
+            train.make_train_step(optimizer),
+        )
+    else:
+        model = MPT(MPTConfig(**sizes, no_bias=True, attn_config=AttnConfig(alibi=True)), key=jax.random.key(0))
+        state, update = (
+            train.TrainState.create(model, optimizer),
+            train.make_train_step(optimizer, compute_dtype=None if dtype == "float32" else dtype),
+        )
+    tokens = np.random.default_rng(1).integers(1, model.config.vocab_size, (rows, length)).astype(np.int32)
+    kept = [state]
+    del model, state
+
+    def step() -> float:
+        kept[0], metrics = update(kept[0], {"tokens": tokens})
+        return float(metrics["loss"])
+
+    return step
+
+
+OPEN = {"transformers": open_transformers, "PEFT": open_peft}
+
+
 def child(which: str, request: str) -> None:
     """Takes a step for each line on stdin; answers with its seconds, its loss and the peak memory so far."""
-    step = (open_transformers if which == "transformers" else open_mpt_eqx)(**json.loads(request))
+    step = OPEN.get(which, open_mpt_eqx)(**json.loads(request))
     for _ in sys.stdin:
         started = time.perf_counter()
         loss = step()
@@ -119,6 +145,7 @@ def main() -> None:
     parser.add_argument("--no-torch", action="store_true", help="leave transformers out")
     for flag, default in (("layers", 12), ("width", 768), ("heads", 12), ("vocab", 50368), ("rows", 2), ("rounds", 5)):
         parser.add_argument(f"--{flag}", type=int, default=default, metavar="N")
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="adapters on the shipped model")
     parser.add_argument("--lengths", default="512", metavar="T,…", help="tokens in a row")
     parser.add_argument("--dtypes", default="float32,bfloat16", metavar="TYPE,…")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -126,16 +153,22 @@ def main() -> None:
     if args.child:
         return child(*args.child)
 
+    if args.lora:
+        args.dtypes = "float32"
     sizes = {"d_model": args.width, "n_layers": args.layers, "n_heads": args.heads, "vocab_size": args.vocab}
     rivals = {"mpt_eqx": (sys.executable, ROOT)}
     if not args.no_torch:
-        rivals["transformers"] = (args.torch, ROOT)
+        rivals["PEFT" if args.lora else "transformers"] = (args.torch, ROOT)
     if args.package:
         rivals["other checkout"] = (sys.executable, args.package.absolute())
     results = []
     for length in map(int, args.lengths.split(",")):
         for dtype in args.dtypes.split(","):
-            request = {"dtype": dtype, "rows": args.rows, "length": length, "sizes": {**sizes, "max_seq_len": length}}
+            request = {"dtype": dtype, "rows": args.rows, "length": length}
+            if args.lora:
+                request |= {"directory": str(ROOT / "mpt_eqx" / "pydoc-3m"), "rank": args.lora}
+            else:
+                request["sizes"] = {**sizes, "max_seq_len": length}
             children = {name: Child(python, name, package, request) for name, (python, package) in rivals.items()}
             found = {name: [one.step()] for name, one in children.items()}  # compiles
             for number in range(args.rounds):
@@ -156,7 +189,8 @@ def main() -> None:
                 "part of the memory of": {n: round(peaks["mpt_eqx"] / peak, 2) for n, peak in peaks.items()},
             })  # fmt: skip
             print(results[-1], file=sys.stderr)
-    print(json.dumps({"model": sizes, "rounds": args.rounds, "results": results}, indent=1))
+    model = f"pydoc-3m, LoRA of rank {args.lora} on Wqkv" if args.lora else sizes
+    print(json.dumps({"model": model, "rounds": args.rounds, "results": results}, indent=1))
 
 
 if __name__ == "__main__":
