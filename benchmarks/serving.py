@@ -5,7 +5,7 @@
     python -m benchmarks.serving --output DIR --tiny                 the shipped model, few requests
 
 Each server is a process that holds the same random weights in bfloat16 (354M numbers), and gets the same requests over
-HTTP: prompts of 8 to 200 words, 16 to 96 new tokens, greedy, streamed, from 32 clients that each ask again when they
+HTTP: prompts of 4 to 40 words, 32 to 160 new tokens, greedy, streamed, from 32 clients that each ask again when they
 have their answer. The first token of a request is late by the time that it waits for a slot. llama-cpp-python's server
 runs one request after the other; llama.cpp's own batches as this one does. Answers of every number of slots must be
 the same texts as those of one slot, and are compared.
@@ -60,9 +60,10 @@ def requests(count: int) -> list[dict[str, Any]]:
     words = ["the", "list", "returns", "a", "string", "of", "each", "item", "and", "key", "if", "not", "value", "error"]
     return [
         {
-            "prompt": " ".join(draw.choices(words, k=draw.randint(8, 200))),
-            "max_tokens": draw.randint(16, 96),
+            "prompt": " ".join(draw.choices(words, k=draw.randint(4, 40))),
+            "max_tokens": draw.randint(32, 160),
             "temperature": 0,
+            "logit_bias": {"0": -100},  # the end of a text, which would make answers shorter
             "stream": True,
         }
         for _ in range(count)
@@ -171,7 +172,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="directory for serving.json")
     parser.add_argument("--llama-server", type=Path, help="llama.cpp's llama-server (default: llama-cpp-python's)")
     parser.add_argument("--clients", type=int, default=32, help="(default: %(default)s)")
-    parser.add_argument("--requests", type=int, default=64, help="(default: %(default)s)")
+    parser.add_argument("--requests", type=int, default=48, help="(default: %(default)s)")
     parser.add_argument("--slots", type=int, nargs="*", default=[1, 8, 16], help="(default: 1 8 16)")
     parser.add_argument("--tiny", action="store_true", help="the shipped model, and few requests")
     args = parser.parse_args()

@@ -61,7 +61,21 @@ def tables() -> dict[str, str]:
         "tokenizers": to_markdown(tokenizer_rows()),
         "quality": to_markdown(markdown_tables(RESULTS / "quality.md")[0]),
         "masters": to_markdown(masters_rows()),
+        "serving": to_markdown(serving_rows()),
     }
+
+
+def serving_rows() -> list[list[str]]:
+    """Returns the figures of servers under the same load."""
+    servers = json.loads((RESULTS / "serving.json").read_text())["servers"]
+    rows = []
+    for name, found in servers.items():
+        first, between = found["first_token_s"], found["between_tokens_s"]
+        rows.append([
+            name, f"{found['tokens_per_s']:.1f}", *(f"{first[p]:.1f}" for p in ("p50", "p99")),
+            *(f"{1000 * between[p]:.0f}" for p in ("p50", "p99")),
+        ])  # fmt: skip
+    return [["", "tokens/s", "first token, s: median", "99 %", "between tokens, ms: median", "99 %"], *rows]
 
 
 def masters_rows() -> list[list[str]]:

@@ -35,10 +35,11 @@ from mpt_eqx.serve.slots import (
 )
 
 PREFILL_TOKENS = 256
-"""Prompt tokens that are read between two chunks of decoding, or one chunk of the prompt where that is more."""
+"""Prompt tokens that are read between two chunks of decoding, or one chunk of a prompt where that is more."""
 
 SLOW_READ = 0.5
-"""Seconds that a chunk of a prompt may take while others wait for their next token, if a smaller chunk takes less."""
+"""Seconds after which no more of prompts is read while others wait for their next token. Chunks that would take longer
+are smaller, if there are smaller ones."""
 
 SLOW_STEP = 0.05
 """Seconds of a step above which steps are not decoded in chunks."""
@@ -107,13 +108,15 @@ class Lane:
     def step(self, take: Callable[[], Job | None]) -> None:
         """Reads some of the prompts of jobs that `take` returns, and decodes a chunk of those in slots."""
         self._drop_given_up()
-        budget = PREFILL_TOKENS
+        budget, began = PREFILL_TOKENS, time.monotonic()
         while budget > 0:
             if self._reading is None:
                 if (job := take()) is None:
                     break
                 self._begin(job)
             budget -= self._read()
+            if self._running and time.monotonic() - began > SLOW_READ:
+                break
         if self._running:
             self._decode()
 
