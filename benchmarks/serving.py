@@ -207,6 +207,7 @@ def main() -> None:
             ))  # fmt: skip
         elif gguf is not None:
             command = [sys.executable, "-m", "llama_cpp.server", "--model", gguf, "--n_ctx", "1024", "--n_threads", "2"]
+            command += ["--interrupt_requests", "false"]  # else a new request ends the one that runs
             cases.append(("llama-cpp-python", command, "/v1/models"))
         for title, command, ready in cases:
             port = free_port()

@@ -41,8 +41,9 @@ SLOW_READ = 0.5
 """Seconds after which no more of prompts is read while others wait for their next token. Chunks that would take longer
 are smaller, if there are smaller ones."""
 
-SLOW_STEP = 0.05
-"""Seconds of a step above which steps are not decoded in chunks."""
+SLOW_STEP = 0.15
+"""Seconds of a step above which steps are not decoded in chunks: a chunk would be more than a second of waiting. Below,
+to tell all clients of every single token would take the cores that compute the next."""
 
 LOGGER = logging.getLogger("mpt_eqx.serve")
 
