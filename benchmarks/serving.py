@@ -79,8 +79,8 @@ def answer(port: int, body: dict[str, Any]) -> dict[str, Any]:
     if response.status != 200:
         raise RuntimeError(f"{response.status}: {response.read()[:300]!r}")
     for line in response:
-        data = line.decode().strip().removeprefix("data:").strip()
-        if data and data != "[DONE]":
+        kind, _, data = line.decode().strip().partition(": ")
+        if kind == "data" and data != "[DONE]":
             for choice in json.loads(data).get("choices", ()):
                 text += choice.get("text") or ""
                 reason = choice.get("finish_reason") or reason
