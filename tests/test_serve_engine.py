@@ -356,7 +356,8 @@ def test_each_model_has_its_slots_and_weights_that_models_share_count_once(one_b
     weights = sum(x.nbytes for x in jax.tree.leaves(one_block_model) if isinstance(x, jax.Array))
     stats = engine.stats()
     assert stats.weight_bytes == weights + added and stats.slots == 6
-    assert stats.cache_bytes == sum(lane.cache_bytes for lane in engine._lanes.values())
+    caches = [lane._slots.state.cache for lane in engine._lanes.values()]
+    assert stats.cache_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
     engine.stop()
 
 

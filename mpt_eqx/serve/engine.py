@@ -101,7 +101,12 @@ class Engine:
         self._models = {name: check_model(model) for name, model in models.items()}
         self._lanes: dict[str, Lane] = {}
         self._contexts = {name: _context(model, context) for name, model in self._models.items()}
-        needed = sum(_cache_bytes(model, slots, self._contexts[name]) for name, model in self._models.items())
+        weights = {id(x): x.nbytes for model in self._models.values() for x in jax.tree.leaves(model) if _is_array(x)}
+        # Once, because figures are asked for in other threads, and shapes are found by tracing.
+        self._weight_bytes = sum(weights.values())
+        self._cache_bytes = needed = sum(
+            _cache_bytes(model, slots, self._contexts[name]) for name, model in self._models.items()
+        )
         if cache_bytes is not None and needed > cache_bytes:
             raise GenerationError(
                 f"cache_bytes: expected at least {needed} for {slots} slots of {max(self._contexts.values())} tokens"
@@ -181,7 +186,6 @@ class Engine:
     def stats(self) -> Stats:
         """Returns figures for metrics."""
         lanes = list(self._lanes.values())
-        weights = {id(x): x.nbytes for model in self._models.values() for x in jax.tree.leaves(model) if _is_array(x)}
         return Stats(
             slots=self._slots * len(self._models),
             active=sum(len(lane.jobs) for lane in lanes),
@@ -191,8 +195,8 @@ class Engine:
             new_tokens=sum(lane.new_tokens for lane in lanes),
             ended=dict(self._ended),
             rebuilds=self._rebuilds,
-            weight_bytes=sum(weights.values()),
-            cache_bytes=sum(_cache_bytes(m, self._slots, self._contexts[name]) for name, m in self._models.items()),
+            weight_bytes=self._weight_bytes,
+            cache_bytes=self._cache_bytes,
             prefix_bytes=sum(lane.prefixes.size for lane in lanes),
             peak_bytes=_peak_bytes(),
         )

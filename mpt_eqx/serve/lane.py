@@ -91,11 +91,6 @@ class Lane:
         self._step_seconds = self._token_seconds = 0.0
 
     @property
-    def cache_bytes(self) -> int:
-        """Bytes of the KV cache of all slots."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._slots.state.cache))
-
-    @property
     def jobs(self) -> list[Job]:
         """Those that have a slot, or whose prompt is being read."""
         reading = [] if self._reading is None else [self._reading.job]
@@ -296,12 +291,11 @@ class Lane:
         tokens = steps.tokens[:valid, row].tolist()
         while end is None and count < len(tokens):
             count += 1
-            so_far = job.tokens + tokens[:count]
             if request.constraint is not None:
                 request.constraint.accept(tokens[count - 1])
-            if tokens[count - 1] in ends or (request.until is not None and request.until(so_far)):
+            if tokens[count - 1] in ends or (request.until is not None and request.until(job.tokens + tokens[:count])):
                 end = End("stop")
-            elif len(so_far) >= request.max_new_tokens:
+            elif len(job.tokens) + count >= request.max_new_tokens:
                 end = End("length")
         self.new_tokens += count
         if count:
