@@ -15,7 +15,7 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 PATHS = frozenset({
     "/", "/docs", "/openapi.json", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions",
-    "/tokenize", "/detokenize",
+    "/tokenize", "/detokenize", "/tokenizer_info",
 })  # fmt: skip
 """What is told apart; all else is "other", so that a client cannot make as many series as it likes."""
 
@@ -42,8 +42,8 @@ COUNTERS = {
 class Metrics:
     """Figures of one engine and of the requests to it, in a registry of their own.
 
-    The engine's are read when they are asked for. Everything else is told by one `observe_…` call where it happens; any
-    thread may call.
+    The engine's are read at each scrape. Everything else is recorded by an `observe_…` call where it happens, in any
+    thread.
     """
 
     def __init__(self, engine: Engine):
