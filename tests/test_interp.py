@@ -1,5 +1,7 @@
 """Activations by name: what is captured is what the model computes, and edits change what they say."""
 
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -36,15 +38,18 @@ def test_what_is_captured_is_what_the_model_computes(everything, name):
     from mpt_eqx import interp
 
     model, run = everything(name)
-    np.testing.assert_array_equal(run.logits, model(TOKENS))
+    # XLA computes the products of experts, and fuses them otherwise in a program that returns more.
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    equal = close if "moe" in name else np.testing.assert_array_equal
+    equal(run.logits, model(TOKENS))
     shapes = {place: tuple(T if n == "T" else n for n in shape) for place, shape in interp.places(model.config).items()}
     found = run.activations
     assert {place: x.shape for place, x in found.items()} == shapes
     states = model.hidden_states(TOKENS)
-    np.testing.assert_array_equal(found["ln_final.hook_normalized"], states[-1])
+    equal(found["ln_final.hook_normalized"], states[-1])
     for i, block in enumerate(model.blocks):
         of = {place.removeprefix(f"blocks.{i}."): x for place, x in found.items()}
-        np.testing.assert_array_equal(of["hook_resid_pre"], states[i])
+        equal(of["hook_resid_pre"], states[i])
         pattern = of["attn.hook_pattern"]
         np.testing.assert_allclose(pattern.sum(-1), 1, atol=1e-6)
         np.testing.assert_allclose(pattern, jax.nn.softmax(of["attn.hook_attn_scores"], axis=-1), atol=1e-6)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
 import jax
 import numpy as np
 from jaxtyping import DTypeLike
@@ -28,9 +27,8 @@ from mpt_eqx.config import MPTConfig
 from mpt_eqx.config.programs import check_program, config_json_for
 from mpt_eqx.config.quantization import Quantization, check_quantization
 from mpt_eqx.errors import CheckpointError, ConfigError
-from mpt_eqx.model import MPT
 from mpt_eqx.ops.quantized import QuantizedWeight
-from mpt_eqx.surgery.quantization import quantize_weight, with_zeros
+from mpt_eqx.surgery.quantization import quantize_weight, skeleton
 
 
 def convert(
@@ -204,8 +202,7 @@ def _quantized(
         weight, _, which = name.rpartition(".")
         return TensorToWrite(name, leaf.shape, leaf.dtype, lambda: np.asarray(getattr(quantize(weight), which)))
 
-    model = eqx.filter_eval_shape(lambda: with_zeros(MPT(config, key=jax.random.key(0)), quantization, dtype))
-    leaves = named_leaves(model).items()
+    leaves = named_leaves(skeleton(config, quantization, dtype)).items()
     return [part(name, leaf) if is_quantized(name) else to_write(name) for name, leaf in leaves]
 
 

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -27,7 +26,7 @@ from mpt_eqx.model import MPT
 from mpt_eqx.sharding.mesh import assert_same_mesh
 from mpt_eqx.sharding.multihost import assert_same_across_processes, run_or_raise_everywhere
 from mpt_eqx.sharding.shard import with_layout
-from mpt_eqx.surgery.quantization import with_zeros
+from mpt_eqx.surgery.quantization import skeleton
 
 READERS = 4  # tensors that are copied at the same time
 
@@ -106,9 +105,7 @@ def from_pretrained(
     show = is_shown(progress)
     outside = target or info.weight_dtype
     assert outside is not None  # one of the two is there
-    model = eqx.filter_eval_shape(
-        lambda: with_zeros(MPT(info.config, key=jax.random.key(0)), info.quantization, outside)
-    )
+    model = skeleton(info.config, info.quantization, outside)
     if mesh is None or rules is None:
         arrays = _load(info, tensors, target, device, mmap, check_finite, show)
     else:

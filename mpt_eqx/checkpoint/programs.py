@@ -4,8 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import equinox as eqx
-import jax
 import numpy as np
 
 from mpt_eqx.checkpoint.atomic import replace_file
@@ -21,6 +19,7 @@ from mpt_eqx.config.programs import Difference, computed_by, differences
 from mpt_eqx.errors import CheckpointError, first_of
 from mpt_eqx.model import MPT
 from mpt_eqx.model.stacked import unstack
+from mpt_eqx.surgery.quantization import skeleton
 
 # What GGUF calls the types of arrays.
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -124,7 +123,7 @@ def target_for(
     )
     lines = "; ".join(map(str, found))
     chosen, lost = [], []
-    for name, leaf in named_leaves(eqx.filter_eval_shape(lambda: MPT(computed, key=jax.random.key(0)))).items():
+    for name, leaf in named_leaves(skeleton(computed)).items():
         names = [name] if name in tensors else [name.replace(".Wqkv.", f".{part}.") for part in ("Wq", "Wk", "Wv")]
         parts = [tensors[part] for part in names if part in tensors]
         rows = sum(part.shape[0] for part in parts)

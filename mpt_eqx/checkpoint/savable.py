@@ -1,7 +1,6 @@
 """Whether what `save_pretrained` would write of a model loads back equal, asked before anything is written."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import equinox as eqx
@@ -10,14 +9,13 @@ import numpy as np
 
 from mpt_eqx.checkpoint.diagnose import has_float64
 from mpt_eqx.checkpoint.formats.tensors import FLOAT_NAMES
-from mpt_eqx.config import MPTConfig
 from mpt_eqx.config.quantization import Quantization
 from mpt_eqx.errors import CheckpointError, MPTError
 from mpt_eqx.model import MPT
 from mpt_eqx.model.leaves import is_array
 from mpt_eqx.ops.quantized import QuantizedWeight
 from mpt_eqx.sharding.qkv import split_qkv
-from mpt_eqx.surgery.quantization import quantization_of, with_zeros
+from mpt_eqx.surgery.quantization import quantization_of, skeleton
 
 KEEP = "keep the model as it is with equinox.tree_serialise_leaves"
 PUT_BACK = f"put that there with mpt_eqx.surgery.replace, or {KEEP}"
@@ -60,20 +58,12 @@ def check_savable(model: Any) -> tuple[Quantization | None, np.dtype | None]:
 def _first_difference(model: MPT, quantization: Quantization | None) -> str | None:
     """Returns what the first thing is that `model.config` asks for otherwise, None if nothing."""
     try:
-        wanted = _skeleton(model.config, quantization)
+        wanted = skeleton(model.config, quantization)
     except MPTError as error:  # such a quantisation is not possible
         return str(error)
     if model.layout is not None and (model.layout.rules.heads or model.layout.rules.kv_heads):
         wanted = split_qkv(wanted)
     return next(_differences(model, wanted, ""), None)
-
-
-@functools.lru_cache(maxsize=16)
-def _skeleton(config: MPTConfig, quantization: Quantization | None) -> MPT:
-    """Returns the shapes of the model that a checkpoint of this configuration is loaded into."""
-    dtype = np.dtype(np.float32)
-    skeleton: MPT = eqx.filter_eval_shape(lambda: with_zeros(MPT(config, key=jax.random.key(0)), quantization, dtype))
-    return skeleton
 
 
 def _differences(found: Any, wanted: Any, name: str) -> Any:

@@ -187,6 +187,21 @@ def process_logits(
         step: how many of them are new in each row.
         processors: functions of one row.
     """
+    logits = _penalised(logits, params, tokens, lengths, step)
+    for processor in processors:
+        logits = jax.vmap(processor)(logits, tokens, lengths).astype(jnp.float32)
+    return logits
+
+
+@jax.jit  # for all programs of generation to share what was traced
+def _penalised(
+    logits: Float32[Array, "B V"],
+    params: SamplingParams,
+    tokens: Int[Array, "B S"],
+    lengths: Int[Array, " B"],
+    step: Int[Array, " B"],
+) -> Float32[Array, "B V"]:
+    """Returns `process_logits` without processors."""
     ids = jnp.arange(logits.shape[-1])
     mask = jnp.arange(tokens.shape[-1]) < lengths[:, None]
 
@@ -197,12 +212,10 @@ def process_logits(
     p = params
     logits = _where(p.repetition_penalty != 1, repetition_penalty, logits, tokens, mask, p.repetition_penalty)
     logits = _where(p.no_repeat_ngram_size > 0, no_repeat_ngram, logits, tokens, mask, p.no_repeat_ngram_size)
-    logits = _where((step < p.min_new_tokens) | (p.vocab_size < logits.shape[-1]), barred, logits, p, step)
-    for processor in processors:
-        logits = jax.vmap(processor)(logits, tokens, lengths).astype(jnp.float32)
-    return logits
+    return _where((step < p.min_new_tokens) | (p.vocab_size < logits.shape[-1]), barred, logits, p, step)
 
 
+@jax.jit
 def sample(
     logits: Float32[Array, "B V"],
     params: SamplingParams,

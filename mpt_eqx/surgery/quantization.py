@@ -1,5 +1,6 @@
 """quantize: a model with weights in 8 or 4 bits."""
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -9,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, BFloat16, Float, Float32, Int8, UInt8
+from jaxtyping import Array, BFloat16, DTypeLike, Float, Float32, Int8, UInt8
 from tqdm import tqdm
 
+from mpt_eqx.config import MPTConfig
 from mpt_eqx.config.quantization import Quantization, check_quantization
 from mpt_eqx.errors import MPTError
 from mpt_eqx.model import MPT
@@ -154,6 +156,27 @@ def with_zeros(model: Any, quantization: Quantization | None, dtype: np.dtype) -
         return QuantizedWeight(values, scale, dtype)
 
     return with_quantized(model, quantization, zeros)
+
+
+@functools.lru_cache(maxsize=256)  # tracing a model takes longer than loading a small one
+def skeleton(config: MPTConfig, quantization: Quantization | None = None, dtype: DTypeLike = np.float32) -> MPT:
+    """Returns a ShapeDtypeStruct for each array of the model that a checkpoint of this configuration is loaded into.
+
+    Args:
+        config: sizes and options.
+        quantization: which weights are quantised, and how; None for none.
+        dtype: the type that quantised weights have outside. All others are float32 here.
+
+    Raises:
+        MPTError: a weight cannot be quantised so.
+    """
+
+    def make() -> MPT:
+        made: MPT = with_zeros(MPT(config, key=jax.random.key(0)), quantization, np.dtype(dtype))
+        return made
+
+    shapes: MPT = eqx.filter_eval_shape(make)
+    return shapes
 
 
 def _quantizable(model: MPT, quantization: Quantization) -> list[Any]:
