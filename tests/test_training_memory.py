@@ -108,16 +108,39 @@ KINDS = {
 }
 
 
+@pytest.mark.parametrize("size", [3, 16])
 @pytest.mark.parametrize("kind", one_in(4, KINDS))
-def test_blocks_of_queries_are_the_formula(tiny_config, monkeypatch, kind):
-    """Value and gradients at 29 positions, some padding among them, in blocks of 3; no scores of all are held."""
+def test_blocks_of_queries_are_the_formula(tiny_config, monkeypatch, kind, size):
+    """Value and gradients at 29 positions, one padding, in loops and in single blocks; no scores of all are held."""
     from mpt_eqx import MPT, AttnConfig
     from mpt_eqx.ops import query_blocks
 
     model = MPT(tiny_config(n_layers=1, attn_config=AttnConfig(**KINDS[kind])), key=jax.random.key(0))
     tokens, mask = jnp.arange(29)[None], (jnp.arange(29) != 7)[None]
     expected = gradient(model, tokens, mask=mask)
-    monkeypatch.setattr(query_blocks, "BLOCK", 3)
+    monkeypatch.setattr(query_blocks, "BLOCK", size)
     close(gradient(model, tokens, mask=mask), expected)
     trace = jax.make_jaxpr(jax.grad(lambda m: m(tokens[0], mask=mask[0]).sum()))(model)
     assert "f32[4,29,29]" not in str(trace)
+
+
+@pytest.mark.parametrize("bfloat16_dot", [True, False])
+def test_the_gradient_of_a_bfloat16_weight_is_a_product_of_bfloat16(monkeypatch, bfloat16_dot):
+    """Where the processor has one, XLA gets an operand as it takes it; what is exported, and derivatives, are the same."""
+    from mpt_eqx.ops import cpu
+    from mpt_eqx.ops.product import product
+
+    monkeypatch.setattr(cpu, "has_bfloat16_dot", lambda: bfloat16_dot)
+    draw = np.random.default_rng(0)
+    weight, x, slope = (jnp.asarray(draw.normal(size=size), jnp.bfloat16) for size in ((24, 16), (40, 16), (40, 24)))
+
+    def gradient(weight, x):
+        return jax.vjp(product, weight, x)[1](slope.astype(jnp.float32))[0]
+
+    compiled = jax.jit(gradient)
+    expected = jnp.einsum("To,Ti->oi", slope, x, preferred_element_type=jnp.float32)
+    np.testing.assert_allclose(compiled(weight, x).astype(jnp.float32), expected, rtol=2**-8)
+    assert ("LayoutConstraint" in compiled.lower(weight, x).as_text()) == bfloat16_dot
+    assert jax.export.export(compiled)(weight, x).mlir_module_serialized
+    along = jax.jvp(lambda x: gradient(weight, x), (x,), (x,))[1]
+    np.testing.assert_allclose(along.astype(jnp.float32), expected, rtol=2**-8)  # it is linear in x
