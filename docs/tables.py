@@ -62,6 +62,8 @@ def tables() -> dict[str, str]:
         "quality": to_markdown(markdown_tables(RESULTS / "quality.md")[0]),
         "masters": to_markdown(masters_rows()),
         "serving": to_markdown(serving_rows()),
+        "training": to_markdown(training_rows()),
+        "remat": to_markdown(remat_rows()),
     }
 
 
@@ -76,6 +78,26 @@ def serving_rows() -> list[list[str]]:
             *(f"{1000 * between[p]:.0f}" for p in ("p50", "p99")),
         ])  # fmt: skip
     return [["", "tokens/s", "first token, s: median", "99 %", "between tokens, ms: median", "99 %"], *rows]
+
+
+def training_rows() -> list[list[str]]:
+    """Returns the figures of training steps beside those of torch."""
+    rows = [["", "compute", "rows × tokens", "tokens/s", "peak GB", "torch: tokens/s", "peak GB", "times as fast"]]
+    for name, file in (("all weights of 123M", "training"), ("LoRA on the shipped model", "training_lora")):
+        for found in json.loads((RESULTS / f"{file}.json").read_text())["results"]:
+            speeds, peaks = found["tokens per second"], found["peak GB"]
+            other = next(key for key in speeds if key != "mpt_eqx")
+            figures = [[f"{speeds[key]:,.0f}", f"{peaks[key]:.2f}"] for key in ("mpt_eqx", other)]
+            size, times = f"{found['rows']} × {found['length']:,}", f"{found['times as fast as'][other]:.2f}"
+            rows.append([name, found["dtype"], size, *figures[0], *figures[1], times])
+    return rows
+
+
+def remat_rows() -> list[list[str]]:
+    """Returns the temporary memory of a gradient for each word of `remat`."""
+    found = json.loads((RESULTS / "remat.json").read_text())["bytes"]
+    rows = [[how, *(f"{size / 1e6:.1f} MB" for size in sizes.values())] for how, sizes in found.items()]
+    return [["remat", *(f"{layers} blocks" for layers in found["none"])], *rows]
 
 
 def masters_rows() -> list[list[str]]:

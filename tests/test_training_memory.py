@@ -126,7 +126,7 @@ def test_blocks_of_queries_are_the_formula(tiny_config, monkeypatch, kind, size)
 
 @pytest.mark.parametrize("bfloat16_dot", [True, False])
 def test_the_gradient_of_a_bfloat16_weight_is_a_product_of_bfloat16(monkeypatch, bfloat16_dot):
-    """Where the processor has one, XLA gets an operand as it takes it; what is exported, and derivatives, are the same."""
+    """Where the processor has one, XLA gets it as it wants; exported programs and derivatives are right."""
     from mpt_eqx.ops import cpu
     from mpt_eqx.ops.product import product
 
