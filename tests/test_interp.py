@@ -96,7 +96,8 @@ def test_patching_one_place(everything, name):
 
     model, run = everything(name)
     names = list(run.activations)
-    noise = dict(zip(names, np.random.default_rng(0).uniform(0.5, 1.5, len(names)), strict=True))
+    draw = np.random.default_rng(0)  # for each number, since some places are normalised, which undoes a common factor
+    noise = {place: draw.uniform(0.5, 1.5, run.activations[place].shape) for place in names}
 
     @jax.jit
     def patched(number, noisy):
