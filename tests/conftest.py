@@ -279,7 +279,17 @@ def golden():
             kept[name] = golden_case(name)
         return kept[name]
 
-    load.fresh = golden_case
+    def fresh(name: str, **kwargs) -> SimpleNamespace:
+        """Loads a case by the code as it is now, which a test may have changed."""
+        from mpt_eqx.surgery.quantization import skeleton
+
+        skeleton.cache_clear()
+        try:
+            return golden_case(name, **kwargs)
+        finally:
+            skeleton.cache_clear()
+
+    load.fresh = fresh
     return load
 
 

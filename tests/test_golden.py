@@ -586,7 +586,7 @@ MUTATIONS = [
 
 # With it embedding_fraction and pad_token_id have no effect: both hold gradients back.
 everything_has_a_gradient = replaced("mpt", "jax.lax.stop_gradient", lambda f: lambda x: x)
-padding_counts = replaced("mpt", "token_positions", lambda f: lambda mask: jnp.arange(len(mask)))
+padding_counts = replaced("mpt", "token_positions", lambda f: lambda mask, _=None: jnp.arange(len(mask)))
 
 
 def padded_on_the_left(golden, name):
