@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,11 +34,23 @@ def missing() -> str | None:
         return f"it was not compiled when mpt_eqx was installed; do so with {BUILD}"
     try:
         library = ctypes.cdll.LoadLibrary(str(LIBRARY))
+        # Where no CPU has been started yet, JAX would find out when it starts one, and fail to.
+        made, known = ctypes.c_int.in_dll(library, "mpt_eqx_ffi_minor").value, _ffi_minor()
+        if made > known:
+            raise RuntimeError(
+                f"expected one compiled with this JAX or an older one, found interface 0.{made} > 0.{known}"
+            )
         for target in TARGETS:
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
     except Exception as error:  # another machine's file, or another JAX's interface: all works without it
         return f"{LIBRARY} cannot be used ({error}); make it anew with {BUILD}"
     return None
+
+
+def _ffi_minor() -> int:
+    """Returns the minor version of the interface that the installed JAX has."""
+    header = Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
+    return int(re.findall(r"#define XLA_FFI_API_MINOR (\d+)", header.read_text())[0])
 
 
 @functools.cache

@@ -252,6 +252,9 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuff
 
 }  // namespace
 
+// Of the interface that this was compiled with; no older JAX takes it.
+extern "C" const int mpt_eqx_ffi_minor = XLA_FFI_API_MINOR;
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mpt_eqx_matmul, product,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
