@@ -26,11 +26,20 @@ def everything(golden):
     """Runs a model of the reference data with every place captured."""
     from mpt_eqx import interp
 
-    def make(name):
-        model = golden(name).model
+    def make(name, **kwargs):
+        model = golden(name, **kwargs).model
         return model, interp.run(model, TOKENS, capture="*")
 
     return make
+
+
+def same_as_computed(model, run, equal):
+    """What a model returns by itself is what was captured."""
+    states = model.hidden_states(TOKENS)
+    equal(run.logits, model(TOKENS))
+    equal(run.activations["ln_final.hook_normalized"], states[-1])
+    for i in range(len(model.blocks)):
+        equal(run.activations[f"blocks.{i}.hook_resid_pre"], states[i])
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -38,18 +47,17 @@ def test_what_is_captured_is_what_the_model_computes(everything, name):
     from mpt_eqx import interp
 
     model, run = everything(name)
-    # XLA computes the products of experts, and fuses them otherwise in a program that returns more.
-    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
-    equal = close if "moe" in name else np.testing.assert_array_equal
-    equal(run.logits, model(TOKENS))
+    if "moe" in name:  # XLA has the products of experts, and fuses them otherwise in a program that returns more
+        with jax.enable_x64(True):
+            close = partial(np.testing.assert_allclose, atol=1e-12, rtol=0)
+            same_as_computed(*everything(name, dtype="float64"), close)
+    else:
+        same_as_computed(model, run, np.testing.assert_array_equal)
     shapes = {place: tuple(T if n == "T" else n for n in shape) for place, shape in interp.places(model.config).items()}
     found = run.activations
     assert {place: x.shape for place, x in found.items()} == shapes
-    states = model.hidden_states(TOKENS)
-    equal(found["ln_final.hook_normalized"], states[-1])
     for i, block in enumerate(model.blocks):
         of = {place.removeprefix(f"blocks.{i}."): x for place, x in found.items()}
-        equal(of["hook_resid_pre"], states[i])
         pattern = of["attn.hook_pattern"]
         np.testing.assert_allclose(pattern.sum(-1), 1, atol=1e-6)
         np.testing.assert_allclose(pattern, jax.nn.softmax(of["attn.hook_attn_scores"], axis=-1), atol=1e-6)

@@ -225,7 +225,7 @@ def test_memory_of_a_gradient(tiny_config):
     from mpt_eqx import MPT, stack, surgery, unstack
     from mpt_eqx.train import next_token_loss
 
-    model = MPT(tiny_config(n_layers=4), key=jax.random.key(0))
+    model = MPT(tiny_config(), key=jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 128), 0, 61)
     forms = {"single": model, "stacked": stack(model), "full": surgery.remat(stack(model), "full")}
     forms["single dots"], forms["offload"] = surgery.remat(model, "dots"), surgery.remat(stack(model), "offload")

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -12,12 +11,11 @@ import numpy as np
 
 from mpt_eqx.checkpoint.formats.tensors import FLOAT_NAMES, TensorInfo
 from mpt_eqx.checkpoint.names import EMBEDDING, HEAD, canonical_name, is_quantized, named_leaves
-from mpt_eqx.config import MPTConfig
+from mpt_eqx.config import LayerConfig, MPTConfig
 from mpt_eqx.config.quantization import KEY, Quantization
 from mpt_eqx.errors import first_of, printable
-from mpt_eqx.model import MPT
 from mpt_eqx.model.block import Block
-from mpt_eqx.surgery.quantization import with_zeros
+from mpt_eqx.surgery.quantization import skeleton, with_zeros
 
 
 def diagnose(config: MPTConfig, quantization: Quantization | None, tensors: Sequence[TensorInfo]) -> Iterator[str]:
@@ -112,15 +110,12 @@ def expected_tensors(config: MPTConfig, quantization: Quantization | None) -> Ma
         MPTError: a weight cannot be quantised as `quantization` says.
     """
 
-    def made(make: type, *args: Any) -> MPT | Block:
-        made: MPT | Block = make(*args, key=jax.random.key(0))
-        return with_zeros(made, quantization, np.dtype(np.float32))
-
-    def shapes(make: type, *args: Any) -> dict[str, jax.ShapeDtypeStruct]:
-        return named_leaves(eqx.filter_eval_shape(made, make, *args))
+    def block(layer: LayerConfig) -> Block:
+        made: Block = with_zeros(Block(config, layer, key=jax.random.key(0)), quantization, np.dtype(np.float32))
+        return made
 
     first = "transformer.blocks.0."
-    small = shapes(MPT, dataclasses.replace(config, n_layers=1, block_overrides=None))
+    small = named_leaves(skeleton(dataclasses.replace(config, n_layers=1, block_overrides=None), quantization))
     expected = {name: leaf for name, leaf in small.items() if not name.startswith(first)}
     # By whether a block reads another one's keys and values, or computes its own from another one's input. Whatever
     # else block_overrides change, it is no tensor.
@@ -128,7 +123,7 @@ def expected_tensors(config: MPTConfig, quantization: Quantization | None) -> Ma
     for i, layer in enumerate(config.layers):
         kind = (layer.kv_from is None, layer.kv_x_from is None)
         if kind not in kinds:
-            leaves = shapes(Block, config, layer)
+            leaves = named_leaves(eqx.filter_eval_shape(block, layer))
             kinds[kind] = {name.removeprefix("transformer."): leaf for name, leaf in leaves.items()}
         expected |= {f"transformer.blocks.{i}.{name}": leaf for name, leaf in kinds[kind].items()}
     return expected

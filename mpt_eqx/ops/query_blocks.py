@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mpt_eqx.ops.sizes import at_most
 
 BLOCK = 128
-"""Queries whose scores are held at a time; half of them where that makes a block of each part."""
+"""Queries whose scores are held at a time."""
 
 PARTS = 4
 """Parts of the queries that have keys of their own number, because those after a part are hidden from all of it."""
@@ -42,10 +42,8 @@ def in_query_blocks(
         window: how many keys before its own a query sees; None for all.
     """
     length = q.shape[1]
-    if not isinstance(length, int) or at_most(length, BLOCK // 2):
+    if not isinstance(length, int) or at_most(length, 2 * BLOCK):
         return formula(q, k, v, positions, positions, allowed)
-    # A block by itself is faster than a loop over some: scores of few queries stay in the processor's cache.
-    most = BLOCK // 2 if at_most(length, PARTS * BLOCK // 2) else BLOCK
     # Otherwise XLA would copy all of the three, which are transposed, for each block.
     q, k, v = jax.lax.optimization_barrier((q, k, v))
 
@@ -58,16 +56,16 @@ def in_query_blocks(
             return formula(q, k[:, keys], v[:, keys], here, positions[keys], allowed)
 
         rows = (q[:, start:stop], positions[start:stop], None if allowed is None else allowed[start:stop, keys])
-        if stop - start <= most:
+        if stop - start <= BLOCK:
             return jax.checkpoint(block)(*rows)
         axes = (1, 0, 0)
         split = tuple(
-            None if x is None else jnp.moveaxis(x.reshape(*x.shape[:axis], -1, most, *x.shape[axis + 1 :]), axis, 0)
+            None if x is None else jnp.moveaxis(x.reshape(*x.shape[:axis], -1, BLOCK, *x.shape[axis + 1 :]), axis, 0)
             for x, axis in zip(rows, axes, strict=True)
         )
         found = jax.lax.map(lambda rows: jax.checkpoint(block, prevent_cse=False)(*rows), split)
         return jnp.moveaxis(found, 0, 1).reshape(rows[0].shape)
 
-    size = -(-length // (PARTS * most)) * most
-    edges = {*range(0, length, size), length // most * most, length}
+    size = -(-length // (PARTS * BLOCK)) * BLOCK
+    edges = {*range(0, length, size), length // BLOCK * BLOCK, length}
     return jnp.concatenate([part(*ends) for ends in zip(sorted(edges)[:-1], sorted(edges)[1:], strict=True)], axis=1)
