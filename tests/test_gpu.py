@@ -128,3 +128,22 @@ def test_a_gpu_makes_its_own_caches(tiny_model, monkeypatch):
     for x, y in zip(jax.tree.leaves(made), jax.tree.leaves(want), strict=True):
         np.testing.assert_array_equal(x, y)
         assert x.dtype == y.dtype
+
+
+def test_a_gpu_has_its_next_chunk_before_the_host_reads_one(tiny_model, monkeypatch):
+    """And no more is begun once a chunk is read in which all rows have ended."""
+    from mpt_eqx import generate
+    from mpt_eqx.generation import steps
+
+    happened, decode_chunk, device_get = [], steps.decode_chunk, jax.device_get
+    free = generate(tiny_model, [5, 6, 7], max_new_tokens=40)
+    monkeypatch.setattr(steps, "is_default", lambda _: False)
+    monkeypatch.setattr(steps, "decode_chunk", lambda *args: (happened.append("begin"), decode_chunk(*args))[1])
+    monkeypatch.setattr(jax, "device_get", lambda tree: (happened.append("read"), device_get(tree))[1])
+    ahead = generate(tiny_model, [5, 6, 7], max_new_tokens=40)
+    np.testing.assert_array_equal(ahead.tokens, free.tokens)
+    assert happened == ["begin", *["begin", "read"] * 4, "read"]
+    happened.clear()
+    ended = generate(tiny_model, [5, 6, 7], max_new_tokens=40, eos_token_ids=[int(free.tokens[0, 10])])
+    read = -(-int(ended.lengths[0]) // steps.DECODE_CHUNK)
+    assert happened == ["begin", *["begin", "read"] * read]

@@ -15,6 +15,7 @@ import mpt_eqx
 from benchmarks.speed.implementation import SINGLE_STEPS, Implementation
 from mpt_eqx import MPT, AttnConfig, MPTConfig, MPTError, from_pretrained, save_pretrained
 from mpt_eqx.cli._measure import decode_run, load_model, model_facts, next_logits, prefill_run
+from mpt_eqx.generation.flat import flat
 from mpt_eqx.model import KVCache
 from mpt_eqx.surgery.quantization import quantization_of
 
@@ -32,7 +33,7 @@ STREAMED = 8
 def decode_step(model: MPT, cache: KVCache, tokens: Array) -> tuple[Array, KVCache]:
     """Returns the logits [B, V] after one more token [B] in each row, and its cache, as a step of `generate` does."""
     hidden, cache = jax.vmap(lambda cache, token: model.extend(token[None], cache))(cache, tokens)
-    return next_logits(model, hidden[:, 0]), cache
+    return next_logits(flat(model), hidden[:, 0]), cache
 
 
 def one_row(model: MPT, capacity: int) -> KVCache:

@@ -150,7 +150,8 @@ def read_sequence(
     size = -(-tokens.shape[0] // chunks)
     padded = jnp.pad(tokens, (0, chunks * size - tokens.shape[0]))
     padded = jnp.where(jnp.arange(len(padded)) < length, padded, tokens[jnp.maximum(length - 1, 0)])
-    state = zero_state(model, 1, max(tokens.shape[0] + max_new_tokens, len(padded)), as_bits=as_bits)
+    room = max(tokens.shape[0] + max_new_tokens, len(padded))
+    state = zero_state(model.config, model.dtype, 1, room, as_bits=as_bits)
     state = dataclasses.replace(state, edits=jax.tree.map(lambda x: jnp.asarray(x)[None], edits))
     state = varying_as(constrain(model, state), *like)
 

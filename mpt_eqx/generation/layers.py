@@ -116,15 +116,13 @@ def with_blocks_once(model: MPT, layers: Any) -> MPT:
 
 def has_layer_loop(model: MPT) -> bool:
     """Whether the blocks are alike, and the kernel computes the products of one without a copy of its weights."""
-    if not _are_alike(model):
+    if not on_one_cpu(*[x for x in jax.tree.leaves(model) if isinstance(x, jax.Array)]) or not _are_alike(model):
         return False
     leaves = jax.tree.leaves(model.blocks[0], is_leaf=_is_linear)
     weights = [leaf.weight for leaf in leaves if _is_linear(leaf)]
     others = [leaf for leaf in leaves if not _is_linear(leaf)]
-    return (
-        on_one_cpu(*[leaf for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.Array)])
-        and all(picks_layers(weight, model.dtype) for weight in weights)
-        and not any(is_array(leaf) and leaf.ndim > 1 for leaf in others)
+    return all(picks_layers(weight, model.dtype) for weight in weights) and not any(
+        is_array(leaf) and leaf.ndim > 1 for leaf in others
     )
 
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from mpt_eqx.checkpoint.progress import is_shown
 from mpt_eqx.generation.buckets import prefill_buckets
+from mpt_eqx.generation.flat import Flat, flat
 from mpt_eqx.generation.interrupts import held_interrupts
 from mpt_eqx.generation.layers import with_blocks_once
 from mpt_eqx.generation.state import DecodeState, OverRows, constrain, replicate, row_of, with_row, without_idle_edits
@@ -67,14 +68,14 @@ def prefill_rows(
     others = max(prompts, key=len)[:1]
     fillers = [(prompt if len(prompt) else others)[-1:] for prompt in prompts]
     ends = np.asarray([before + len(prompt) for prompt in prompts], np.int32)
-    start = 0
+    start, apart = 0, flat(model)
     for size in prefill_buckets(max(map(len, prompts)), len(prompts)):
         chunk = np.empty((len(prompts), size), np.int32)
         for row, prompt, filler in zip(chunk, prompts, fillers, strict=True):
             here = prompt[start : start + size]
             row[:] = [*here, *filler.tolist() * (size - len(here))]
         with held_interrupts():
-            state = prefill_chunk(model, state, *replicate(model, (chunk, ends)))
+            state = prefill_chunk(apart, state, *replicate(model, (chunk, ends)))
             # Otherwise the host would be done long before the device, with a copy of the cache waiting for every chunk.
             jax.block_until_ready(state.hidden)
         start += size
@@ -83,16 +84,18 @@ def prefill_rows(
 
 
 @eqx.filter_jit(donate="all-except-first")
-def prefill_chunk(model: MPT, state: DecodeState, chunk: Int[Array, "B T"], ends: Int[Array, " B"]) -> DecodeState:
+def prefill_chunk(
+    model: MPT | Flat, state: DecodeState, chunk: Int[Array, "B T"], ends: Int[Array, " B"]
+) -> DecodeState:
     """Returns the state after T more tokens of each prompt.
 
     Args:
-        model: the model.
+        model: the model, or what `flat` makes of it.
         state: the tokens so far. Donated: do not use it again.
         chunk: the next tokens, with any valid id after the end of a prompt. Donated, like the next.
         ends: how many tokens each row has at the end of its prompt.
     """
-    return read_chunk(model, state, chunk, ends)[0]
+    return read_chunk(model.whole() if isinstance(model, Flat) else model, state, chunk, ends)[0]
 
 
 def read_chunk(

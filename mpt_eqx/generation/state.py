@@ -10,11 +10,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, DTypeLike, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from mpt_eqx.config import MPTConfig
 from mpt_eqx.generation.buckets import cache_bucket
 from mpt_eqx.generation.layers import has_layer_loop
 from mpt_eqx.model import MPT, KVCache
+from mpt_eqx.model.leaves import with_fields
 from mpt_eqx.model.taps import Edit, stack_edits
 from mpt_eqx.ops.layer_cache import BLOCK
 from mpt_eqx.ops.layout import Layout
@@ -59,56 +61,68 @@ def empty_state(model: MPT, rows: int, capacity: int) -> DecodeState:
 
 
 def zeros_of(model: MPT, shapes: DecodeState) -> DecodeState:
-    """Returns what `empty_state` does, of shapes from `state_shapes`, which take long to find."""
-    layout, rows = model.layout, shapes.tokens.shape[0]
-    state = map_with_axes(shapes, lambda x, *names: new_array(layout, x.shape, x.dtype, 0, *names))
-    nothing = tuple(new_array(layout, (rows,), np.int32, -1, None) for _ in range(2))
-    return eqx.tree_at(lambda s: (s.not_finite, s.nothing_left), state, nothing)
+    """Returns what `empty_state` does, of shapes from `state_shapes`.
+
+    The arrays can be donated. On CPUs numpy makes them, so that no shape costs a compilation; elsewhere the device
+    makes them, because a whole cache would take long to come from the host.
+    """
+    if not is_default("cpu"):
+        leaves, structure = jax.tree.flatten(shapes)
+        return _made_there(model.layout, structure, tuple(leaves))
+    return _filled(shapes, functools.partial(_from_numpy, model.layout))
+
+
+def _filled(shapes: DecodeState, full: Callable[..., Array]) -> DecodeState:
+    """Returns the state of full(value, shape and type, name of each axis, …)."""
+    zeros = map_with_axes(shapes, functools.partial(full, 0))
+    never = [full(-1, x, None) for x in (shapes.not_finite, shapes.nothing_left)]
+    return dataclasses.replace(zeros, not_finite=never[0], nothing_left=never[1])
+
+
+def _from_numpy(layout: Layout | None, value: int, x: jax.ShapeDtypeStruct, *names: str | None) -> Array:
+    if layout is None:
+        # Zeros take memory when they are written, which these are not.
+        array = np.full(x.shape, value, x.dtype) if value else np.zeros(x.shape, x.dtype)
+        return jax.device_put(array, may_alias=False)
+    sharding = layout.sharding(x.shape, *names)
+    part = sharding.shard_shape(x.shape)
+    return jax.make_array_from_callback(x.shape, sharding, lambda _: np.full(part, value, x.dtype))
+
+
+@functools.partial(jax.jit, static_argnums=range(3))
+def _made_there(layout: Layout | None, structure: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> DecodeState:
+    def full(value: int, x: jax.ShapeDtypeStruct, *names: str | None) -> Array:
+        array = jnp.full(x.shape, value, x.dtype)
+        sharding = None if layout is None else layout.sharding(x.shape, *names)
+        return array if sharding is None else jax.lax.with_sharding_constraint(array, sharding)
+
+    return _filled(jax.tree.unflatten(structure, leaves), full)
 
 
 def state_shapes(model: MPT, rows: int, capacity: int) -> DecodeState:
     """Returns the shapes and types of what `empty_state` returns."""
-    joined = has_layer_loop(model)
-    return jax.eval_shape(lambda: zero_state(model, rows, capacity, as_bits=True, joined=joined))
+    return _state_shapes(model.config, model.dtype, rows, capacity, has_layer_loop(model))
 
 
-def zero_state(model: MPT, rows: int, capacity: int, *, as_bits: bool, joined: bool = False) -> DecodeState:
+@functools.lru_cache(maxsize=256)  # tracing them takes as long as reading a short prompt on a GPU
+def _state_shapes(config: MPTConfig, dtype: np.dtype, rows: int, capacity: int, joined: bool) -> DecodeState:
+    return jax.eval_shape(lambda: zero_state(config, dtype, rows, capacity, as_bits=True, joined=joined))
+
+
+def zero_state(
+    config: MPTConfig, dtype: np.dtype, rows: int, capacity: int, *, as_bits: bool, joined: bool = False
+) -> DecodeState:
     """Returns what `empty_state` does, within a program; `as_bits` and `joined` as in `KVCache.empty`."""
-    dtype = model.dtype
-    one = jax.eval_shape(lambda: KVCache.empty(model.config, capacity, dtype, as_bits=as_bits, joined=joined))
+    one = jax.eval_shape(lambda: KVCache.empty(config, capacity, dtype, as_bits=as_bits, joined=joined))
     return DecodeState(
         cache=jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), one),
         tokens=jnp.zeros((rows, one.capacity), jnp.int32),
-        hidden=jnp.zeros((rows, model.config.d_model), dtype),
+        hidden=jnp.zeros((rows, config.d_model), dtype),
         done=jnp.zeros((rows,), bool),
         step=jnp.zeros((rows,), jnp.int32),
         not_finite=jnp.full((rows,), -1, jnp.int32),
         nothing_left=jnp.full((rows,), -1, jnp.int32),
     )
-
-
-def new_array(
-    layout: Layout | None, shape: tuple[int, ...], dtype: DTypeLike, value: float, *names: str | None
-) -> Array:
-    """Returns a new array that can be donated: on CPUs by numpy, so that no shape costs a compilation.
-
-    Elsewhere the device makes it, because a whole cache would take long to come from the host.
-    """
-    if not is_default("cpu"):
-        sharding = None if layout is None else layout.sharding(shape, *names)
-        return _full(shape, dtype, value, sharding)
-    if layout is None:
-        # Zeros take memory when they are written, which these are not.
-        return jax.device_put(np.full(shape, value, dtype) if value else np.zeros(shape, dtype), may_alias=False)
-    sharding = layout.sharding(shape, *names)
-    part = sharding.shard_shape(shape)
-    return jax.make_array_from_callback(shape, sharding, lambda _: np.full(part, value, dtype))
-
-
-@functools.partial(jax.jit, static_argnums=range(4))
-def _full(shape: tuple[int, ...], dtype: DTypeLike, value: float, sharding: Any) -> Array:
-    filled = jnp.full(shape, value, dtype)
-    return filled if sharding is None else jax.lax.with_sharding_constraint(filled, sharding)
 
 
 def map_with_axes(state: DecodeState, function: Callable[..., Any]) -> DecodeState:
@@ -120,7 +134,7 @@ def map_with_axes(state: DecodeState, function: Callable[..., Any]) -> DecodeSta
     layers = map_layers(state.cache.layers, function)
     length = function(state.cache.length, "batch")
     return DecodeState(
-        cache=eqx.tree_at(lambda c: (c.layers, c.length), state.cache, (layers, length)),
+        cache=with_fields(state.cache, layers=layers, length=length),
         tokens=function(state.tokens, "batch", None),
         hidden=function(state.hidden, "batch", None),
         done=whole(state.done),
@@ -230,10 +244,10 @@ def without_idle_edits(state: DecodeState) -> DecodeState:
 
 
 def is_large(model: MPT, rows: int, capacity: int) -> bool:
-    """Whether a cache is so large that memory is made free before it is made."""
+    """Whether a cache is so large that memory is made free before it is made: the host's, where it has the cache."""
     config = model.config
     size = 2 * rows * capacity * config.n_layers * config.kv_heads * config.head_size * model.dtype.itemsize
-    return size >= LARGE_CACHE
+    return size >= LARGE_CACHE and is_default("cpu")
 
 
 def ensure_capacity(model: MPT, state: DecodeState, length: int) -> DecodeState:

@@ -3,6 +3,8 @@
 Arguments are checked before, in `validate` and `sampling_params`.
 """
 
+import dataclasses
+from collections import deque
 from collections.abc import Iterator
 
 import equinox as eqx
@@ -13,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from mpt_eqx.errors import GenerationError
 from mpt_eqx.generation.buckets import DECODE_CHUNK
+from mpt_eqx.generation.flat import Flat, flat
 from mpt_eqx.generation.interrupts import held_interrupts
 from mpt_eqx.generation.layers import with_blocks_once
 from mpt_eqx.generation.sampling import LogitsProcessor, log_softmax, process_logits, sample
@@ -20,6 +23,7 @@ from mpt_eqx.generation.sampling_params import SamplingParams
 from mpt_eqx.generation.state import DecodeState, OverRows, constrain, constrain_replicated, ensure_capacity, replicate
 from mpt_eqx.model import MPT, KVCache
 from mpt_eqx.model.taps import Edit, editing
+from mpt_eqx.ops.platform import is_default
 
 
 class StepOutput(eqx.Module):
@@ -29,16 +33,22 @@ class StepOutput(eqx.Module):
         tokens: one for each row.
         logprobs: the model's log-probability of each, before any processing; 0 after the end of a row.
         logits: the model's logits that each was chosen from, if they were asked for.
+        done: as in the state after the step, like the next two.
+        not_finite: the first step of each row with logits that were not finite.
+        nothing_left: the first step of each row at which no token was allowed.
     """
 
     tokens: Int[Array, "*N B"]
     logprobs: Float32[Array, "*N B"]
     logits: Float32[Array, "*N B V"] | None
+    done: Bool[Array, "*N B"]
+    not_finite: Int[Array, "*N B"]
+    nothing_left: Int[Array, "*N B"]
 
 
 @eqx.filter_jit(donate="all-except-first")
 def decode_chunk(
-    fixed: tuple[MPT, SamplingParams, Key[Array, "*B"], tuple[LogitsProcessor, ...]],
+    fixed: tuple[MPT, SamplingParams, Key[Array, "*B"], tuple[LogitsProcessor, ...]] | Flat,
     state: DecodeState,
     steps: int,
     with_logits: bool,
@@ -47,13 +57,13 @@ def decode_chunk(
 
     Args:
         fixed: the model, the options of each row, the key, and the functions of `logits_processors`. They stand
-            together because all other arguments are donated.
+            together because all other arguments are donated. Or these as `flat` takes them apart.
         state: from `prefill_chunk` or an earlier call, with room for the tokens. Donated: do not use it again.
         steps: length of the scan.
         with_logits: whether to return the logits that each token was chosen from.
     """
-    model = with_blocks_once(fixed[0], state.cache.layers)
-    fixed = (model, *fixed[1:])
+    model, params, key, processors = fixed.whole() if isinstance(fixed, Flat) else fixed
+    fixed = (with_blocks_once(model, state.cache.layers), params, key, processors)
 
     def one(state: DecodeState, _: None) -> tuple[DecodeState, StepOutput]:
         return chosen_step(fixed, state, with_logits)
@@ -89,23 +99,23 @@ def chosen_step(
     chosen = sample(processed, params, key, state.step, numbers)
     tokens = jnp.where(state.done, params.pad_token_id, chosen)
     logprobs = jnp.take_along_axis(jax.vmap(log_softmax)(logits), chosen[:, None], axis=-1)[:, 0]
+    ended = jnp.any(chosen[:, None] == params.eos_token_ids, axis=-1)
+    # Not under a cond on `done`: XLA would copy the whole cache in and out of it at every step.
+    after = decode_step(model, state, tokens, over_rows)
     output = StepOutput(
         tokens=tokens,
         logprobs=jnp.where(state.done, 0.0, logprobs),
         logits=jnp.where(state.done[:, None], 0.0, logits) if with_logits else None,
+        done=state.done | ended | (state.step + 1 >= params.max_new_tokens),
+        not_finite=first_steps(state, state.not_finite, not_finite(logits, processed if processors else None)),
+        nothing_left=first_steps(state, state.nothing_left, jnp.all(jnp.isneginf(processed), axis=-1)),
     )
-    ended = jnp.any(chosen[:, None] == params.eos_token_ids, axis=-1)
-    # Not under a cond on `done`: XLA would copy the whole cache in and out of it at every step.
-    after = decode_step(model, state, tokens, over_rows)
-    return eqx.tree_at(
-        lambda s: (s.done, s.step, s.not_finite, s.nothing_left),
+    return dataclasses.replace(
         after,
-        (
-            state.done | ended | (state.step + 1 >= params.max_new_tokens),
-            state.step + 1,
-            first_steps(state, state.not_finite, not_finite(logits, processed if processors else None)),
-            first_steps(state, state.nothing_left, jnp.all(jnp.isneginf(processed), axis=-1)),
-        ),
+        step=state.step + 1,
+        done=output.done,
+        not_finite=output.not_finite,
+        nothing_left=output.nothing_left,
     ), output
 
 
@@ -172,21 +182,23 @@ def decode_tokens(
     Raises:
         GenerationError: logits were not finite, or no token was left to choose from.
     """
-    params, key = replicate(model, (params, key))
-    decoded = 0
-    while decoded < max_new_tokens:
+    fixed = flat((model, *replicate(model, (params, key)), processors))
+    # A GPU gets its next chunk before the host has read this one: it would wait for the host otherwise.
+    begun, waiting, ahead = 0, deque[StepOutput](), 0 if is_default("cpu") else 1
+    for decoded in range(0, max_new_tokens, chunk):
         with held_interrupts():
-            state = ensure_capacity(model, state, length + min(decoded + chunk, max_new_tokens))
-            state, output = decode_chunk((model, params, key, processors), state, chunk, with_logits)
-            bad_steps, empty_steps, done = jax.device_get((state.not_finite, state.nothing_left, state.done))
-            output = jax.device_get(output)
-        check_finite(bad_steps, processors)
-        if (empty_steps >= 0).any():
-            raise GenerationError(nothing_left(empty_steps, processors))
+            while begun < max_new_tokens and begun <= decoded + ahead * chunk:
+                state = ensure_capacity(model, state, length + min(begun + chunk, max_new_tokens))
+                state, output = decode_chunk(fixed, state, chunk, with_logits)
+                waiting.append(output)
+                begun += chunk
+            output = jax.device_get(waiting.popleft())
+        check_finite(output.not_finite[-1], processors)
+        if (output.nothing_left[-1] >= 0).any():
+            raise GenerationError(nothing_left(output.nothing_left[-1], processors))
         last = min(chunk, max_new_tokens - decoded)
         yield jax.tree.map(lambda x, last=last: x[:last], output)
-        decoded += chunk
-        if done.all():
+        if output.done[-1].all():
             return
 
 
@@ -204,7 +216,7 @@ def compile_decode(
 
     Compiling takes memory of its own, which is free again when a large cache is made after it.
     """
-    fixed = (model, *replicate(model, (params, key)), processors)
+    fixed = flat((model, *replicate(model, (params, key)), processors))
     decode_chunk.lower(fixed, state, chunk, with_logits).compile()  # type: ignore[attr-defined]
 
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from mpt_eqx.generation.buckets import DECODE_CHUNK, cache_bucket, decode_bucket, prefill_buckets, prefill_chunks
+from mpt_eqx.generation.flat import flat
 from mpt_eqx.generation.interrupts import held_interrupts
 from mpt_eqx.generation.prompts import prefill_prompts, progress_bar
 from mpt_eqx.generation.sampling_params import check_options
@@ -51,7 +52,7 @@ def warmup(
     chunk = decode_bucket(DECODE_CHUNK, max_new_tokens)
     seconds = {}
     for rows in batch_sizes:
-        fixed = (model, *replicate(model, (params.of_rows(rows), check_key(None, 0.0))), ())
+        fixed = flat((model, *replicate(model, (params.of_rows(rows), check_key(None, 0.0))), ()))
         for length in prompt_lengths:
             started = time.monotonic()
             state = empty_state(model, rows, cache_bucket(config, length + min(chunk, max_new_tokens), rows))

@@ -85,12 +85,14 @@ class StackedBlocks(eqx.Module):
         return inputs, x, [jax.tree.map(lambda leaf, i=i: leaf[i], written) for i in range(len(self))]
 
 
-@model_function
 def unstack(model: Any) -> Any:
     """Returns the model with single blocks, where they are stacked; the inverse of `stack`, outside jit and inside.
 
     Where the weights are large, unstack once and keep the result: each call copies them.
     """
-    if not isinstance(model.blocks, StackedBlocks):
-        return model
+    return _unstacked(model) if isinstance(model.blocks, StackedBlocks) else model
+
+
+@model_function
+def _unstacked(model: Any) -> Any:
     return eqx.tree_at(lambda m: m.blocks, model, tuple(model.blocks))

@@ -6,9 +6,11 @@ computes is written for Auto axes. So its functions cast at their border, which 
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
+import equinox as eqx
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -38,10 +40,10 @@ def library_function(function: Callable[P, T]) -> Callable[P, T]:
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         with library_switches():
             context = jax.sharding.get_abstract_mesh()
-            mesh = context if _is_explicit(context) else _explicit_mesh((args, kwargs))
+            mesh = context if _is_explicit(context) else _explicit_mesh(*args, **kwargs)
             if mesh is None:
                 return function(*args, **kwargs)
-            given, (args, kwargs) = _explicit_mesh((args[1:], kwargs)), _with_auto_axes((args, kwargs))
+            given, (args, kwargs) = _explicit_mesh(*args[1:], **kwargs), _with_auto_axes((args, kwargs))
             with jax.sharding.use_abstract_mesh(with_auto_axes(mesh.abstract_mesh)):
                 found = function(*args, **kwargs)
             if _is_explicit(context):
@@ -58,7 +60,7 @@ def host_function(function: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         with host_context():
-            if _explicit_mesh((args, kwargs)) is not None:
+            if _explicit_mesh(*args, **kwargs) is not None:
                 args, kwargs = _with_auto_axes((args, kwargs))
             return function(*args, **kwargs)
 
@@ -70,7 +72,7 @@ def model_function(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        mesh, found = _explicit_mesh((args, kwargs)), host_function(function)(*args, **kwargs)
+        mesh, found = _explicit_mesh(*args, **kwargs), host_function(function)(*args, **kwargs)
         if not isinstance(mesh, Mesh):
             return found
         auto = with_auto_axes(mesh)
@@ -125,9 +127,14 @@ def _is_explicit(mesh: Mesh | AbstractMesh) -> bool:
     return AxisType.Explicit in mesh.axis_types
 
 
-def _explicit_mesh(tree: Any) -> Mesh | AbstractMesh | None:
-    """Returns the mesh of the first array that has Explicit axes."""
-    arrays = (x for x in jax.tree.leaves(tree, is_leaf=_is_iterator) if isinstance(x, jax.Array))
+def _explicit_mesh(*args: Any, **kwargs: Any) -> Mesh | AbstractMesh | None:
+    """Returns the mesh of the first array among arguments that has Explicit axes."""
+    # A model has no iterators, and to ask each of its nodes takes longer than all else.
+    leaves = (
+        jax.tree.leaves(arg, is_leaf=None if isinstance(arg, eqx.Module) else _is_iterator)
+        for arg in (*args, *kwargs.values())
+    )
+    arrays = (x for x in itertools.chain.from_iterable(leaves) if isinstance(x, jax.Array))
     return next((_mesh(x) for x in arrays if _is_explicit(jax.typeof(x).sharding.mesh)), None)
 
 
