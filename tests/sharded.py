@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import equinox as eqx
+import fused
 import jax
 import numpy as np
 import optax
@@ -24,6 +25,7 @@ from wrappers import make_lora
 
 from mpt_eqx import (
     MPT,
+    AttnConfig,
     MPTConfig,
     SamplingParams,
     beam_search,
@@ -44,6 +46,8 @@ from mpt_eqx import (
     train,
     unstack,
 )
+from mpt_eqx.ops.flash_attention import flash_attention
+from mpt_eqx.ops.layout import Layout
 from mpt_eqx.train import next_token_loss
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -406,6 +410,62 @@ def collectives(preset: str, axes: dict[str, int]) -> dict:
     rows = eqx.filter_jit(lambda model, tokens: jax.vmap(model)(model.layout.constrain(tokens, "batch", None)))
     text = rows.lower(shared, TOKENS).compile().compiled.as_text()
     return dict(Counter(re.findall(COLLECTIVES, text)))
+
+
+def by_rows_and_heads(axes: dict[str, int], spec: list[str | None]) -> dict:
+    """How far cuDNN's attention and its derivatives on a mesh are from one device's, and what the devices send.
+
+    Queries, keys, values and the cotangent are given as `spec` says.
+    """
+    mesh, rows, heads, key_heads, t = sharding.make_mesh(**axes), 8, 4, 2, 63  # to which one is added
+    layout = Layout(mesh, sharding.FSDP_TP)
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(rows, n, t, 16) for n in (heads, key_heads, key_heads, heads)]
+    *x, slope = (jax.random.normal(key, shape, "bfloat16") for key, shape in zip(keys, shapes, strict=True))
+    slopes = jax.numpy.asarray([0.84, 0.3, 0.1, 0.01], "float32")
+
+    def both(layout, slope, *x):
+        h, back = jax.vjp(jax.vmap(lambda *row: flash_attention(*row, slopes, 0.3, 20, layout)), *x)
+        return h, *back(slope)
+
+    with fused.played():
+        wanted = jax.jit(functools.partial(both, None))(slope, *x)
+        fused.ASKED.clear()
+        place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+        program = jax.jit(functools.partial(both, layout)).lower(*jax.device_put([slope, *x], place)).compile()
+        found = program(*jax.device_put([slope, *x], place))
+    sent = re.findall(COLLECTIVES, program.as_text())
+    return {"asked": fused.ASKED, "sent": sent, "values": largest(found, wanted)}
+
+
+def by_cudnn(
+    preset: str, axes: dict[str, int], key_heads: int = 2, kind: str = "auto", form: str = "plain", run: bool = False
+) -> dict:
+    """Whether a step of training on a mesh takes cuDNN's attention, what it asks for, and how far it is from blocks."""
+    attn = AttnConfig(attn_type="grouped_query_attention", kv_n_heads=key_heads, alibi=True)
+    sizes = {"d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 64, "max_seq_len": 64}
+    model = MPT(MPTConfig(**sizes, no_bias=True, attn_config=attn), key=jax.random.key(0))
+    model = jax.tree.map(lambda x: x.astype("bfloat16"), model)
+    model = surgery.remat(stack(model), "dots") if form == "stacked" else model
+    tokens = np.random.default_rng(0).integers(1, 64, (8, 40)).astype(np.int32)
+    mesh, rules = mesh_of("explicit" if kind == "set" else kind, axes), rules_of(preset, None)
+    if kind == "tokens":
+        other = mesh_of("explicit", axes)
+        tokens = jax.device_put(tokens, jax.sharding.NamedSharding(other, jax.sharding.PartitionSpec(rules.batch)))
+
+    def step(model, tokens):
+        return eqx.filter_value_and_grad(next_token_loss)(model, tokens)
+
+    with fused.played(), jax.set_mesh(mesh) if kind == "set" else contextlib.nullcontext():
+        shared = sharding.shard(model, mesh, rules)
+        taken = "dot_product_attention_fwd" in str(eqx.filter_make_jaxpr(step)(shared, tokens)[0])
+        found = eqx.filter_jit(step)(shared, tokens) if run else None
+    if not run:
+        return {"taken": taken}
+    wanted = eqx.filter_jit(step)(sharding.split_qkv(model) if rules.heads else model, tokens)
+    pairs = zip(whole(found), whole(wanted), strict=True)
+    errors = [np.abs(a.astype("f8") - b.astype("f8")).max() / np.abs(b.astype("f8")).max() for a, b in pairs]
+    return {"taken": taken, "asked": fused.ASKED, "values": float(np.max(errors))}
 
 
 def initialised(preset: str, axes: dict[str, int], options: dict) -> dict:

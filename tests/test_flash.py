@@ -143,7 +143,7 @@ def test_which_attention_goes_to_cudnn(gpu):
         found = []
 
         def ask(q):
-            found.append(supports_flash_attention(q, jnp.ones(4) if alibi else None, allowed, softcap))
+            found.append(supports_flash_attention(q, q, jnp.ones(4) if alibi else None, allowed, softcap, None))
             return q
 
         jax.eval_shape(ask, q)

@@ -16,7 +16,7 @@ import equinox as eqx
 import jax
 import numpy as np
 import pytest
-from conftest import AS_USERS, GOLDEN, ROOT, asked_by_line, is_long, some
+from conftest import AS_USERS, GOLDEN, ROOT, asked_by_line, is_long, one_in, some
 from jax.sharding import AbstractMesh, PartitionSpec
 
 
@@ -67,6 +67,45 @@ def test_every_preset_computes_what_one_device_does(ask, preset):
 def test_every_kind_of_model_does(ask, case):
     found = ask("compare", case=case, preset="FSDP_TP", axes={"fsdp": 2, "tp": 4})
     assert close(found), found
+
+
+@pytest.mark.parametrize("axes", one_in(2, [{"fsdp": 4, "tp": 2}, {"fsdp": 8, "tp": 1}]))
+def test_cudnn_attends_to_rows_and_heads_where_they_lie(ask, axes):
+    """Each device calls the kernels, played by a CPU, for its rows and heads; nothing is sent if they lie there.
+
+    Values differ from those of one device by rounding, also where the operands lie otherwise.
+    """
+    rows, n, k = 8 // axes["fsdp"], 4 // axes["tp"], 2 // axes["tp"]
+    q, kv = [rows, 64, n, 24], [rows, 64, k, 24]
+    for spec in (["fsdp", "tp"], [None, None, None, "fsdp"], [None, "tp"]):
+        found = ask("by_rows_and_heads", axes=axes, spec=spec)
+        assert [q, kv, kv] in found["asked"] and [q, kv, kv, [rows, n, 64], q, q] in found["asked"]
+        assert len({json.dumps(shapes) for shapes in found["asked"]}) == 2
+        assert found["values"] < 2**-7
+        assert found["sent"] == [] or spec != ["fsdp", "tp"]
+
+
+@pytest.mark.parametrize("form", some(["plain", "stacked"], ["stacked"]))
+def test_training_on_a_mesh_takes_cudnn(ask, form):
+    """Forward and backward, stacked and rematerialised; the tolerance is that of bfloat16."""
+    found = ask("by_cudnn", preset="FSDP_TP", axes={"fsdp": 4, "tp": 2}, form=form, run=True)
+    assert found["taken"] and found["values"] < 0.03
+    assert {shapes[0][0] for shapes in found["asked"]} == {2} and {shapes[0][2] for shapes in found["asked"]} == {2}
+
+
+def test_which_meshes_cudnn_attends_on(ask):
+    """Not where queries and keys are sharded apart, where positions are, and where a program has Explicit axes."""
+
+    def taken(preset, axes, **rest):
+        return ask("by_cudnn", preset=preset, axes=axes, **rest)["taken"]
+
+    assert taken("DATA_PARALLEL", {"dp": 8}) and taken("FSDP", {"fsdp": 8}) and taken("TENSOR_PARALLEL", {"tp": 2})
+    assert taken("TENSOR_PARALLEL", {"tp": 8}), "all heads are replicated"
+    assert not taken("TENSOR_PARALLEL", {"tp": 4}), "four heads of queries, two of keys"
+    assert not taken("TENSOR_PARALLEL", {"tp": 2}, key_heads=1)
+    assert not taken("SEQUENCE_PARALLEL", {"dp": 2, "sp": 4})
+    for kind in ("explicit", "set", "tokens"):
+        assert not taken("DATA_PARALLEL", {"dp": 8}, kind=kind)
 
 
 def test_streaming_and_prefixes_on_a_mesh_are_those_of_one_device(ask):

@@ -18,6 +18,7 @@ from mpt_eqx.model.rotary import DynamicRotary, Rotary, make_rotary
 from mpt_eqx.model.taps import UNTAPPED, Tap
 from mpt_eqx.ops.attend import attend
 from mpt_eqx.ops.layer_cache import KeysValues, LayerCache
+from mpt_eqx.ops.layout import Layout
 from mpt_eqx.ops.numerics import accum_dtype
 
 
@@ -61,6 +62,7 @@ class Attention(eqx.Module):
     rotary: Rotary | DynamicRotary | None
     temperature: Temperature | None
     dropout: eqx.nn.Dropout | None
+    layout: Layout | None
     n_heads: int = eqx.field(static=True)
     kv_heads: int = eqx.field(static=True)
     head_size: int = eqx.field(static=True)
@@ -90,6 +92,7 @@ class Attention(eqx.Module):
         tuning = layer.attn_temperature_tuning
         self.temperature = None if tuning is None else Temperature(tuning)
         self.dropout = eqx.nn.Dropout(attn.attn_pdrop) if attn.attn_pdrop else None
+        self.layout = None
         self.n_heads, self.kv_heads, self.head_size = n, k, h
         self.norm_per_head = attn.qk_gn
         # Also where head_dim is given, the default follows d_model.
@@ -148,6 +151,7 @@ class Attention(eqx.Module):
             softcap=self.softcap,
             dropout=self.dropout,
             key=key,
+            layout=self.layout,
         )
         if not tap.asks("attn.hook_attn_scores", "attn.hook_pattern"):
             h = gather()

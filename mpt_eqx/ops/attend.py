@@ -13,6 +13,7 @@ from mpt_eqx.ops.cudnn_attention import cudnn_attention, supports_cudnn
 from mpt_eqx.ops.flash_attention import flash_attention, supports_flash_attention
 from mpt_eqx.ops.kernel_attention import kernel_attention, supports_cpu_kernel
 from mpt_eqx.ops.layer_cache import KeysValues, LayerCache
+from mpt_eqx.ops.layout import Layout
 from mpt_eqx.ops.platform import MAX_DECODE_ROWS, is_default
 from mpt_eqx.ops.query_blocks import in_query_blocks
 from mpt_eqx.ops.sizes import at_most
@@ -32,6 +33,7 @@ def attend(
     dropout: eqx.nn.Dropout | None = None,
     key: PRNGKeyArray | None = None,
     tap: Tap | None = None,
+    layout: Layout | None = None,
 ) -> Float[Array, "N T H"]:
     """Returns what the queries of N heads gather from K heads of keys and values; head n reads key head ⌊n·K/N⌋.
 
@@ -47,6 +49,7 @@ def attend(
         dropout: as in `attention`. Only without a cache.
         key: as in `attention`.
         tap: as in `attention`, for the scores and weights of all N heads; the formula is then used for a cache, too.
+        layout: of the model, if it is on a mesh.
     """
     # The queries that share a key head stand as more positions of that head.
     shape, key_heads = q.shape, kv.k.shape[-3]
@@ -88,9 +91,9 @@ def attend(
         def in_blocks_of_queries(q: Float[Array, "N T H"], k: Array, v: Array) -> Float[Array, "N T H"]:
             return in_query_blocks(formula, q, k, v, query_pos, allowed, window)
 
-        if not supports_flash_attention(q, slopes, allowed, softcap):
+        if not supports_flash_attention(q, kv.k, slopes, allowed, softcap, layout):
             return in_blocks_of_queries(q, kv.k, kv.v)
-        flash = functools.partial(flash_attention, slopes=slopes, scale=scale, window=window)
+        flash = functools.partial(flash_attention, slopes=slopes, scale=scale, window=window, layout=layout)
         return jax.lax.platform_dependent(q, kv.k, kv.v, cuda=flash, default=in_blocks_of_queries)
     capacity = kv.k.shape[-2]
     # A query that stands outside of the cache sees nothing, and gets NaN.

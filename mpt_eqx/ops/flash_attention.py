@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32
 
+from mpt_eqx.ops.layout import Layout
 from mpt_eqx.ops.numerics import accum_dtype
 from mpt_eqx.ops.platform import max_cudnn_head, on_mesh
 from mpt_eqx.ops.sizes import at_most
@@ -26,9 +27,11 @@ MULTIPLE = 8
 
 def supports_flash_attention(
     q: Float[Array, "N T H"],
+    k: Float[Array, "K T H"],
     slopes: Float32[Array, " N"] | None,
     allowed: Bool[Array, "T T"] | None,
     softcap: float | None,
+    layout: Layout | None,
 ) -> bool:
     """Tells whether cuDNN computes attention of such queries to as many keys on a GPU of this machine.
 
@@ -36,15 +39,17 @@ def supports_flash_attention(
     from Ampere on, 256 on Hopper and Blackwell (9.0 to 10.3), where ALiBi takes 6 and the sum is rounded up to 8.
     Everything else is computed in blocks of queries, in linear memory, too: float32; ALiBi in float16, whose range
     is too small for the pieces; a softcap, which comes before the bias, so that a bias within q·k would be capped;
-    which keys are `allowed`, as of padding and packed sequences, since cuDNN takes packed rows under no vmap, and a
-    mask only as an array of queries × keys; arrays on a mesh. A forward derivative, or an export for GPUs, is not to be
-    had of cuDNN; both raise JAX's error.
+    which keys are `allowed`, as of padding and packed sequences: `jax.nn.dot_product_attention` has no argument for
+    where packed sequences begin, and takes a mask only as an array of queries × keys; on a mesh what is not sharded as
+    `shards_alike` says. A forward derivative, or an export for GPUs, is not to be had of cuDNN; both raise JAX's error.
 
     Args:
         q: queries.
+        k: keys.
         slopes: of ALiBi; None for none.
         allowed: True where a query may see a key, causality apart; None for all.
         softcap: as in `attention`.
+        layout: of the model; None for none.
 
     Source: jax 0.10.2, 0.11.2 and 0.12.0, jax/_src/cudnn/fused_attention_stablehlo.py, check_is_flash_attention: no
     limits on the number of positions without a bias, but in training it must be even: `flash_attention` adds one.
@@ -52,8 +57,23 @@ def supports_flash_attention(
     _, t, h = q.shape
     fits = isinstance(t, int) and t >= MIN_POSITIONS and (slopes is None or at_most(t, MAX_POSITIONS))
     typed = q.dtype == jnp.bfloat16 or (q.dtype == jnp.float16 and slopes is None)
-    plain = typed and allowed is None and softcap is None and not on_mesh(q)
-    return fits and plain and padded_head(h, slopes is not None) <= max_cudnn_head()
+    plain = typed and allowed is None and softcap is None
+    local = not on_mesh(q) if layout is None else shards_alike(q, k, layout)
+    return fits and plain and local and padded_head(h, slopes is not None) <= max_cudnn_head()
+
+
+def shards_alike(q: Float[Array, "N T H"], k: Float[Array, "K T H"], layout: Layout) -> bool:
+    """Tells whether a mesh shards queries, keys and values alike, over rows and heads, and is the program's only one.
+
+    JAX partitions the kernel for no others. Where the library casts Explicit axes to Auto ones, which are two meshes to
+    JAX, a mesh is set; one that `jax.set_mesh` sets cannot be told from that.
+
+    Source: jax 0.10.0, 0.10.2 and 0.12.0, jax/_src/cudnn/fused_attention_stablehlo.py, _check_qkv_bias_mask_spec;
+    jax/_src/interpreters/pxla.py, lower_sharding_computation.
+    """
+    if layout.rules.axes("seq") or not jax.sharding.get_abstract_mesh().empty:
+        return False
+    return layout.sharding(q.shape, "heads", None, None) == layout.sharding(k.shape, "kv_heads", None, None)
 
 
 def padded_head(head_size: int, alibi: bool) -> int:
@@ -68,6 +88,7 @@ def flash_attention(
     slopes: Float32[Array, " N"] | None,
     scale: float,
     window: int | None,
+    layout: Layout | None = None,
     *,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "N T H"]:
@@ -83,6 +104,7 @@ def flash_attention(
         slopes: of ALiBi; None for none.
         scale: as in `attention`.
         window: how many keys before its own a query sees; None for all.
+        layout: of the model; None for none.
         implementation: of `jax.nn.dot_product_attention`.
     """
     size = q.shape[-1]
@@ -92,12 +114,18 @@ def flash_attention(
     # The kernel has a batch axis of its own, which vmap adds to; values must be as wide as keys for that. It does not
     # train an odd number of positions; another one at the end is seen by none before it.
     t, odd = q.shape[1], q.shape[1] % 2
-    q, k, v = (jnp.pad(x, ((0, 0), (0, odd), (0, padded - x.shape[-1])))[None].swapaxes(1, 2) for x in (q, k, v))
+    q, k, v = (jnp.pad(x, ((0, 0), (0, odd), (0, padded - x.shape[-1]))) for x in (q, k, v))
+
+    def whole(x: Float[Array, "M T H"], heads: str) -> Float[Array, "M T H"]:
+        # JAX partitions the kernel if q, k and v are sharded alike, and over nothing but rows and heads.
+        return x if layout is None else layout.constrain_batched(x, heads, None, None)
+
+    q, k, v = (whole(x, name)[None].swapaxes(1, 2) for x, name in ((q, "heads"), (k, "kv_heads"), (v, "kv_heads")))
     local = None if window is None or window >= t - 1 else (window, 0)
     h = jax.nn.dot_product_attention(
         q, k, v, scale=scale, is_causal=True, local_window_size=local, implementation=implementation
     )
-    return h.swapaxes(1, 2)[0, :, :t, :size]
+    return whole(h[0].swapaxes(0, 1), "heads")[:, :t, :size]
 
 
 def with_alibi(

@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from mpt_eqx.config import ShardingRules
 from mpt_eqx.model import MPT
+from mpt_eqx.model.attention import Attention
 from mpt_eqx.model.moe import MoE
 from mpt_eqx.model.stacked import StackedBlocks
 from mpt_eqx.ops.layout import Layout
@@ -62,14 +63,17 @@ def with_layout(model: Any, mesh: Mesh | AbstractMesh, rules: ShardingRules) -> 
     tree = split_qkv(model) if rules.heads or rules.kv_heads else model
     layout = Layout(mesh, rules)
 
-    def layouts(model: Any) -> list[Any]:
+    def modules(model: Any) -> tuple[list[Any], list[Any]]:
         blocks = [model.blocks.block] if isinstance(model.blocks, StackedBlocks) else model.blocks
-        experts = [block.ffn.experts.mlp for block in blocks if isinstance(block.ffn, MoE)]
-        return [module.layout for module in (model, *experts)]
+        attentions = [block.attn for block in blocks if isinstance(block.attn, Attention)]
+        return [model, *attentions], [block.ffn.experts.mlp for block in blocks if isinstance(block.ffn, MoE)]
 
-    n_experts = len(layouts(tree)) - 1
+    def layouts(model: Any) -> list[Any]:
+        return [module.layout for several in modules(model) for module in several]
+
+    always, experts = modules(tree)
     return eqx.tree_at(
-        layouts, tree, [layout, *[layout if rules.experts else None] * n_experts],
+        layouts, tree, [*[layout] * len(always), *[layout if rules.experts else None] * len(experts)],
         is_leaf=lambda node: node is None or isinstance(node, Layout),
     )  # fmt: skip
 
