@@ -415,9 +415,9 @@ def collectives(preset: str, axes: dict[str, int]) -> dict:
 def by_rows_and_heads(axes: dict[str, int], spec: list[str | None]) -> dict:
     """How far cuDNN's attention and its derivatives on a mesh are from one device's, and what the devices send.
 
-    Queries, keys, values and the cotangent are given as `spec` says.
+    What is given and what is asked for is sharded as `spec` says.
     """
-    mesh, rows, heads, key_heads, t = sharding.make_mesh(**axes), 8, 4, 2, 63  # to which one is added
+    mesh, rows, heads, key_heads, t = sharding.make_mesh(**axes), 8, 4, 2, 64
     layout = Layout(mesh, sharding.FSDP_TP)
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = [(rows, n, t, 16) for n in (heads, key_heads, key_heads, heads)]
@@ -432,7 +432,11 @@ def by_rows_and_heads(axes: dict[str, int], spec: list[str | None]) -> dict:
         wanted = jax.jit(functools.partial(both, None))(slope, *x)
         fused.ASKED.clear()
         place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
-        program = jax.jit(functools.partial(both, layout)).lower(*jax.device_put([slope, *x], place)).compile()
+        program = (
+            jax.jit(functools.partial(both, layout), out_shardings=place)
+            .lower(*jax.device_put([slope, *x], place))
+            .compile()
+        )
         found = program(*jax.device_put([slope, *x], place))
     sent = re.findall(COLLECTIVES, program.as_text())
     return {"asked": fused.ASKED, "sent": sent, "values": largest(found, wanted)}

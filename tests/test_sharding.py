@@ -69,15 +69,15 @@ def test_every_kind_of_model_does(ask, case):
     assert close(found), found
 
 
-@pytest.mark.parametrize("axes", one_in(2, [{"fsdp": 4, "tp": 2}, {"fsdp": 8, "tp": 1}]))
+@pytest.mark.parametrize("axes", one_in(2, [{"fsdp": 2, "tp": 2, "sp": 2}, {"fsdp": 4, "tp": 1, "sp": 2}]))
 def test_cudnn_attends_to_rows_and_heads_where_they_lie(ask, axes):
     """Each device calls the kernels, played by a CPU, for its rows and heads; nothing is sent if they lie there.
 
-    Values differ from those of one device by rounding, also where the operands lie otherwise.
+    Values differ from those of one device by rounding, also where operands and results lie otherwise.
     """
     rows, n, k = 8 // axes["fsdp"], 4 // axes["tp"], 2 // axes["tp"]
     q, kv = [rows, 64, n, 24], [rows, 64, k, 24]
-    for spec in (["fsdp", "tp"], [None, None, None, "fsdp"], [None, "tp"]):
+    for spec in (["fsdp", "tp"], ["fsdp", "tp", "sp"], [None, None, None, "sp"]):
         found = ask("by_rows_and_heads", axes=axes, spec=spec)
         assert [q, kv, kv] in found["asked"] and [q, kv, kv, [rows, n, 64], q, q] in found["asked"]
         assert len({json.dumps(shapes) for shapes in found["asked"]}) == 2
