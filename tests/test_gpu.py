@@ -1,5 +1,7 @@
 """What programs for GPUs compute, checked on a CPU: the functions by their values, the programs by their text."""
 
+from functools import partial
+
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -147,3 +149,37 @@ def test_a_gpu_has_its_next_chunk_before_the_host_reads_one(tiny_model, monkeypa
     ended = generate(tiny_model, [5, 6, 7], max_new_tokens=40, eos_token_ids=[int(free.tokens[0, 10])])
     read = -(-int(ended.lengths[0]) // steps.DECODE_CHUNK)
     assert happened == ["begin", *["begin", "read"] * read]
+
+
+OPTIONS = {
+    "temperature": 0.8, "top_k": 9, "top_p": 0.7, "min_p": 0.1, "typical_p": 0.8, "epsilon_cutoff": 0.02,
+    "eta_cutoff": 0.03, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "min_new_tokens": 3, "vocab_size": 50,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("names", [(), ("temperature",), ("min_new_tokens",), ("temperature", "top_p"), tuple(OPTIONS)])
+def test_options_that_the_host_knows_choose_the_same_tokens_without_a_branch(names):
+    """One row asks for them, the other for none. Only no_repeat_ngram_size has a loop of as many steps as it says."""
+    from mpt_eqx.generation.sampling import process_logits, sample
+    from mpt_eqx.generation.sampling_params import SamplingParams
+
+    rows = SamplingParams(**{name: OPTIONS[name] for name in names}, eos_token_ids=[1]), SamplingParams()
+    params = jax.tree.map(lambda *x: np.stack(x), *rows)
+    asked = params.asked(64)
+    assert asked == set(names)
+
+    @partial(jax.jit, static_argnames="asked")
+    def choose(logits, tokens, key, asked):
+        step = jnp.asarray([2, 2])
+        processed = process_logits(logits, params, tokens, jnp.asarray([12, 9]), step, asked=asked)
+        return processed, sample(processed, params, key, step, asked=asked)
+
+    draw = np.random.default_rng(0)
+    for seed in range(20):
+        given = draw.normal(size=(2, 64)).astype(np.float32) * 3, draw.integers(0, 64, (2, 12), np.int32)
+        given = *given, jax.random.key(seed)
+        for x, y in zip(choose(*given, asked), choose(*given, None), strict=True):
+            np.testing.assert_array_equal(x, y)
+    text = choose.lower(*given, asked).compile().as_text()
+    loops = [line for line in text.splitlines() if " while(" in line and "known_trip_count" not in line]
+    assert " conditional(" not in text and len(loops) == ("no_repeat_ngram_size" in names)

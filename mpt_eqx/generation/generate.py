@@ -75,8 +75,9 @@ def generate(
 
     A program is compiled for each batch size and each of a few cache sizes (512, 2048 tokens, then powers of two; 256,
     too, from eight rows on), whatever the lengths of the prompts; further ones for max_new_tokens below 5, and for the
-    first use of return_logits, of another num_return_sequences, of a prefix and of other logits_processors. Other
-    values of the options never recompile. Decoding ends within eight tokens of the last row's end.
+    first use of return_logits, of another num_return_sequences, of a prefix and of other logits_processors; on a GPU,
+    which waits for the host at each branch, for each set of options that are not their defaults. Other values of the
+    options never recompile. Decoding ends within eight tokens of the last row's end, on a GPU within sixteen.
 
     Where the CPU kernel runs, a row's logits are the same to the bit in any batch. Elsewhere they differ by rounding,
     about 1e-5 in float32, which changes a token only where two are equally likely to within that.

@@ -78,7 +78,8 @@ def eta_cutoff(logits: Float[Array, " V"], e: float | Float32[Array, ""]) -> Flo
     return _truncate(ETA_CUTOFF, logits, e)
 
 
-TOP_K, TOP_P, MIN_P, TYPICAL_P, EPSILON_CUTOFF, ETA_CUTOFF = range(6)
+RULES = ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+TOP_K, TOP_P, MIN_P, TYPICAL_P, EPSILON_CUTOFF, ETA_CUTOFF = range(len(RULES))
 
 
 def _truncate(
@@ -100,7 +101,11 @@ def _truncate(
         least = jnp.where(rule == MIN_P, value * probs.max(), jnp.where(rule == ETA_CUTOFF, eta, value))
         return (probs >= least) | (logits == logits.max())
 
-    kept = jax.lax.cond((rule == TOP_K) | (rule == TOP_P) | (rule == TYPICAL_P), by_mass, by_probability)
+    has_mass = (rule == TOP_K) | (rule == TOP_P) | (rule == TYPICAL_P)
+    if isinstance(has_mass, bool):
+        kept = by_mass() if has_mass else by_probability()
+    else:
+        kept = jax.lax.cond(has_mass, by_mass, by_probability)
     return jnp.where(kept, logits, -jnp.inf)
 
 
@@ -172,6 +177,7 @@ def process_logits(
     lengths: Int[Array, " B"],
     step: Int[Array, " B"],
     processors: Sequence[LogitsProcessor] = (),
+    asked: frozenset[str] | None = None,
 ) -> Float32[Array, "B V"]:
     """Returns the logits of the tokens that may come next, −∞ for all others.
 
@@ -186,20 +192,22 @@ def process_logits(
         lengths: how many of them there are.
         step: how many of them are new in each row.
         processors: functions of one row.
+        asked: as in `sample`.
     """
-    logits = _penalised(logits, params, tokens, lengths, step)
+    logits = _penalised(logits, params, tokens, lengths, step, asked)
     for processor in processors:
         logits = jax.vmap(processor)(logits, tokens, lengths).astype(jnp.float32)
     return logits
 
 
-@jax.jit  # for all programs of generation to share what was traced
+@functools.partial(jax.jit, static_argnames="asked")  # for all programs of generation to share what was traced
 def _penalised(
     logits: Float32[Array, "B V"],
     params: SamplingParams,
     tokens: Int[Array, "B S"],
     lengths: Int[Array, " B"],
     step: Int[Array, " B"],
+    asked: frozenset[str] | None,
 ) -> Float32[Array, "B V"]:
     """Returns `process_logits` without processors."""
     ids = jnp.arange(logits.shape[-1])
@@ -209,19 +217,25 @@ def _penalised(
         ends = jnp.any(ids[:, None] == p.eos_token_ids, axis=-1)
         return jnp.where((ids >= p.vocab_size) | (ends & (step < p.min_new_tokens)), -jnp.inf, row)
 
+    def some(*names: str) -> bool | None:
+        return None if asked is None else not asked.isdisjoint(names)
+
     p = params
-    logits = _where(p.repetition_penalty != 1, repetition_penalty, logits, tokens, mask, p.repetition_penalty)
-    logits = _where(p.no_repeat_ngram_size > 0, no_repeat_ngram, logits, tokens, mask, p.no_repeat_ngram_size)
-    return _where((step < p.min_new_tokens) | (p.vocab_size < logits.shape[-1]), barred, logits, p, step)
+    penalty, size = p.repetition_penalty, p.no_repeat_ngram_size
+    logits = _where(some("repetition_penalty"), penalty != 1, repetition_penalty, logits, tokens, mask, penalty)
+    logits = _where(some("no_repeat_ngram_size"), size > 0, no_repeat_ngram, logits, tokens, mask, size)
+    bars = (step < p.min_new_tokens) | (p.vocab_size < logits.shape[-1])
+    return _where(some("min_new_tokens", "vocab_size"), bars, barred, logits, p, step)
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="asked")  # likewise
 def sample(
     logits: Float32[Array, "B V"],
     params: SamplingParams,
     key: Key[Array, "*B"],
     step: Int[Array, " B"],
     numbers: Int[Array, " B"] | None = None,
+    asked: frozenset[str] | None = None,
 ) -> Int[Array, " B"]:
     """Returns one token for each row. It depends on the row's logits, options and number, the key and the step only.
 
@@ -234,6 +248,8 @@ def sample(
         key: row i draws with fold_in(fold_in(key, i), step); or a key for each row, that draws with fold_in(key, step).
         step: how many new tokens each row has so far.
         numbers: i of each row; None for 0, 1, …
+        asked: the options that change something in some row, as `SamplingParams.asked` returns them; None: the program
+            finds out, which on a GPU takes the host to look at each step.
     """
     draws, one_key = params.temperature > 0, key.ndim == 0
 
@@ -246,12 +262,16 @@ def sample(
             [jnp.asarray(p.top_k, jnp.float32), p.top_p, p.min_p, p.typical_p, p.epsilon_cutoff, p.eta_cutoff]
         )
         neutral = jnp.asarray([logits.shape[-1], 1, 0, 1, 0, 0], jnp.float32)[:, None]
-        asked = draws & jnp.where(neutral > 0, values < neutral, values > 0)
+        filtered = draws & jnp.where(neutral > 0, values < neutral, values > 0)
 
         def truncated(rule: int | Int[Array, ""], warped: Float32[Array, "B V"]) -> Float32[Array, "B V"]:
-            return _where(asked[rule], functools.partial(_truncate, rule), warped, values[rule])
+            some = None if asked is None else True
+            return _where(some, filtered[rule], functools.partial(_truncate, rule), warped, values[rule])
 
-        warped = jax.lax.fori_loop(0, len(values), truncated, warped)
+        if asked is None:
+            warped = jax.lax.fori_loop(0, len(values), truncated, warped)
+        for rule in [] if asked is None else [rule for rule, name in enumerate(RULES) if name in asked]:
+            warped = truncated(rule, warped)
 
         def row(
             number: Int[Array, ""], key: Key[Array, ""], step: Int[Array, ""], logits: Float32[Array, " V"]
@@ -263,20 +283,28 @@ def sample(
         drawn = jax.vmap(row, in_axes=(0, None if one_key else 0, 0, 0))(rows, key, step, warped).astype(jnp.int32)
         return jnp.where(draws, drawn, greedy)
 
+    if asked is not None:
+        return draw() if "temperature" in asked else greedy
     return jax.lax.cond(jnp.any(draws), draw, lambda: greedy)
 
 
 def _where(
+    some: bool | None,
     asked: Bool[Array | np.ndarray, " B"],
     change: Callable[..., Float[Array, " V"]],
     logits: Float32[Array, "B V"],
     *rows: Any,
 ) -> Float32[Array, "B V"]:
-    """Returns the logits with change(row, …) in the rows that ask for it; at no cost where none does."""
+    """Returns the logits with change(row, …) in the rows that ask for it; at no cost where none does.
+
+    `some` says whether one does; None: it is found out.
+    """
 
     def changed() -> Float32[Array, "B V"]:
         return jnp.where(asked[:, None], jax.vmap(change)(logits, *rows), logits)
 
+    if some is not None:
+        return changed() if some else logits
     return jax.lax.cond(jnp.any(asked), changed, lambda: logits)
 
 
@@ -333,7 +361,8 @@ def _highest(
         return jnp.where(fits, higher[0], border[0]), jnp.where(fits, higher[1], border[1])
 
     lowest = varying_as((least, least), keys, weights, enough)
-    return at_least(jax.lax.fori_loop(0, jnp.where(tell_apart, 64, 32), with_next_bit, lowest))
+    bits = (64 if tell_apart else 32) if isinstance(tell_apart, bool) else jnp.where(tell_apart, 64, 32)
+    return at_least(jax.lax.fori_loop(0, bits, with_next_bit, lowest))
 
 
 def _among(tokens: Int[Array, " T"], mask: Bool[Array, " T"], vocab_size: int) -> Bool[Array, " V"]:

@@ -129,6 +129,17 @@ class SamplingParams(eqx.Module):
         """Returns the same options for each of `rows` rows."""
         return jax.tree.map(lambda x: np.broadcast_to(x, (rows, *x.shape)), self)
 
+    def asked(self, vocab_size: int) -> frozenset[str]:
+        """Returns the names of the options that change which token some row takes, among `vocab_size` of them."""
+
+        def changes(name: str, neutral: float) -> bool:
+            values = np.asarray(getattr(self, name))
+            return bool(np.any(values < vocab_size if name in ("top_k", "vocab_size") else values != neutral))
+
+        neutral = {name: kind[0] for kinds in (NUMBERS, COUNTS) for name, kind in kinds.items()}
+        others = ("max_new_tokens", "pad_token_id")
+        return frozenset(name for name, value in neutral.items() if name not in others and changes(name, value))
+
 
 def check_options(
     config: MPTConfig,

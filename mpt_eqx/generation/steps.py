@@ -52,6 +52,7 @@ def decode_chunk(
     state: DecodeState,
     steps: int,
     with_logits: bool,
+    asked: frozenset[str] | None = None,
 ) -> tuple[DecodeState, StepOutput]:
     """Decodes `steps` more tokens of each row, in one scan; rows that have ended get padding.
 
@@ -61,12 +62,13 @@ def decode_chunk(
         state: from `prefill_chunk` or an earlier call, with room for the tokens. Donated: do not use it again.
         steps: length of the scan.
         with_logits: whether to return the logits that each token was chosen from.
+        asked: as in `sample`.
     """
     model, params, key, processors = fixed.whole() if isinstance(fixed, Flat) else fixed
     fixed = (with_blocks_once(model, state.cache.layers), params, key, processors)
 
     def one(state: DecodeState, _: None) -> tuple[DecodeState, StepOutput]:
-        return chosen_step(fixed, state, with_logits)
+        return chosen_step(fixed, state, with_logits, asked=asked)
 
     state, output = jax.lax.scan(one, constrain(model, state), length=steps)
     return constrain(model, state), constrain_replicated(model, output)
@@ -79,6 +81,7 @@ def chosen_step(
     numbers: Int[Array, " B"] | None = None,
     over_rows: OverRows = jax.vmap,
     bias: Float32[Array, "B V"] | None = None,
+    asked: frozenset[str] | None = None,
 ) -> tuple[DecodeState, StepOutput]:
     """Returns the state with one more token in each row, chosen as the options say, and what `decode_chunk` returns.
 
@@ -89,14 +92,15 @@ def chosen_step(
         numbers: as in `sample`.
         over_rows: `jax.vmap` or `one_row`.
         bias: what is added to the logits after the processors; −∞ bans a token.
+        asked: as in `sample`.
     """
     model, params, key, processors = fixed
     logits = next_logits(model, state.hidden, over_rows)
     # Which token is chosen has no derivative, and loops of unknown length choose it.
     fixed_logits = jax.lax.stop_gradient(logits)
-    processed = process_logits(fixed_logits, params, state.tokens, state.cache.length, state.step, processors)
+    processed = process_logits(fixed_logits, params, state.tokens, state.cache.length, state.step, processors, asked)
     processed = processed if bias is None else processed + bias
-    chosen = sample(processed, params, key, state.step, numbers)
+    chosen = sample(processed, params, key, state.step, numbers, asked)
     tokens = jnp.where(state.done, params.pad_token_id, chosen)
     logprobs = jnp.take_along_axis(jax.vmap(log_softmax)(logits), chosen[:, None], axis=-1)[:, 0]
     ended = jnp.any(chosen[:, None] == params.eos_token_ids, axis=-1)
@@ -182,6 +186,7 @@ def decode_tokens(
     Raises:
         GenerationError: logits were not finite, or no token was left to choose from.
     """
+    asked = known_options(model, params)
     fixed = flat((model, *replicate(model, (params, key)), processors))
     # A GPU gets its next chunk before the host has read this one: it would wait for the host otherwise.
     begun, waiting, ahead = 0, deque[StepOutput](), 0 if is_default("cpu") else 1
@@ -189,7 +194,7 @@ def decode_tokens(
         with held_interrupts():
             while begun < max_new_tokens and begun <= decoded + ahead * chunk:
                 state = ensure_capacity(model, state, length + min(begun + chunk, max_new_tokens))
-                state, output = decode_chunk(fixed, state, chunk, with_logits)
+                state, output = decode_chunk(fixed, state, chunk, with_logits, asked)
                 waiting.append(output)
                 begun += chunk
             output = jax.device_get(waiting.popleft())
@@ -200,6 +205,14 @@ def decode_tokens(
         yield jax.tree.map(lambda x, last=last: x[:last], output)
         if output.done[-1].all():
             return
+
+
+def known_options(model: MPT, params: SamplingParams) -> frozenset[str] | None:
+    """Returns the options that a program is compiled for; None on CPUs, where one for all is as fast.
+
+    On a GPU each branch of a program, and each loop of unknown length, waits for the host.
+    """
+    return None if is_default("cpu") else params.asked(model.config.vocab_size)
 
 
 def compile_decode(

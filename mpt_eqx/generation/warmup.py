@@ -12,7 +12,7 @@ from mpt_eqx.generation.interrupts import held_interrupts
 from mpt_eqx.generation.prompts import prefill_prompts, progress_bar
 from mpt_eqx.generation.sampling_params import check_options
 from mpt_eqx.generation.state import empty_state, ensure_capacity, replicate
-from mpt_eqx.generation.steps import decode_chunk
+from mpt_eqx.generation.steps import decode_chunk, known_options
 from mpt_eqx.generation.validate import check_count, check_key, check_model, check_prompts
 from mpt_eqx.model import MPT
 from mpt_eqx.sharding.multihost import check_same_arguments
@@ -24,7 +24,8 @@ def warmup(
 ) -> dict[tuple[int, int], float]:
     """Compiles what `generate` and `stream` need for these shapes, so that later calls compile nothing.
 
-    What return_logits, num_return_sequences, logits_processors and a prefix need besides is compiled at first use.
+    What return_logits, num_return_sequences, logits_processors and a prefix need besides is compiled at first use; on a
+    GPU also what options need that are not the defaults.
 
     Args:
         model: the model.
@@ -53,6 +54,7 @@ def warmup(
     seconds = {}
     for rows in batch_sizes:
         fixed = flat((model, *replicate(model, (params.of_rows(rows), check_key(None, 0.0))), ()))
+        asked = known_options(model, params)
         for length in prompt_lengths:
             started = time.monotonic()
             state = empty_state(model, rows, cache_bucket(config, length + min(chunk, max_new_tokens), rows))
@@ -63,7 +65,7 @@ def warmup(
                 needed = length + min(decoded, max_new_tokens)
                 if decoded == chunk or needed > state.cache.capacity:
                     with held_interrupts():
-                        state, _ = decode_chunk(fixed, ensure_capacity(model, state, needed), chunk, False)
+                        state, _ = decode_chunk(fixed, ensure_capacity(model, state, needed), chunk, False, asked)
             jax.block_until_ready(state)
             seconds[rows, length] = time.monotonic() - started
     return seconds
