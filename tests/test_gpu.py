@@ -50,6 +50,74 @@ def test_products_on_gpus_are_those_of_the_weight(kind, positions):
     np.testing.assert_allclose(_on_gpu(weight, x), want, atol=2e-6 * np.abs(want).max())
 
 
+@pytest.mark.parametrize("positions", [2, 17, 40])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_kernel_for_4_bits_is_the_formula(dtype, positions):
+    """In JAX's interpreter: sums differ by their order only, and rows that fill up a block change nothing."""
+    from mpt_eqx.ops.int4_gpu import int4_matmul
+    from mpt_eqx.ops.quantized import dequantize
+
+    weight = weight_of("int4", out=128, columns=2048)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(positions, 2048)), dtype)
+    found = int4_matmul(weight, x, interpret=True)
+    rounded = dequantize(weight.values, weight.scale).astype(dtype)
+    want = np.asarray(x, np.float64) @ np.asarray(rounded, np.float64).T
+    assert found.dtype == jnp.float32 and found.shape == want.shape
+    np.testing.assert_allclose(found, want, atol=2e-6 * np.abs(want).max())
+
+
+def test_fractions_of_bytes_are_their_halves():
+    from mpt_eqx.ops.int4_gpu import fractions
+
+    values = np.arange(256, dtype=np.uint8)[None]
+    lower, upper = (np.asarray(half * 16 - 16) for half in fractions(jnp.asarray(values)))
+    np.testing.assert_array_equal(lower, values & 15)
+    np.testing.assert_array_equal(upper, values >> 4)
+
+
+@pytest.fixture
+def as_hopper(monkeypatch):
+    from mpt_eqx.ops import int4_gpu
+
+    monkeypatch.setattr(int4_gpu, "nvidia_capability", lambda: (9, 0))
+
+
+UNSUITED = {
+    "one position": {"positions": 1},
+    "many positions": {"positions": 65},
+    "float32": {"dtype": "float32"},
+    "8 bits": {"kind": "int8"},
+    "columns": {"columns": 2048 + GROUP},
+    "rows": {"out": 120},
+}
+
+
+@pytest.mark.parametrize("why", [None, "older GPU", *UNSUITED])
+def test_which_products_the_kernel_for_4_bits_computes(as_hopper, monkeypatch, why):
+    from mpt_eqx.ops import int4_gpu
+
+    case = {"kind": "int4", "out": 128, "columns": 2048, "positions": 3, "dtype": "bfloat16"} | UNSUITED.get(why, {})
+    if why == "older GPU":
+        monkeypatch.setattr(int4_gpu, "nvidia_capability", lambda: (7, 5))
+    weight = weight_of(case["kind"], case["out"], case["columns"])
+    x = jnp.ones((case["positions"], case["columns"]), case["dtype"])
+    assert int4_gpu.supports_int4_kernel(weight, x) == (why is None)
+
+
+def test_programs_for_a_gpu_here_have_the_kernel_and_exported_ones_do_not(as_hopper, monkeypatch):
+    from mpt_eqx.ops import matmul as module
+
+    called = []
+    monkeypatch.setattr(module, "int4_matmul", lambda weight, x: called.append(x.shape) or module._matmul(weight, x))
+    weight, x = weight_of("int4", 128, 2048), jnp.ones((5, 1, 2048), "bfloat16")
+    many = jax.vmap(module.matmul, in_axes=(None, 0))
+    jax.export.export(jax.jit(many), platforms=("cuda",))(weight, x)
+    jax.jit(many).trace(weight, x).lower(lowering_platforms=("rocm",))
+    assert not called
+    for_cuda(many, weight, x)  # rows are more positions of one product
+    assert called == [(5, 2048)]
+
+
 def test_one_position_on_a_gpu_is_a_sum_of_products():
     from mpt_eqx.ops.matmul import matmul
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, DTypeLike, Float, Float32, Int
 
 from mpt_eqx.errors import MPTError
 from mpt_eqx.ops import cpu
+from mpt_eqx.ops.int4_gpu import int4_matmul, supports_int4_kernel
 from mpt_eqx.ops.numerics import accum_dtype
 from mpt_eqx.ops.platform import MAX_DECODE_ROWS, by_platform, on_mesh
 from mpt_eqx.ops.product import product
@@ -179,8 +180,11 @@ def _rows(
 
     @jax.custom_batching.custom_vmap
     def multiply(weight: Any, x: Array) -> Array:
-        suits = kernel if _suits_kernel(weight, x.dtype) else None
-        return by_platform(_product(weight, x), weight, x, default=_matmul, cpu=cpu, kernel=suits, gpu=_on_gpu)
+        return by_platform(
+            _product(weight, x), weight, x, default=_matmul, cpu=cpu, gpu=_on_gpu,
+            kernel=kernel if _suits_kernel(weight, x.dtype) else None,
+            gpu_kernel=int4_matmul if isinstance(weight, QuantizedWeight) and supports_int4_kernel(weight, x) else None,
+        )  # fmt: skip
 
     @multiply.def_vmap
     @library_switches()

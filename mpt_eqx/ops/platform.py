@@ -19,7 +19,7 @@ T = TypeVar("T")
 MAX_DECODE_ROWS = 8
 """Positions of one sequence up to which a call counts as a step of decoding; prompts and training have more."""
 
-Functions = tuple[Callable[..., Array], Callable[..., Array], Callable[..., Array], Callable[..., Array]]
+Functions = tuple[Callable[..., Array], ...]
 
 
 def by_platform(
@@ -29,12 +29,14 @@ def by_platform(
     cpu: Callable[..., Array],
     kernel: Callable[..., Array] | None = None,
     gpu: Callable[..., Array] | None = None,
+    gpu_kernel: Callable[..., Array] | None = None,
 ) -> Array:
     """Returns what one of the functions gives: `cpu` in a program for CPUs, `gpu`, if given, for GPUs, else `default`.
 
-    With `kernel`, that takes the place of `cpu`, but in programs that `jax.export` makes: they are to run in processes,
-    and on machines, that have no kernel. Only the function that a program needs is traced, when it is lowered, so that
-    none may use traced values apart from its operands; what is returned has a vmap, and no derivative.
+    With `kernel`, that takes the place of `cpu`, and `gpu_kernel` that of `gpu`, but in programs that `jax.export`
+    makes: they are to run in processes, and on machines, that have no kernel. Only the function that a program needs is
+    traced, when it is lowered, so that none may use traced values apart from its operands; what is returned has a vmap,
+    and no derivative.
 
     Args:
         result: shape and type of what each function returns.
@@ -43,11 +45,13 @@ def by_platform(
         cpu: the same for CPUs, in XLA.
         kernel: the same by the CPU kernel.
         gpu: the same for GPUs, in XLA.
+        gpu_kernel: the same by a kernel for NVIDIA's GPUs.
     """
     leaves, structure = jax.tree_util.tree_flatten(operands)
+    functions = (default, cpu, kernel or cpu, gpu or default, gpu_kernel or gpu or default)
     # The precision is that of the code around the call, which lowering is not inside of.
     return _by_platform.bind(
-        *leaves, functions=(default, cpu, kernel or cpu, gpu or default), structure=structure, axes=(), result=result,
+        *leaves, functions=functions, structure=structure, axes=(), result=result,
         precision=jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]
     )  # fmt: skip
 
@@ -56,8 +60,8 @@ _by_platform = Primitive("by_platform")
 
 
 def _run(*leaves: Any, functions: Functions, **how: Any) -> Array:
-    default, _, kernel, gpu = (_of_leaves(function, **how) for function in functions)
-    return jax.lax.platform_dependent(*leaves, cpu=kernel, cuda=gpu, rocm=gpu, default=default)
+    default, _, kernel, gpu, gpu_kernel = (_of_leaves(function, **how) for function in functions)
+    return jax.lax.platform_dependent(*leaves, cpu=kernel, cuda=gpu_kernel, rocm=gpu, default=default)
 
 
 def _result(*_: Any, result: jax.ShapeDtypeStruct, **__: Any) -> jax.core.ShapedArray:
@@ -71,13 +75,14 @@ def _batch(leaves: Any, batched: Any, *, axes: tuple[Any, ...], result: jax.Shap
 
 
 def _lower(context: Any, *leaves: Any, functions: Functions, **how: Any) -> Any:
-    default, cpu, kernel, gpu = (_of_leaves(function, **how) for function in functions)
-    on_cpu = cpu if context.module_context.lowering_parameters.for_export else kernel
+    default, cpu, kernel, gpu, gpu_kernel = (_of_leaves(function, **how) for function in functions)
+    exported = context.module_context.lowering_parameters.for_export
+    on_cpu, on_cuda = (cpu, gpu) if exported else (kernel, gpu_kernel)
     platforms = set(context.platforms or context.module_context.platforms)
     if len(platforms) == 1:
-        function = {"cpu": on_cpu, "cuda": gpu, "rocm": gpu}.get(platforms.pop(), default)
+        function = {"cpu": on_cpu, "cuda": on_cuda, "rocm": gpu}.get(platforms.pop(), default)
     else:
-        function = functools.partial(jax.lax.platform_dependent, cpu=on_cpu, cuda=gpu, rocm=gpu, default=default)
+        function = functools.partial(jax.lax.platform_dependent, cpu=on_cpu, cuda=on_cuda, rocm=gpu, default=default)
     return mlir.lower_fun(function, multiple_results=False)(context, *leaves)
 
 
@@ -142,17 +147,20 @@ def is_default(platform: str) -> bool:
     return jax.default_backend() == platform
 
 
+def nvidia_capability() -> tuple[int, ...]:
+    """Returns the compute capability of NVIDIA's GPU that is the default backend, such as (9, 0); (0, 0) for none."""
+    if not is_default("gpu"):
+        return (0, 0)
+    gpu = jax.local_devices(backend="gpu")[0]
+    return tuple(map(int, gpu.compute_capability.split("."))) if "cuda" in gpu.client.platform_version else (0, 0)
+
+
 def max_cudnn_head() -> int:
     """Returns the largest head size of cuDNN's fused attention, backward too, on the default backend; 0 for none.
 
     Source: jax 0.11.2, jax/_src/cudnn/fused_attention_stablehlo.py, check_is_flash_attention, check_compute_capability.
     """
-    if not is_default("gpu"):
-        return 0
-    gpu = jax.local_devices(backend="gpu")[0]
-    if "cuda" not in gpu.client.platform_version:
-        return 0
-    capability = tuple(map(int, gpu.compute_capability.split(".")))
+    capability = nvidia_capability()
     # Consumers' chips of Blackwell, 12.0, have the shared memory of Ampere's.
     return 0 if capability < (8, 0) else 256 if (9, 0) <= capability < (12, 0) else 128
 
