@@ -5,11 +5,10 @@
     python -m benchmarks.lora --output DIR --layers 2        some of the layers
     python -m benchmarks.lora --output DIR --tiny            small sizes, on a CPU, too
 
-A is on Wqkv, of rank 8. The base stays as it is, so that MFU counts the forward pass and the gradient of activations:
-4·N·T + 12·n_layers·d_model·T² + 6·n·T for a row of T tokens, where N is what `count_flops` multiplies, attention is
-counted in full as it does, and n are the numbers of the adapters. Dequantising, and what is computed again, count
-nothing. Each case is a process, which has its own peak of memory: of the device on a GPU, of the process on a CPU
-(Linux). The file is written after each case, and a case that fails leaves its error.
+A is on Wqkv, of rank 8. MFU counts what `train.count_step_flops` does: of the base, which stays as it is, the forward
+pass and the gradient of inputs. Dequantising, and what is computed again, count nothing. Each case is a process, which
+has its own peak of memory: of the device on a GPU, of the process on a CPU (Linux). The file is written after each
+case, and a case that fails leaves its error.
 """
 
 import argparse
@@ -71,14 +70,6 @@ def random_model(config: Any, base: str) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, shapes, is_leaf=lambda node: isinstance(node, QuantizedWeight))
 
 
-def operations(config: Any, length: int, adapters: int) -> int:
-    """Returns the floating-point operations of a step on one row, as the head of this file says."""
-    from mpt_eqx import count_flops
-
-    attention = 12 * config.n_layers * config.d_model * length**2
-    return (count_flops(config, length) - attention) * 2 // 3 + attention + 6 * adapters * length
-
-
 def resident(name: str) -> float:
     """Returns GB of this process: VmRSS, VmHWM (its largest so far) or RssAnon, which is not of files."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -93,7 +84,7 @@ def child(case: dict[str, Any]) -> None:
     import optax
 
     from mpt_eqx import AttnConfig, MPTConfig, lora
-    from mpt_eqx.train import TrainState, make_train_step
+    from mpt_eqx.train import TrainState, count_step_flops, make_train_step
 
     found: dict[str, Any] = {}
     device = jax.devices()[0]
@@ -117,6 +108,7 @@ def child(case: dict[str, Any]) -> None:
     state = TrainState.create(model, optimizer, trainable=lora.trainable)
     adapters = sum(x.size for x in jax.tree.leaves(eqx.filter(model, lora.trainable(model))))
     del model
+    operations = count_step_flops(state.model, length, trainable=state.trainable)
     step = make_train_step(optimizer, compute_dtype=case["compute"], remat=case["remat"], max_grad_norm=1.0)
     tokens = jax.random.randint(jax.random.key(2), (rows, length), 0, config.vocab_size)
     note(
@@ -131,7 +123,7 @@ def child(case: dict[str, Any]) -> None:
         times.append(time.perf_counter() - begun)
         seconds = min(times[1:], default=times[0])
         peak = next((p for name, p in PEAKS.items() if name in device.device_kind), None)
-        rate = operations(config, length, adapters) * rows / seconds
+        rate = operations * rows / seconds
         note(
             **{"first call s": round(times[0], 1), "steps": len(times) - 1, "step s": round(seconds, 4)},
             **{"tokens/s": round(rows * length / seconds, 2), "TFLOP/s": round(rate / 1e12, 3)},

@@ -91,6 +91,9 @@ def test_a_log_loses_the_steps_that_are_done_again(tmp_path):
 
 
 def test_a_dry_run_reads_no_weights_and_writes_nothing(room, one_layer, monkeypatch):
+    from mpt_eqx import MPT, MPTConfig, lora
+    from mpt_eqx.train import count_step_flops
+
     def refuse(*args, **options):
         raise AssertionError("it loads weights")
 
@@ -101,6 +104,10 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(room, one_layer, monkeypa
     assert lines["weights"] == "1,536 trained of 1,230,912"
     assert lines["steps"].startswith("5 of 2 rows, ") and lines["steps"].endswith(", 160 tokens")
     assert lines["rate"] == "0.0002 after 0 steps, then linear to 0"
+    key = jax.random.key(0)
+    adapted = lora.add(MPT(MPTConfig.from_json_file(one_layer / "config.json"), key=key), rank=2, key=key)
+    operations = 2 * count_step_flops(adapted, 16, trainable=lora.trainable)
+    assert lines["operations"] == f"{operations:.3g} in a step"
     assert lines["memory"].startswith("2.5 MB of state (2.5 MB of weights) and ")
     assert re.match(
         r"\S+ s a step and \S+ s in all, if all of it ran at the \S+ operations per second of", lines["time"]

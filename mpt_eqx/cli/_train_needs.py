@@ -16,7 +16,7 @@ def needs(plan: "Plan") -> str:
     import equinox as eqx
     import jax
 
-    from mpt_eqx import count_flops
+    from mpt_eqx.train import count_step_flops
 
     recipe = plan.recipe
     shapes = _placed(eqx.filter_eval_shape(plan.shapes), plan.optimizer)
@@ -36,7 +36,7 @@ def needs(plan: "Plan") -> str:
     working = "an unknown amount" if during is None else _mb(during.temp_size_in_bytes)
     state, weights = _bytes(shapes), _bytes(shapes.model)
     rows, tokens = plan.epoch
-    operations = recipe.batch_size * count_flops(shapes.model.config, recipe.length)
+    operations = recipe.batch_size * count_step_flops(shapes.model, recipe.length, trainable=shapes.trainable)
     # Devices that a CPU plays share its cores.
     apart = min(devices, jax.process_count()) if jax.default_backend() == "cpu" else devices
     rate = apart * _operations_per_second(plan.options.compute_dtype or "float32")

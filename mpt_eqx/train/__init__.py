@@ -4,6 +4,7 @@ from mpt_eqx.train.documents import read_documents as read_documents
 from mpt_eqx.train.loop import mean_loss as mean_loss
 from mpt_eqx.train.loop import run as run
 from mpt_eqx.train.loss import next_token_loss as next_token_loss
+from mpt_eqx.train.operations import count_step_flops as count_step_flops
 from mpt_eqx.train.optimizers import decoupled_adamw as decoupled_adamw
 from mpt_eqx.train.optimizers import decoupled_lionw as decoupled_lionw
 from mpt_eqx.train.optimizers import named as named
