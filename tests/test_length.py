@@ -1,5 +1,7 @@
 """Length: prompts in pieces, a cache that grows, what is compiled, memory and time that follow the tokens there are."""
 
+import ctypes
+import mmap
 import subprocess
 import sys
 
@@ -78,18 +80,19 @@ def test_freed_memory_goes_back_before_a_large_cache_is_made(tiny_model, monkeyp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["prompts", "prefix", "several"])
+@pytest.mark.parametrize("how", ["prompts", "prefix", "several", "stream"])
 def test_the_program_is_compiled_before_a_large_cache_is_made(tiny_config, prompts, monkeypatch, how):
     """Once: the call finds it. What compiling takes and what the cache takes do not add up."""
     import sys
 
-    from mpt_eqx import MPT, generate, prefill
+    from mpt_eqx import MPT, generate, prefill, stream
     from mpt_eqx.generation import state as states
 
     generating = sys.modules["mpt_eqx.generation.generate"]
     model = MPT(tiny_config(n_layers=1, max_seq_len=512, d_model=64), key=jax.random.key(0))
     options = {
         "prompts": {"prompts": prompts(5, 9)},
+        "stream": {"prompt": prompts(5)[0]},
         "prefix": {"prompts": [[], []], "prefix": prefill(model, prompts(7)[0])},
         "several": {"prompts": prompts(5), "num_return_sequences": 2, "temperature": 1.0, "key": jax.random.key(1)},
     }[how]
@@ -106,9 +109,69 @@ def test_the_program_is_compiled_before_a_large_cache_is_made(tiny_config, promp
         monkeypatch.setattr(states, "LARGE_CACHE", size)
         jax.clear_caches()
         with counting_compiles() as compiles:
-            found.append((generate(model, max_new_tokens=6, **options).tokens.tolist(), len(compiles)))
+            if how == "stream":
+                tokens = list(stream(model, max_new_tokens=6, **options))
+            else:
+                tokens = generate(model, max_new_tokens=6, **options).tokens.tolist()
+            found.append((tokens, len(compiles)))
     assert happened == ["initial_state", "compile_decode", "initial_state"]
     assert found[0] == found[1]
+
+
+def resident(array):
+    """The share of an array's pages that are in memory."""
+    start = array.unsafe_buffer_pointer()
+    first = -(-start // mmap.PAGESIZE)
+    pages = (start + array.nbytes) // mmap.PAGESIZE - first
+    found = (ctypes.c_ubyte * pages)()
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(first * mmap.PAGESIZE), pages * mmap.PAGESIZE, found) == 0
+    return sum(page & 1 for page in found) / pages
+
+
+@pytest.fixture
+def one_layer(tiny_config):
+    """A model whose keys for 4,096 tokens are 4 MB."""
+    from mpt_eqx import MPT
+
+    return MPT(tiny_config(n_layers=1, max_seq_len=4096, d_model=256, n_heads=4), key=jax.random.key(0))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems are not asked to take memory back")
+def test_a_cache_takes_memory_for_the_tokens_that_it_holds(one_layer, prompts):
+    from mpt_eqx.generation.prefix import Prefix, initial_state
+    from mpt_eqx.generation.prompts import prefill_chunk
+
+    state = initial_state(one_layer, None, 1, 4096)
+    layers = jax.tree.leaves(state.cache.layers)
+    assert [resident(x) for x in layers] == [0, 0] and not any(np.any(np.asarray(x)) for x in layers)
+    state = initial_state(one_layer, None, 1, 4096)  # looking at the other has touched its pages
+    chunk, ends = jnp.asarray([prompts(32)[0]], jnp.int32), jnp.asarray([32], jnp.int32)
+    state = prefill_chunk(one_layer, state, chunk, ends)
+    assert all(0 < resident(x) < 0.1 for x in jax.tree.leaves(state.cache.layers))
+    rows = initial_state(one_layer, Prefix(state, one_layer.config), 3, 4096)
+    assert all(0 < resident(x) < 0.1 for x in jax.tree.leaves(rows.cache.layers))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("copies", "capacity"), [(1, 2048), (3, 512), (2, 256)])
+def test_a_resized_cache_holds_the_same_tokens(one_layer, prompts, dtype, copies, capacity):
+    """Written in place, of which there is no other copy."""
+    from mpt_eqx import prefill
+    from mpt_eqx.generation import state as states
+
+    model = jax.tree.map(lambda x: x.astype(dtype), one_layer)
+    one = prefill(model, prompts(200)[0]).state
+    assert one.cache.capacity == 512
+    found, formula = (resize(one, copies, capacity) for resize in (states.repeat_and_resize, states.by_formula))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), found) == jax.tree.map(lambda x: (x.shape, x.dtype), formula)
+    for x, y in zip(*(jax.tree.leaves(each.cache.layers) for each in (found, formula)), strict=True):
+        np.testing.assert_array_equal(x[..., :200, :], y[..., :200, :])
+    rest = (eqx.tree_at(lambda s: s.cache.layers, each, ()) for each in (found, formula))
+    jax.tree.map(np.testing.assert_array_equal, *rest)
+    empty = jax.tree.map(jnp.zeros_like, found.cache.layers)
+    memory = states.copied_into.lower(one, empty, copies).compile().compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == sum(x.nbytes for x in jax.tree.leaves(empty))
+    assert memory.temp_size_in_bytes < 1000
 
 
 @given(st.integers(1, 5000))

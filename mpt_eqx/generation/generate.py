@@ -1,6 +1,7 @@
 """generate and stream: from prompts to new tokens."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
@@ -13,8 +14,8 @@ from mpt_eqx.generation.interrupts import held_interrupts
 from mpt_eqx.generation.prefix import Prefix, initial_state, like_rows, prefix_length
 from mpt_eqx.generation.prompts import prefill_prompts, progress_bar
 from mpt_eqx.generation.sampling import LogitsProcessor
-from mpt_eqx.generation.sampling_params import SamplingOptions, check_options
-from mpt_eqx.generation.state import is_large, repeat_and_resize, with_edits
+from mpt_eqx.generation.sampling_params import SamplingOptions, SamplingParams, check_options
+from mpt_eqx.generation.state import DecodeState, is_large, repeat_and_resize, with_edits
 from mpt_eqx.generation.steps import compile_decode, decode_tokens
 from mpt_eqx.generation.validate import (
     check_count,
@@ -26,6 +27,7 @@ from mpt_eqx.generation.validate import (
     check_prompts,
 )
 from mpt_eqx.model import MPT
+from mpt_eqx.model.taps import Edit
 from mpt_eqx.ops.switches import each_in_host_context
 from mpt_eqx.sharding.multihost import check_same_arguments
 
@@ -156,18 +158,14 @@ def generate(
     try:
         with progress_bar(longest + max_new_tokens, progress) as shown:
             room = before + longest + min(chunk, max_new_tokens)
-            capacity = cache_bucket(model.config, room, count)
-            if is_large(model, count, capacity) and model.layout is None and not any(edited):
-                with held_interrupts():
-                    compile_decode(
-                        model, like_rows(model, prefix, len(rows), num_return_sequences, capacity),
-                        params.of_rows(count), key, chunk=chunk, with_logits=return_logits, processors=processors,
-                    )  # fmt: skip
-            state = initial_state(model, prefix, len(rows), room)
-            state = prefill_prompts(model, with_edits(model, state, edited), rows, before, shown)
+            state = new_state(
+                model, prefix, (len(rows), num_return_sequences), room, edited, params, key, chunk=chunk,
+                with_logits=return_logits, processors=processors,
+            )  # fmt: skip
+            state = prefill_prompts(model, state, rows, before, shown)
             if num_return_sequences > 1:
                 with held_interrupts():
-                    state = repeat_and_resize(state, num_return_sequences, capacity)
+                    state = repeat_and_resize(state, num_return_sequences, cache_bucket(model.config, room, count))
             for output in decode_tokens(
                 model, state, params.of_rows(count), key, length=before + longest, max_new_tokens=max_new_tokens,
                 chunk=chunk, with_logits=return_logits, processors=processors,
@@ -244,8 +242,11 @@ def stream(
         if not max_new_tokens:
             return
         with progress_bar(len(row), False) as hidden:
-            state = initial_state(model, prefix, 1, length + min(chunk, max_new_tokens))
-            state = prefill_prompts(model, with_edits(model, state, edited), [row], before, hidden)
+            state = new_state(
+                model, prefix, (1, 1), length + min(chunk, max_new_tokens), edited, params, key, chunk=chunk,
+                with_logits=False, processors=processors,
+            )  # fmt: skip
+            state = prefill_prompts(model, state, [row], before, hidden)
         for output in decode_tokens(
             model, state, params.of_rows(1), key, length=length, max_new_tokens=max_new_tokens, chunk=chunk,
             processors=processors,
@@ -256,3 +257,32 @@ def stream(
                     return
 
     return each_in_host_context(tokens())
+
+
+def new_state(
+    model: MPT,
+    prefix: Prefix | None,
+    rows: tuple[int, int],
+    room: int,
+    edited: Sequence[Mapping[str, tuple[Edit, ...]]],
+    params: SamplingParams,
+    key: PRNGKeyArray,
+    *,
+    chunk: int,
+    with_logits: bool,
+    processors: tuple[LogitsProcessor, ...],
+) -> DecodeState:
+    """Returns the state before the prompts, with room for tokens; before a large cache is made, decoding is compiled.
+
+    What compiling takes is free again by then. Of the rows the first number is of prompts, the second how many rows
+    each becomes after it; `compile_decode` tells of the other arguments.
+    """
+    count = math.prod(rows)
+    capacity = cache_bucket(model.config, room, count)
+    if is_large(model, count, capacity) and model.layout is None and not any(edited):
+        with held_interrupts():
+            compile_decode(
+                model, like_rows(model, prefix, *rows, capacity), params.of_rows(count), key, chunk=chunk,
+                with_logits=with_logits, processors=processors,
+            )  # fmt: skip
+    return with_edits(model, initial_state(model, prefix, rows[0], room), edited)

@@ -97,8 +97,9 @@ def initial_state(model: MPT, prefix: Prefix | None, rows: int, length: int) -> 
 
 def like_rows(model: MPT, prefix: Prefix | None, rows: int, copies: int, capacity: int) -> DecodeState:
     """Returns what has the shapes of a state of `copies` times so many rows, but takes no memory: it is not written."""
-    one = state_shapes(model, rows, capacity)
-    if prefix is not None:
-        one = jax.eval_shape(lambda: repeat_and_resize(prefix.state, rows, capacity))
+    if prefix is None:
+        one = state_shapes(model, rows, capacity)
+    else:
+        one = jax.eval_shape(lambda state: repeat_and_resize(state, rows, capacity), prefix.state)
     all_rows = jax.eval_shape(lambda state: repeat_and_resize(state, copies, capacity), one)
     return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), all_rows)

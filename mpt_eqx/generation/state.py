@@ -20,7 +20,7 @@ from mpt_eqx.model.leaves import with_fields
 from mpt_eqx.model.taps import Edit, stack_edits
 from mpt_eqx.ops.layer_cache import BLOCK
 from mpt_eqx.ops.layout import Layout
-from mpt_eqx.ops.platform import is_default, trim_memory
+from mpt_eqx.ops.platform import is_default, on_one_cpu, trim_memory, unwritten
 
 T = TypeVar("T")
 
@@ -81,9 +81,9 @@ def _filled(shapes: DecodeState, full: Callable[..., Array]) -> DecodeState:
 
 def _from_numpy(layout: Layout | None, value: int, x: jax.ShapeDtypeStruct, *names: str | None) -> Array:
     if layout is None:
-        # Zeros take memory when they are written, which these are not.
         array = np.full(x.shape, value, x.dtype) if value else np.zeros(x.shape, x.dtype)
-        return jax.device_put(array, may_alias=False)
+        made = jax.device_put(array, may_alias=False)
+        return made if value else unwritten(made)
     sharding = layout.sharding(x.shape, *names)
     part = sharding.shard_shape(x.shape)
     return jax.make_array_from_callback(x.shape, sharding, lambda _: np.full(part, value, x.dtype))
@@ -194,24 +194,61 @@ def scan_row(
     return dataclasses.replace(jax.tree.map(lambda x: jnp.expand_dims(x, 0), carry), edits=state.edits), ys
 
 
-@eqx.filter_jit
 def repeat_and_resize(state: DecodeState, copies: int, capacity: int) -> DecodeState:
     """Returns the state with each row `copies` times in succession, and room for `capacity` tokens in each.
 
-    What stands beyond the capacity is left out: it must hold the tokens of every row.
+    What stands beyond the capacity is left out: it must hold the tokens of every row. On one CPU only tokens that there
+    are are copied, into memory that is otherwise not written.
     """
+    hidden = state.hidden
+    if isinstance(hidden, jax.core.Tracer | np.ndarray) or not (is_default("cpu") and on_one_cpu(hidden)):
+        return by_formula(state, copies, capacity)
+    room = -(-capacity // BLOCK) * BLOCK
+
+    def new(x: Array) -> Array:
+        shape = (copies * x.shape[0], *x.shape[1:-2], room, x.shape[-1])
+        return _from_numpy(None, 0, jax.ShapeDtypeStruct(shape, x.dtype))
+
+    return copied_into(state, jax.tree.map(new, state.cache.layers), copies)
+
+
+@eqx.filter_jit(donate="all-except-first")
+def copied_into(state: DecodeState, layers: Any, copies: int) -> DecodeState:
+    """Returns what `repeat_and_resize` does, written into the layers of an empty cache, which are donated."""
+    rest = eqx.tree_at(lambda s: s.cache.layers, state, ())
+    repeated = jax.tree.map(functools.partial(_repeated, copies=copies), rest)
+    room, before = jax.tree.leaves(layers)[0].shape[-2], state.tokens.shape[1]
+    tokens = jnp.pad(repeated.tokens[:, :room], ((0, 0), (0, max(room - before, 0))))
+    blocks = jnp.minimum(-(-jnp.max(state.cache.length) // BLOCK), min(room, before) // BLOCK)
+
+    def copy(number: Int[Array, ""], layers: Any) -> Any:
+        def one(new: Array, old: Array) -> Array:
+            block = jax.lax.dynamic_slice_in_dim(old, number * BLOCK, BLOCK, old.ndim - 2)
+            block = jnp.repeat(block, copies, axis=0)
+            return jax.lax.dynamic_update_slice_in_dim(new, block, number * BLOCK, new.ndim - 2)
+
+        return jax.tree.map(one, layers, state.cache.layers)
+
+    layers = jax.lax.fori_loop(0, blocks, copy, layers)
+    return eqx.tree_at(lambda s: (s.cache.layers, s.tokens), repeated, (layers, tokens))
+
+
+@eqx.filter_jit
+def by_formula(state: DecodeState, copies: int, capacity: int) -> DecodeState:
+    """Returns what `repeat_and_resize` does."""
     room = -(-capacity // BLOCK) * BLOCK
     layers = jax.tree.map(lambda x: x[..., :room, :], state.cache.layers)
     state = eqx.tree_at(lambda s: (s.cache.layers, s.tokens), state, (layers, state.tokens[:, :room]))
 
-    def repeated(x: Array) -> Array:
-        # The copy is for the case that nothing changes: what is returned will be donated, what came in will not.
-        return jnp.repeat(x, copies, axis=0) if copies > 1 else jnp.copy(x)
-
-    state = jax.tree.map(repeated, state)
+    state = jax.tree.map(functools.partial(_repeated, copies=copies), state)
     cache = jax.vmap(lambda row: row.resized(capacity))(state.cache)
     tokens = jnp.pad(state.tokens, ((0, 0), (0, cache.capacity - state.tokens.shape[1])))
     return eqx.tree_at(lambda s: (s.cache, s.tokens), state, (cache, tokens))
+
+
+def _repeated(x: Array, copies: int) -> Array:
+    # The copy is for the case that nothing changes: what is returned will be donated, what came in will not.
+    return jnp.repeat(x, copies, axis=0) if copies > 1 else jnp.copy(x)
 
 
 @eqx.filter_jit

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import mmap
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -15,6 +16,9 @@ from mpt_eqx.ops import cpu
 from mpt_eqx.ops.switches import library_switches
 
 T = TypeVar("T")
+
+LEAST_UNWRITTEN = 2**20
+"""Bytes of an array from which on it is worth to give back what is not written."""
 
 MAX_DECODE_ROWS = 8
 """Positions of one sequence up to which a call counts as a step of decoding; prompts and training have more."""
@@ -163,6 +167,19 @@ def max_cudnn_head() -> int:
     capability = nvidia_capability()
     # Consumers' chips of Blackwell, 12.0, have the shared memory of Ampere's.
     return 0 if capability < (8, 0) else 256 if (9, 0) <= capability < (12, 0) else 128
+
+
+def unwritten(zeros: Array) -> Array:
+    """Returns an array of zeros on one CPU, whose memory is given back until something else is written to it.
+
+    XLA has written the zeros; pages that the system takes back are zeros again when they are next touched.
+    """
+    if sys.platform.startswith("linux") and zeros.nbytes >= LEAST_UNWRITTEN:
+        start = jax.block_until_ready(zeros).unsafe_buffer_pointer()
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only
+        size = (start + zeros.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+    return zeros
 
 
 def trim_memory() -> None:
