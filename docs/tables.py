@@ -158,11 +158,11 @@ def gpu_rows(results: dict[str, Any]) -> list[list[str]]:
     """Returns the table of generation on a GPU: steps and prompts, by type."""
 
     def decode(name: str) -> list[str]:
-        steps = [results[f"{name} decode {rows}"] for rows in (1, 8, 32)]
-        return [
-            f"{step['step_ms']:.2f}" + (f" ({step['share_of_bandwidth']:.0%})" if "share_of_bandwidth" in step else "")
-            for step in steps
+        steps = [results.get(f"{name} decode {rows}") for rows in (1, 8, 32)]
+        shares = [
+            f" ({step['share_of_bandwidth']:.0%})" if step and "share_of_bandwidth" in step else "" for step in steps
         ]
+        return [f"{step['step_ms']:.2f}{share}" if step else "–" for step, share in zip(steps, shares, strict=True)]
 
     def prefill(name: str, lengths: tuple[int, ...] = (128, 512, 2048)) -> list[str]:
         speeds = [results.get(f"{name} prefill {length}", {}).get("tokens_per_s") for length in lengths]
@@ -172,7 +172,7 @@ def gpu_rows(results: dict[str, Any]) -> list[list[str]]:
     ours = [[dtype, "mpt_eqx", *decode(dtype), *prefill(dtype)] for dtype in ("bfloat16", "int8", "int4")]
     eager = ["bfloat16", "transformers", *decode("transformers"), *prefill("transformers eager")]
     compiled = ["bfloat16", "transformers, torch.compile", "–", "–", "–", *prefill("transformers compiled")]
-    return [header, *ours, eager, compiled]
+    return [header, *[row for row in (*ours, eager, compiled) if set(row[2:]) != {"–"}]]
 
 
 def chart() -> str:
