@@ -93,7 +93,7 @@ def test_a_positions_result_does_not_depend_on_how_many_more_there_are(kind, ker
     from mpt_eqx.ops.matmul import matmul
 
     if kind == "bfloat16" and cpu.has_bfloat16_dot():
-        pytest.skip("XLA multiplies bfloat16 here")
+        pytest.skip("XLA multiplies bfloat16 here, or tiles do")
     weight, numbers = made(kind, 50, 288)
     x = jnp.asarray(np.random.default_rng(1).normal(size=(1100, 288)), "bfloat16")
     everything = matmul(weight, x)
@@ -302,6 +302,77 @@ def test_the_product_with_many_vectors_is_the_product(kind, out, columns, rows, 
         some_rows = np.random.default_rng(seed).permutation(rows)[: -(-rows // 2)]
         again = gemm_by(copy, pack, kind, values, scale, np.ascontiguousarray(x[some_rows]))
         np.testing.assert_array_equal(again, found[some_rows])
+
+
+@pytest.fixture(scope="module")
+def tiles():
+    """Skips a test of products by Intel's tiles."""
+    from mpt_eqx.ops import cpu
+
+    if not cpu.has_tiles():
+        pytest.skip("no tiles for bfloat16 in this processor, or in this compiler")
+
+
+TILED = ("bfloat16", "int8", "int4")
+
+
+@pytest.mark.usefixtures("tiles")
+@examples(12)
+@given(
+    st.sampled_from(TILED), st.integers(1, 3), st.sampled_from([1, 2, 8, 17]), st.integers(1, 70), st.integers(0, 2**31)
+)
+def test_the_product_by_tiles_is_the_formula(kind, out, columns, rows, seed):
+    """Weights of 4 bits are rounded to bfloat16; a position's sum is the same to the bit in any company."""
+    from mpt_eqx.ops.matmul import _kernel_matmul
+
+    weight, numbers = made(kind, 32 * out, 32 * columns, seed)
+    numbers = np.asarray(jnp.asarray(numbers, jnp.bfloat16), np.float64) if kind == "int4" else numbers
+    x = jnp.asarray(np.random.default_rng(seed + 1).normal(size=(rows, 32 * columns)), jnp.bfloat16)
+    exact, size = (np.asarray(a, np.float64) @ b.T for a, b in ((x, numbers), (abs(x), np.abs(numbers))))
+    found = _kernel_matmul(weight, x)
+    assert (np.abs(found - exact) <= 1e-6 * size).all()
+    some_rows = np.random.default_rng(seed).permutation(rows)[: -(-rows // 2)]
+    np.testing.assert_array_equal(_kernel_matmul(weight, x[some_rows]), found[some_rows])
+
+
+@pytest.mark.parametrize("kind", TILED)
+def test_more_positions_than_are_multiplied_at_a_time_by_tiles(tiles, kind):
+    """And what is no number stays in its position, or in its row of the weight."""
+    from mpt_eqx.ops.matmul import _kernel_matmul
+
+    weight, _ = made(kind, 96, 288)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(1100, 288)), jnp.bfloat16)
+    everything = _kernel_matmul(weight, x)
+    for first, rows in ((0, 9), (100, 31), (500, 257), (3, 512), (70, 513)):
+        np.testing.assert_array_equal(_kernel_matmul(weight, x[first : first + rows]), everything[first : first + rows])
+    wrong = _kernel_matmul(weight, x.at[5, 7].set(np.nan).at[900, 3].set(np.inf))
+    np.testing.assert_array_equal(np.flatnonzero(~np.isfinite(wrong).all(axis=1)), [5, 900])
+    if kind == "bfloat16":
+        wrong = _kernel_matmul(weight.at[40, 3].set(np.nan), x)
+        np.testing.assert_array_equal(np.flatnonzero(~np.isfinite(wrong).all(axis=0)), [40])
+
+
+@pytest.mark.parametrize(("out", "columns", "has_tiles"), [(64, 96, True), (40, 96, False), (64, 80, False)])
+def test_bfloat16_goes_to_xla_where_there_is_no_tile_for_it(monkeypatch, out, columns, has_tiles):
+    from mpt_eqx.ops import cpu
+    from mpt_eqx.ops.matmul import _suits_xla
+
+    weight, x = jnp.ones((out, columns), jnp.bfloat16), jnp.ones((40, columns), jnp.bfloat16)
+    monkeypatch.setattr(cpu, "has_bfloat16_dot", lambda: True)
+    for found in (True, False):
+        monkeypatch.setattr(cpu, "has_tiles", lambda found=found: found)
+        assert _suits_xla(weight, x) != (found and has_tiles)
+    monkeypatch.setattr(cpu, "has_bfloat16_dot", lambda: False)
+    assert not _suits_xla(weight, x)
+
+
+@pytest.mark.slow
+def test_a_compiler_that_knows_no_tiles_makes_the_rest(tmp_path, monkeypatch):
+    from mpt_eqx.ops.cpu import build
+
+    monkeypatch.setattr(build, "TILES", ("-mno-such-instructions",))
+    assert build.compile_kernel(tmp_path / "libkernel.so") is None
+    assert ctypes.CDLL(str(tmp_path / "libkernel.so")).mpt_eqx_has_tiles() == 0
 
 
 def test_every_number_of_16_bits_is_read_right():

@@ -29,6 +29,9 @@ MAX_KERNEL_ROWS = 2**24
 MAX_UNPACKED_ROWS = 64
 """Positions up to which 4 bits are unpacked within the products on a GPU."""
 
+TILE = 32
+"""What rows and columns of a weight are a multiple of that the kernel multiplies by tiles, as in kernel.h."""
+
 PART_SIZE = 2**18
 """Numbers of a weight that are widened at a time, where XLA's CPU backend has no product in its type."""
 
@@ -64,8 +67,9 @@ def matmul(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Float[Array
     """Returns W x for each of T positions, summed in float32 (float64 for float64) and not rounded.
 
     On one CPU the kernel computes it, if there is one. A position's result is then the same to the bit for any number
-    of positions up to MAX_DECODE_ROWS, for any larger number, and for any number of rows under vmap. Many positions
-    times a bfloat16 weight XLA multiplies, where the processor does so itself. Derivatives always go through XLA.
+    of positions up to MAX_DECODE_ROWS, for any larger number, and for any number of rows under vmap. Many positions in
+    bfloat16 it multiplies by the processor's tiles (AMX), with weights of 4 bits rounded as by the formula. A processor
+    without them may multiply bfloat16, too: there XLA has a bfloat16 weight. Derivatives always go through XLA.
     """
     if isinstance(weight, QuantizedWeight | LayerWeight):
         weight.check()
@@ -234,9 +238,10 @@ def _suits_kernel(weight: Weight | LayerWeight, dtype: np.dtype) -> bool:
 
 
 def _suits_xla(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> bool:
-    """Whether XLA multiplies many positions faster than the kernel: where bfloat16 need not be widened for it."""
-    plain = isinstance(weight, jax.Array) and weight.dtype == x.dtype == jnp.bfloat16
-    return plain and cpu.has_bfloat16_dot()
+    """Whether XLA multiplies many positions faster than the kernel, which widens bfloat16 if it has no tiles for it."""
+    if not isinstance(weight, jax.Array) or not weight.dtype == x.dtype == jnp.bfloat16:
+        return False
+    return cpu.has_bfloat16_dot() and (not cpu.has_tiles() or any(size % TILE for size in weight.shape))
 
 
 def _by_kernel(many: bool, weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Float32[Array, "T out"]:

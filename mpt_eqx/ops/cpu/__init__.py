@@ -1,5 +1,5 @@
 """Products and attention on the CPU: a compiled kernel, where it could be compiled."""
 
-from mpt_eqx.ops.cpu.call import DTYPES, attention, available, has_bfloat16_dot, matmul, missing
+from mpt_eqx.ops.cpu.call import DTYPES, attention, available, has_bfloat16_dot, has_tiles, matmul, missing
 
-__all__ = ["DTYPES", "attention", "available", "has_bfloat16_dot", "matmul", "missing"]
+__all__ = ["DTYPES", "attention", "available", "has_bfloat16_dot", "has_tiles", "matmul", "missing"]

@@ -17,6 +17,8 @@ LIBRARY = SOURCES / "libkernel.so"
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-w")
 # What computes is compiled once for each of these; which copy runs is decided on the machine it runs on.
 X86 = {"v3": ("-march=x86-64-v3",), "v4": ("-march=x86-64-v4", "-mprefer-vector-width=512")}
+TILES = (*X86["v4"], "-mamx-tile", "-mamx-bf16", "-mavx512bf16")
+"""Of Intel's tiles, which older compilers do not know, and without which the rest is linked."""
 
 
 def compile_kernel(library: Path = LIBRARY) -> str | None:
@@ -40,7 +42,10 @@ def compile_kernel(library: Path = LIBRARY) -> str | None:
         for isa, flags in {"default": (), **(X86 if x86 else {})}.items():
             for name in ("matmul", "gemm", "attention"):
                 jobs.append(start(f"{name}.cc", f"{name}_{isa}", f"-DMPT_EQX_ISA={isa}", *flags))
+        tiles = start("amx.cc", "amx", *TILES)[1] if x86 and sys.platform == "linux" else None
         outputs = [job.communicate()[0] for _, job in jobs]
+        if tiles is not None:
+            tiles.communicate()
         for (command, job), output in zip(jobs, outputs, strict=True):
             if job.returncode:
                 return f"{shlex.join(command)} failed: {output.strip()[-2000:]}"

@@ -55,10 +55,16 @@ def _ffi_minor() -> int:
 
 @functools.cache
 def has_bfloat16_dot() -> bool:
-    """Tells whether the processor multiplies bfloat16 itself, as the kernel does not and XLA does."""
+    """Tells whether the processor multiplies bfloat16 itself, as XLA does, and the kernel where it `has_tiles`."""
     file = Path("/proc/cpuinfo")
     flags = set(file.read_text().split()) if file.exists() else set[str]()
     return not flags.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Tells whether the kernel multiplies many vectors of bfloat16 by Intel's tiles (AMX)."""
+    return available() and bool(ctypes.cdll.LoadLibrary(str(LIBRARY)).mpt_eqx_has_tiles())
 
 
 def matmul(

@@ -11,6 +11,11 @@
 #include <thread>
 #include <utility>
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "kernel.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -38,6 +43,22 @@ MatmulFunction* const matmul_function = matmul_default;
 PackFunction* const pack_function = pack_default;
 GemmFunction* const gemm_function = gemm_default;
 AttentionFunction* const attention_function = attention_default;
+#endif
+
+#if defined(MPT_EQX_X86) && defined(__linux__)
+// Some compilers know no tiles, and the system keeps those of a process once it has asked: ARCH_REQ_XCOMP_PERM, XTILEDATA.
+#pragma weak gemm_amx
+#pragma weak pack_amx
+bool may_use_tiles() {
+  __builtin_cpu_init();
+  return gemm_amx != nullptr && has_v4() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
+         __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+}
+const bool has_tiles = may_use_tiles();
+#else
+constexpr bool has_tiles = false;
+GemmFunction* const gemm_amx = nullptr;
+PackFunction* const pack_amx = nullptr;
 #endif
 
 void pause() {
@@ -150,22 +171,29 @@ std::unique_ptr<float[], Aligned> floats(int64_t count) {
 constexpr int64_t kGemmVectors = 512;
 
 ffi::Error gemm(ffi::ThreadPool& pool, GemmArgs all, int64_t x_bytes) {
+  const bool tiles = has_tiles && all.x_kind == Kind::kBFloat16 && all.kind != Kind::kFloat32 &&
+                     all.kind != Kind::kFloat16 && all.in % 32 == 0 && all.out % kTileRows == 0;
+  const auto pack = tiles ? pack_amx : pack_function;
+  const auto multiply = tiles ? gemm_amx : gemm_function;
   const int64_t most = std::min(kGemmVectors, all.vectors), threads = std::max<int64_t>(pool.num_threads(), 1);
-  const int64_t padded = (most + 15) / 16 * 16;
-  const auto panels = floats(padded * all.in);
+  const int64_t apart = tiles ? 32 : 16, padded = (most + apart - 1) / apart * apart;
+  const auto panels = floats(padded * all.in / (tiles ? 2 : 1));
   all.panels = panels.get();
   // Several shares for each thread, so that all end together.
-  const int64_t rows = std::clamp<int64_t>(all.out / (threads * 8) / 12 * 12, 12, kGemmRows);
+  const int64_t rows =
+      tiles ? kTileRows : std::clamp<int64_t>(all.out / (threads * 8) / 12 * 12, 12, kGemmRows);
+  const int64_t buffer_size = tiles ? 16 * all.in : kGemmRows * (kGemmBlock + 16 + padded);
   const int64_t end = all.vectors;
   for (int64_t first = 0; first < end; first += kGemmVectors) {
     GemmArgs some = all;
     some.x = static_cast<const uint8_t*>(all.x) + first * all.in * x_bytes;
     some.y = all.y + first * all.out;
     some.vectors = std::min(kGemmVectors, end - first);
-    shared(pool, [some](int64_t first, int64_t last) { pack_function(some, first, last); }, (some.vectors + 15) / 16, 1);
-    shared(pool, [some, padded](int64_t first, int64_t last) {
-      const auto buffer = floats(kGemmRows * (kGemmBlock + 16 + padded));
-      gemm_function(some, first, last, buffer.get());
+    const int64_t count = (some.vectors + apart - 1) / apart * apart / 16;
+    shared(pool, [some, pack](int64_t first, int64_t last) { pack(some, first, last); }, count, 1);
+    shared(pool, [some, multiply, buffer_size](int64_t first, int64_t last) {
+      const auto buffer = floats(buffer_size);
+      multiply(some, first, last, buffer.get());
     }, all.out, rows);
   }
   return ffi::Error::Success();
@@ -254,6 +282,9 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuff
 
 // Of the interface that this was compiled with; no older JAX takes it.
 extern "C" const int mpt_eqx_ffi_minor = XLA_FFI_API_MINOR;
+
+// Whether products of many vectors of bfloat16 are those of amx.cc.
+extern "C" int mpt_eqx_has_tiles() { return has_tiles; }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mpt_eqx_matmul, product,
                               ffi::Ffi::Bind()

@@ -63,4 +63,9 @@ using AttentionFunction = void(const AttentionArgs&, int64_t first, int64_t last
 extern "C" MatmulFunction matmul_default, matmul_v3, matmul_v4;
 extern "C" PackFunction pack_default, pack_v3, pack_v4;
 extern "C" GemmFunction gemm_default, gemm_v3, gemm_v4;
+// The same for vectors of bfloat16, by 32 rows and 32 columns at a time: panels hold half as many floats and are an even
+// number, and the buffer is of 16 · in.
+constexpr int64_t kTileRows = 32;
+extern "C" PackFunction pack_amx;
+extern "C" GemmFunction gemm_amx;
 extern "C" AttentionFunction attention_default, attention_v3, attention_v4;
