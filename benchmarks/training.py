@@ -137,6 +137,20 @@ class Child:
         self.process.wait()
 
 
+def device(rivals: dict[str, tuple[str, Path]]) -> dict[str, Any]:
+    """Returns the processor, and the versions of what is measured."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    found = {"cpu": name, "cores": os.cpu_count(), "time": time.strftime("%Y-%m-%d")}
+    ask = "import importlib.metadata as m, sys; print(m.version(sys.argv[1]))"
+    asked = {"jax": "mpt_eqx", "torch": "transformers", "transformers": "transformers", "peft": "PEFT"}
+    for package, name in asked.items():
+        rival = rivals.get(name, rivals.get("PEFT") if name == "transformers" else None)
+        if rival is not None:
+            found[package] = subprocess.check_output([rival[0], "-c", ask, package], text=True).strip()
+    return found
+
+
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -190,7 +204,7 @@ def main() -> None:
             })  # fmt: skip
             print(results[-1], file=sys.stderr)
     model = f"pydoc-3m, LoRA of rank {args.lora} on Wqkv" if args.lora else sizes
-    print(json.dumps({"model": model, "rounds": args.rounds, "results": results}, indent=1))
+    print(json.dumps({"device": device(rivals), "model": model, "rounds": args.rounds, "results": results}, indent=1))
 
 
 if __name__ == "__main__":
