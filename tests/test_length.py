@@ -136,6 +136,17 @@ def one_layer(tiny_config):
     return MPT(tiny_config(n_layers=1, max_seq_len=4096, d_model=256, n_heads=4), key=jax.random.key(0))
 
 
+def test_a_new_state_can_be_donated(one_layer):
+    """However long its arrays are, and wherever numpy finds memory for them."""
+    from mpt_eqx.generation.state import empty_state
+
+    write = jax.jit(lambda state: jax.tree.map(lambda x: x.at[0].set(jnp.ones((), x.dtype)), state), donate_argnums=0)
+    for capacity in (256, 512, 2048, 4096) * 3:
+        state = empty_state(one_layer, 2, capacity)
+        before = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)}
+        assert {x.unsafe_buffer_pointer() for x in jax.tree.leaves(write(state))} == before
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems are not asked to take memory back")
 def test_a_cache_takes_memory_for_the_tokens_that_it_holds(one_layer, prompts):
     from mpt_eqx.generation.prefix import Prefix, initial_state

@@ -58,8 +58,7 @@ def prefill_run(model: MPT, prompt: list[int]) -> Callable[[], float]:
 
     def run() -> float:
         started = time.perf_counter()
-        hidden = prefill(model, prompt, progress=False).state.hidden
-        np.asarray(next_logits(apart, hidden)).argmax()
+        np.asarray(next_logits(apart, prefill(model, prompt, progress=False).state.hidden)).argmax()
         return time.perf_counter() - started
 
     return run
@@ -88,8 +87,8 @@ def decode_run(model: MPT, prompt: list[int], rows: int, steps: int) -> Callable
 def model_facts(model: MPT) -> dict[str, Any]:
     """Returns bytes of the weights and of those that a step reads, and whether the CPU kernel runs."""
     sizes = {name: leaf.nbytes for name, leaf in named_leaves(model).items()}
-    total, read = sum(sizes.values()), step_bytes(model.config, sizes)
-    return {"weight_bytes": total, "step_bytes": read, "kernel": bool(cpu.available())}
+    read = step_bytes(model.config, sizes)
+    return {"weight_bytes": sum(sizes.values()), "step_bytes": read, "kernel": cpu.available()}
 
 
 def step_bytes(config: MPTConfig, sizes: dict[str, int]) -> int:
@@ -136,8 +135,7 @@ def measure(
 
     started = time.perf_counter()
     model = load_model(place, dtype, overrides)
-    load_seconds = time.perf_counter() - started
-    length = max([prompt, *prefill_lengths])
+    load_seconds, length = time.perf_counter() - started, max([prompt, *prefill_lengths])
     tokens = np.random.default_rng(0).integers(model.config.vocab_size, size=length).tolist()
     prefills = {n: rate(prefill_run(model, tokens[:n]), n) for n in prefill_lengths}
     runs = {rows: decode_run(model, tokens[:prompt], rows, new_tokens) for rows in batch_sizes}

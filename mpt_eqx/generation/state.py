@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -26,6 +27,9 @@ T = TypeVar("T")
 
 LARGE_CACHE = 2**26
 """Bytes of a cache before which freed memory is given back, which takes less time than to fill as many."""
+
+ALIGNED = 64
+"""What the address of memory is a multiple of that XLA's CPU backend takes as an array."""
 
 OverRows = Callable[[Callable[..., Any]], Callable[..., Any]]
 """What makes a function of rows of a function of one."""
@@ -81,9 +85,14 @@ def _filled(shapes: DecodeState, full: Callable[..., Array]) -> DecodeState:
 
 def _from_numpy(layout: Layout | None, value: int, x: jax.ShapeDtypeStruct, *names: str | None) -> Array:
     if layout is None:
-        array = np.full(x.shape, value, x.dtype) if value else np.zeros(x.shape, x.dtype)
-        made = jax.device_put(array, may_alias=False)
-        return made if value else unwritten(made)
+        # JAX takes numpy's memory as it is where it is aligned, also if told not to, and cannot donate it then.
+        numbers = np.zeros(math.prod(x.shape) + 1, x.dtype)
+        first = int(numbers.ctypes.data % ALIGNED == 0)
+        array = numbers[first : len(numbers) - 1 + first].reshape(x.shape)
+        if not value:
+            return unwritten(jax.device_put(array, may_alias=False))
+        array[...] = value
+        return jax.device_put(array, may_alias=False)
     sharding = layout.sharding(x.shape, *names)
     part = sharding.shard_shape(x.shape)
     return jax.make_array_from_callback(x.shape, sharding, lambda _: np.full(part, value, x.dtype))

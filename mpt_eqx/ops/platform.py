@@ -178,7 +178,11 @@ def unwritten(zeros: Array) -> Array:
         start = jax.block_until_ready(zeros).unsafe_buffer_pointer()
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only
         size = (start + zeros.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+        for advice in (
+            mmap.MADV_NOHUGEPAGE,
+            mmap.MADV_DONTNEED,
+        ):  # numpy asks for huge pages, and its memory is used again
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), advice)
     return zeros
 
 
