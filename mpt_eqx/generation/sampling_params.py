@@ -63,7 +63,8 @@ class SamplingParams(eqx.Module):
     """How the tokens of one row are chosen: the options of `generate`, as arrays.
 
     A batch has a leading axis on each array, so that rows may differ. Changing options never recompiles: no value
-    changes a shape, up to eight `eos_token_ids`. Traced values are not checked.
+    changes a shape, up to eight `eos_token_ids`; `generate` on a GPU compiles for each set of options that are not
+    their defaults. Traced values are not checked.
 
     Attributes:
         temperature: 0, the default, takes the token of the highest logit (greedy). Above 0, tokens are drawn from the
