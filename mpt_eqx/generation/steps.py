@@ -230,7 +230,8 @@ def compile_decode(
     Compiling takes memory of its own, which is free again when a large cache is made after it.
     """
     fixed = flat((model, *replicate(model, (params, key)), processors))
-    decode_chunk.lower(fixed, state, chunk, with_logits).compile()  # type: ignore[attr-defined]
+    asked = known_options(model, params)  # also where it is None: left out, it would be another program
+    decode_chunk.lower(fixed, state, chunk, with_logits, asked).compile()  # type: ignore[attr-defined]
 
 
 def check_finite(bad_steps: Int[np.ndarray, " B"], processors: tuple[LogitsProcessor, ...] = ()) -> None:
