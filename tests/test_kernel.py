@@ -745,6 +745,20 @@ def test_a_kernel_compiled_with_a_newer_jax_is_refused(kernel, monkeypatch):
     )
 
 
+def test_a_kernel_of_an_older_version_is_refused(kernel, monkeypatch, tmp_path):
+    """One that lacks a function which is called now; else the first long prompt would find out."""
+    from mpt_eqx.ops.cpu import call
+
+    source, library = tmp_path / "older.cc", tmp_path / "libkernel.so"
+    source.write_text('extern "C" const int mpt_eqx_ffi_minor = 0;')
+    subprocess.run([shutil.which("c++") or "g++", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    monkeypatch.setattr(call, "LIBRARY", library)
+    assert re.fullmatch(
+        r".*cannot be used \(.*mpt_eqx_has_tiles.*\); make it anew with python -m mpt_eqx.ops.cpu.build",
+        call.missing.__wrapped__(),
+    )
+
+
 @pytest.mark.slow
 def test_generation_is_the_same_without_the_kernel(tiny_model, prompts):
     """In a process of its own, by the switch that users have."""

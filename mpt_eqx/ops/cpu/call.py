@@ -40,6 +40,7 @@ def missing() -> str | None:
             raise RuntimeError(
                 f"expected one compiled with this JAX or an older one, found interface 0.{made} > 0.{known}"
             )
+        library.mpt_eqx_has_tiles  # noqa: B018  # what an older version of this package has compiled lacks it
         for target in TARGETS:
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
     except Exception as error:  # another machine's file, or another JAX's interface: all works without it

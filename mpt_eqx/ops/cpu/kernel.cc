@@ -11,7 +11,8 @@
 #include <thread>
 #include <utility>
 
-#if defined(__linux__)
+#if defined(MPT_EQX_X86) && defined(__linux__)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -50,9 +51,12 @@ AttentionFunction* const attention_function = attention_default;
 #pragma weak gemm_amx
 #pragma weak pack_amx
 bool may_use_tiles() {
-  __builtin_cpu_init();
-  return gemm_amx != nullptr && has_v4() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
-         __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+  // Asked of the processor: compilers that have no tiles have no names for them either.
+  unsigned a[2] = {}, b, c, d[2] = {};
+  const bool known = __get_cpuid_count(7, 0, &a[0], &b, &c, &d[0]) && __get_cpuid_count(7, 1, &a[1], &b, &c, &d[1]);
+  const bool avx512_bf16 = a[1] >> 5 & 1, amx_bf16 = d[0] >> 22 & 1, amx_tile = d[0] >> 24 & 1;
+  return gemm_amx != nullptr && has_v4() && known && avx512_bf16 && amx_bf16 && amx_tile &&
+         syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 }
 const bool has_tiles = may_use_tiles();
 #else
