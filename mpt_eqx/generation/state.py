@@ -84,18 +84,18 @@ def _filled(shapes: DecodeState, full: Callable[..., Array]) -> DecodeState:
 
 
 def _from_numpy(layout: Layout | None, value: int, x: jax.ShapeDtypeStruct, *names: str | None) -> Array:
-    if layout is None:
+    def part(shape: tuple[int, ...]) -> np.ndarray:
         # JAX takes numpy's memory as it is where it is aligned, also if told not to, and cannot donate it then.
-        numbers = np.zeros(math.prod(x.shape) + 1, x.dtype)
+        size = math.prod(shape)
+        numbers = np.full(size + 1, value, x.dtype) if value else np.zeros(size + 1, x.dtype)
         first = int(numbers.ctypes.data % ALIGNED == 0)
-        array = numbers[first : len(numbers) - 1 + first].reshape(x.shape)
-        if not value:
-            return unwritten(jax.device_put(array, may_alias=False))
-        array[...] = value
-        return jax.device_put(array, may_alias=False)
+        return numbers[first : first + size].reshape(shape)
+
+    if layout is None:
+        made = jax.device_put(part(x.shape), may_alias=False)
+        return made if value else unwritten(made)
     sharding = layout.sharding(x.shape, *names)
-    part = sharding.shard_shape(x.shape)
-    return jax.make_array_from_callback(x.shape, sharding, lambda _: np.full(part, value, x.dtype))
+    return jax.make_array_from_callback(x.shape, sharding, lambda _: part(sharding.shard_shape(x.shape)))
 
 
 @functools.partial(jax.jit, static_argnums=range(3))

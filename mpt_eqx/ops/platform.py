@@ -178,10 +178,8 @@ def unwritten(zeros: Array) -> Array:
         start = jax.block_until_ready(zeros).unsafe_buffer_pointer()
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only
         size = (start + zeros.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
-        for advice in (
-            mmap.MADV_NOHUGEPAGE,
-            mmap.MADV_DONTNEED,
-        ):  # numpy asks for huge pages, and its memory is used again
+        # numpy asks for huge pages, and memory that it had may be that of the array.
+        for advice in (mmap.MADV_NOHUGEPAGE, mmap.MADV_DONTNEED):
             ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), advice)
     return zeros
 
