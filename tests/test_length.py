@@ -79,8 +79,7 @@ def test_freed_memory_goes_back_before_a_large_cache_is_made(tiny_model, monkeyp
     assert len(calls) == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["prompts", "prefix", "several", "stream"])
+@pytest.mark.parametrize("how", some(["prompts", "prefix", "several", "stream"], ["stream"]))
 def test_the_program_is_compiled_before_a_large_cache_is_made(tiny_config, prompts, monkeypatch, how):
     """Once: the call finds it. What compiling takes and what the cache takes do not add up."""
     import sys

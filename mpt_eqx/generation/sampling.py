@@ -264,14 +264,16 @@ def sample(
         neutral = jnp.asarray([logits.shape[-1], 1, 0, 1, 0, 0], jnp.float32)[:, None]
         filtered = draws & jnp.where(neutral > 0, values < neutral, values > 0)
 
-        def truncated(rule: int | Int[Array, ""], warped: Float32[Array, "B V"]) -> Float32[Array, "B V"]:
-            some = None if asked is None else True
+        def truncated(
+            rule: int | Int[Array, ""], warped: Float32[Array, "B V"], some: bool | None = None
+        ) -> Float32[Array, "B V"]:
             return _where(some, filtered[rule], functools.partial(_truncate, rule), warped, values[rule])
 
         if asked is None:
             warped = jax.lax.fori_loop(0, len(values), truncated, warped)
-        for rule in [] if asked is None else [rule for rule, name in enumerate(RULES) if name in asked]:
-            warped = truncated(rule, warped)
+        else:
+            for rule, name in enumerate(RULES):
+                warped = truncated(rule, warped, name in asked)
 
         def row(
             number: Int[Array, ""], key: Key[Array, ""], step: Int[Array, ""], logits: Float32[Array, " V"]

@@ -257,8 +257,8 @@ class Lane:
         started = time.monotonic()
         on, allowed = replicate(self.model, (active, mask))
         self._slots, output = decode_slots(self.model, self._slots, on, allowed, steps)
-        state = self._slots.state
-        output, bad, empty = jax.device_get((output, state.not_finite, state.nothing_left))
+        output = jax.device_get(output)
+        bad, empty = output[0].not_finite[-1], output[0].nothing_left[-1]
         self._step_seconds = (time.monotonic() - started) / steps
         for row, job in list(self._running.items()):
             failed = [int(step) - len(job.tokens) for step in (bad[row], empty[row]) if step >= 0]
