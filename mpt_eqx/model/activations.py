@@ -22,7 +22,9 @@ def _rounded_once(function: Callable[..., Array]) -> Callable[..., Array]:
 
     @functools.wraps(function)
     def rounded(x: Float[Array, "*shape"], **arguments: float) -> Float[Array, "*shape"]:
-        return function(x.astype(accum_dtype(x.dtype)), **arguments).astype(x.dtype)
+        # Of float32 intermediates nothing is kept for the gradient, which has x.
+        once = jax.checkpoint(lambda x: function(x.astype(accum_dtype(x.dtype)), **arguments).astype(x.dtype))
+        return once(x)
 
     return rounded
 

@@ -1,5 +1,7 @@
 """Attention without a cache, some queries after the other, so that memory grows with the number of positions only."""
 
+import bisect
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -46,16 +48,25 @@ def in_query_blocks(
         return formula(q, k, v, positions, positions, allowed)
     # Otherwise XLA would copy all of the three, which are transposed, for each block.
     q, k, v = jax.lax.optimization_barrier((q, k, v))
+    size = -(-length // (PARTS * BLOCK)) * BLOCK
+    edges = sorted({*range(0, length, size), length // BLOCK * BLOCK, length})
+    sizes = [stop - start for start, stop in itertools.pairwise(edges)]
+    # The gradient of a split is one concatenation, that of slices a sum of arrays that are padded with zeros.
+    queries, keys, values = (jax.lax.split(x, sizes, axis=1) for x in (q, k, v))
 
-    def part(start: int, stop: int) -> Float[Array, "N P H"]:
-        """Returns the result for the queries from `start` to `stop`, which are one block or whole blocks."""
+    def part(number: int) -> Float[Array, "N P H"]:
+        """Returns the result for one part of the queries, which is one block or whole blocks."""
+        start, stop = edges[number : number + 2]
         first = 0 if window is None else max(start - window, 0)
-        keys = slice(first, stop)
+        seen = slice(bisect.bisect_right(edges, first) - 1, number + 1)
+        skip = first - edges[seen.start]
+        k, v = (jnp.concatenate(parts[seen], axis=1)[:, skip:] for parts in (keys, values))
 
         def block(q: Array, here: Array, allowed: Array | None) -> Array:
-            return formula(q, k[:, keys], v[:, keys], here, positions[keys], allowed)
+            return formula(q, k, v, here, positions[first:stop], allowed)
 
-        rows = (q[:, start:stop], positions[start:stop], None if allowed is None else allowed[start:stop, keys])
+        allowed_here = None if allowed is None else allowed[start:stop, first:stop]
+        rows = (queries[number], positions[start:stop], allowed_here)
         if stop - start <= BLOCK:
             return jax.checkpoint(block)(*rows)
         axes = (1, 0, 0)
@@ -66,6 +77,4 @@ def in_query_blocks(
         found = jax.lax.map(lambda rows: jax.checkpoint(block, prevent_cse=False)(*rows), split)
         return jnp.moveaxis(found, 0, 1).reshape(rows[0].shape)
 
-    size = -(-length // (PARTS * BLOCK)) * BLOCK
-    edges = {*range(0, length, size), length // BLOCK * BLOCK, length}
-    return jnp.concatenate([part(*ends) for ends in zip(sorted(edges)[:-1], sorted(edges)[1:], strict=True)], axis=1)
+    return jnp.concatenate([part(number) for number in range(len(sizes))], axis=1)

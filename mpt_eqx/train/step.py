@@ -75,17 +75,18 @@ def make_train_step(
         counts = counted_tokens(**batch)
         total = jnp.sum(counts)
 
+        gradient_of = eqx.filter_value_and_grad(mean_loss)
+
         def micro(so_far: tuple[Array, MPT], this: tuple[Batch, Array, Key[Array, ""]]) -> tuple[Any, None]:
             batch, counts, key = this
             share = jnp.sum(counts).astype(jnp.float32) / jnp.maximum(total, 1).astype(jnp.float32)
-            value, gradient = eqx.filter_value_and_grad(mean_loss)(trained, frozen, batch, key)
-            weighted = jax.tree.map(lambda g: g * share.astype(g.dtype), (value, gradient))
+            weighted = jax.tree.map(lambda g: g * share.astype(g.dtype), gradient_of(trained, frozen, batch, key))
             return jax.tree.map(jnp.add, so_far, weighted), None
 
-        zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trained))
         if accumulate == 1:
-            (value, gradient), _ = micro(zeros, (batch, counts, keys[0]))
+            value, gradient = gradient_of(trained, frozen, batch, keys[0])
         else:
+            zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trained))
             split = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), (batch, counts))
             (value, gradient), _ = jax.lax.scan(micro, zeros, (*split, keys))
         norm = optax.tree.norm(gradient)
