@@ -4,8 +4,8 @@
     python -m benchmarks.generation_memory --tiny       the shipped model, a prompt of 64
 
 Each implementation is a process, of which the peak, mapped files included, is printed after each step: `first` reads
-the prompt and decodes 8 tokens; `decode` reads it once more, keeps what it read, and decodes 64 from there. JSON goes
-to stdout.
+the prompt and gives its first token; `generate` reads it and decodes 64 tokens, in one call; `prefix` does so with what
+was read kept, to be continued once more. JSON goes to stdout.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from benchmarks.speed.run import make_prompts
 from mpt_eqx import SHIPPED_MODEL
 from mpt_eqx.cli._measure import peak_bytes
 
-DTYPES = ("bfloat16", "int8")
+DTYPES = ("float32", "bfloat16", "int8", "int4")
 
 
 def peaks(implementation: str, place: Path, dtype: str, prompt: list[int], vocab_size: int) -> dict[str, Any]:
@@ -34,13 +34,15 @@ def peaks(implementation: str, place: Path, dtype: str, prompt: list[int], vocab
             ("load", {**load, "threads": num_threads()}),
             ("first", {"prompt": prompt}),
             ("forget", {}),
-            ("decode", {"prompts": [prompt], "steps": 64}),
+            ("generate", {"prompt": prompt, "steps": 64}),
+            ("forget", {}),
+            *([("decode", {"prompts": [prompt], "steps": 64})] if implementation == "mpt_eqx" else []),
         ):
             answer = one.ask(step, **request)
             if "error" in answer:
                 return {**found, "error": answer["error"]}
             peak = peak_bytes(one.process.pid)
-            found[step] = peak and round(peak / 1e9, 3)
+            found["prefix" if step == "decode" else step] = peak and round(peak / 1e9, 3)
     del found["forget"]
     return found
 

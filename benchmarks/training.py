@@ -6,14 +6,15 @@
 
 A step is forward, loss, backward and AdamW on random tokens and weights: in float32, and with bfloat16 compute over
 float32 weights (`torch.autocast` in torch). Each (implementation, type, length) is a process; those of a type and a
-length take turns, step by step, so that what else the machine does slows all of them. Speed is that of the fastest
-step of each. Memory is the peak of the whole process, compiling included; Linux only. The results go to stdout as
-JSON, progress to stderr.
+length take turns, step by step, so that what else the machine does slows all of them. Speed is that of the median
+step of each. Memory is the peak of the whole process, compiling included; Linux only. The results go to stdout as JSON,
+progress to stderr.
 """
 
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -23,6 +24,8 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 LEARNING_RATE = 1e-4
+KEEP_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+"""The environment in which glibc gives no memory back to the system."""
 
 
 def open_transformers(sizes: dict[str, int], dtype: str, rows: int, length: int) -> Callable[[], float]:
@@ -120,10 +123,10 @@ def child(which: str, request: str) -> None:
 class Child:
     """A process of `child`."""
 
-    def __init__(self, python: str, which: str, package: Path, request: dict[str, Any]):
+    def __init__(self, python: str, which: str, package: Path, request: dict[str, Any], memory: dict[str, str]):
         self.process = subprocess.Popen(
             [python, __file__, "--child", which, json.dumps(request)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True, cwd=package, env={**os.environ, "PYTHONPATH": str(package)},
+            text=True, cwd=package, env={**os.environ, **memory, "PYTHONPATH": str(package)},
         )  # fmt: skip
 
     def step(self) -> dict[str, float]:
@@ -162,6 +165,7 @@ def main() -> None:
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="adapters on the shipped model")
     parser.add_argument("--lengths", default="512", metavar="T,…", help="tokens in a row")
     parser.add_argument("--dtypes", default="float32,bfloat16", metavar="TYPE,…")
+    parser.add_argument("--keep-memory", action="store_true", help="no process gives freed memory back")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -175,7 +179,7 @@ def main() -> None:
         rivals["PEFT" if args.lora else "transformers"] = (args.torch, ROOT)
     if args.package:
         rivals["other checkout"] = (sys.executable, args.package.absolute())
-    results = []
+    results, memory = [], KEEP_MEMORY if args.keep_memory else {}
     for length in map(int, args.lengths.split(",")):
         for dtype in args.dtypes.split(","):
             request = {"dtype": dtype, "rows": args.rows, "length": length}
@@ -183,7 +187,9 @@ def main() -> None:
                 request |= {"directory": str(ROOT / "mpt_eqx" / "pydoc-3m"), "rank": args.lora}
             else:
                 request["sizes"] = {**sizes, "max_seq_len": length}
-            children = {name: Child(python, name, package, request) for name, (python, package) in rivals.items()}
+            children = {
+                name: Child(python, name, package, request, memory) for name, (python, package) in rivals.items()
+            }
             found = {name: [one.step()] for name, one in children.items()}  # compiles
             for number in range(args.rounds):
                 for name in list(children)[:: -1 if number % 2 else 1]:
@@ -192,11 +198,13 @@ def main() -> None:
             for one in children.values():
                 one.close()
             tokens = args.rows * length
-            rates = {name: tokens / min(one["seconds"] for one in steps[1:]) for name, steps in found.items()}
+            seconds = {name: [one["seconds"] for one in steps[1:]] for name, steps in found.items()}
+            rates = {name: tokens / statistics.median(each) for name, each in seconds.items()}
             peaks = {name: steps[-1]["peak"] for name, steps in found.items()}
             results.append({
                 "dtype": dtype, "rows": args.rows, "length": length,
                 "tokens per second": {name: round(rate, 1) for name, rate in rates.items()},
+                "seconds of each step": {name: [round(one, 2) for one in each] for name, each in seconds.items()},
                 "peak GB": {name: round(peak / 1e9, 2) for name, peak in peaks.items()},
                 "first and last loss": {n: [round(s[0]["loss"], 3), round(s[-1]["loss"], 3)] for n, s in found.items()},
                 "times as fast as": {n: round(rates["mpt_eqx"] / rate, 2) for n, rate in rates.items()},
@@ -204,7 +212,13 @@ def main() -> None:
             })  # fmt: skip
             print(results[-1], file=sys.stderr)
     model = f"pydoc-3m, LoRA of rank {args.lora} on Wqkv" if args.lora else sizes
-    print(json.dumps({"device": device(rivals), "model": model, "rounds": args.rounds, "results": results}, indent=1))
+    found = {
+        "device": device(rivals),
+        "model": model,
+        "rounds": args.rounds,
+        "freed memory is kept": bool(memory),
+    }
+    print(json.dumps({**found, "results": results}, indent=1))
 
 
 if __name__ == "__main__":

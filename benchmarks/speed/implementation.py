@@ -23,6 +23,8 @@ class Implementation(NamedTuple):
             seconds and these; None where there is nothing for it.
         logits: the logits of the token after a prompt, whose last SINGLE_STEPS tokens are decoded one by one.
         facts: what is known without measuring.
+        generate: from a prompt and a number of steps, a function that reads it and decodes in one call, and returns the
+            seconds; None where `decode` does so, and keeps nothing besides.
     """
 
     first: Callable[[list[int]], Callable[[], float]]
@@ -31,3 +33,4 @@ class Implementation(NamedTuple):
     score: Callable[[list[list[int]]], Callable[[], tuple[float, list[float]]]] | None
     logits: Callable[[list[int]], np.ndarray]
     facts: Callable[[], dict[str, Any]]
+    generate: Callable[[list[int], int], Callable[[], float]] | None = None

@@ -69,6 +69,14 @@ def open_mpt_eqx(place: str) -> Implementation:
 
         return run
 
+    def generate(prompt: list[int], steps: int) -> Callable[[], float]:
+        def run() -> float:
+            started = time.perf_counter()
+            mpt_eqx.generate(model, prompt, max_new_tokens=steps, progress=False)
+            return time.perf_counter() - started
+
+        return run
+
     def score(sequences: list[list[int]]) -> Callable[[], tuple[float, list[float]]]:
         def run() -> tuple[float, list[float]]:
             started = time.perf_counter()
@@ -84,6 +92,7 @@ def open_mpt_eqx(place: str) -> Implementation:
         score=score,
         logits=logits,
         facts=lambda: {**model_facts(model), "temporary_bytes": temporary_bytes(model)},
+        generate=generate,
     )
 
 

@@ -131,6 +131,13 @@ def decode(kept: dict[str, Any], prompts: list[list[int]], steps: int) -> dict[s
     return again(kept)
 
 
+def generate(kept: dict[str, Any], prompt: list[int], steps: int) -> dict[str, Any]:
+    """Reads a prompt and continues it in one call, for the first time."""
+    one = kept["implementation"]
+    kept["run"] = one.generate(prompt, steps) if one.generate else one.decode([prompt], steps)
+    return again(kept)
+
+
 def score(kept: dict[str, Any], sequences: list[list[int]]) -> dict[str, Any]:
     """Scores sequences for the first time."""
     kept["run"] = kept["implementation"].score(sequences)
@@ -157,8 +164,8 @@ def facts(kept: dict[str, Any]) -> dict[str, Any]:
 REQUESTS: dict[str, Callable[..., dict[str, Any]]] = {
     function.__name__: function
     for function in (
-        prepare, reference, write_gguf, machine, probe, load, logits, first, prefill, decode, score, again, forget,
-        facts,
+        prepare, reference, write_gguf, machine, probe, load, logits, first, prefill, decode, generate, score, again,
+        forget, facts,
     )
 }  # fmt: skip
 

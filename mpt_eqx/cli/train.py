@@ -246,9 +246,6 @@ def _dtype_of(info: Any) -> Any:
 def run(args: argparse.Namespace) -> int:
     """Trains; returns 0 also where a signal ended the run after it was saved."""
     options = read_options(args)
-    from mpt_eqx.ops.platform import keep_freed_memory
-
-    keep_freed_memory()
     connect(options)
     plan = prepare(options, args.revision)
     import jax

@@ -1,4 +1,4 @@
-"""Norms over the last axis, in float32, rounded once to the type of x."""
+"""Norms over the last axis, in float32, rounded once to the type of x, of which alone the gradient is computed."""
 
 import equinox as eqx
 import jax
@@ -24,6 +24,7 @@ class LayerNorm(eqx.Module):
         self.bias = jnp.zeros(size, jnp.float32) if bias else None
         self.eps = eps
 
+    @eqx.filter_checkpoint
     def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
         """Returns x normed, position by position."""
         h = x.astype(accum_dtype(x.dtype))
@@ -49,6 +50,7 @@ class RMSNorm(eqx.Module):
         self.weight = jnp.ones(size, jnp.float32)
         self.eps = eps
 
+    @eqx.filter_checkpoint
     def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
         """Returns x normed, position by position."""
         h = x.astype(accum_dtype(x.dtype))

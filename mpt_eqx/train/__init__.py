@@ -1,6 +1,5 @@
 """Training: the loss, the optimizers and schedules of the MPT recipes, a step over any optimizer, data, and states."""
 
-from mpt_eqx.ops.platform import keep_freed_memory as keep_freed_memory
 from mpt_eqx.train.documents import read_documents as read_documents
 from mpt_eqx.train.loop import mean_loss as mean_loss
 from mpt_eqx.train.loop import run as run

@@ -16,6 +16,7 @@ from mpt_eqx.model.arguments import as_batch
 from mpt_eqx.model.taps import Tap
 from mpt_eqx.ops.layout import axes_size
 from mpt_eqx.ops.numerics import accum_dtype
+from mpt_eqx.ops.platform import over_rows
 from mpt_eqx.ops.switches import library_function
 from mpt_eqx.train.cross_entropy import cross_entropy
 
@@ -89,7 +90,8 @@ def next_token_loss(
         return states[-1], [tap.found[place] for place in places]
 
     # Arguments that are None have no leaf to be mapped over.
-    states, probabilities = jax.vmap(row)(tokens, mask, sequence_ids, keys)
+    over = over_rows if model.layout is None else lambda f, *rows: jax.vmap(f)(*rows)
+    states, probabilities = over(row, tokens, mask, sequence_ids, keys)
     targets = (tokens if labels is None else labels)[:, 1:]
     counted = counted_tokens(tokens, mask=mask, labels=labels, sequence_ids=sequence_ids)
     sums = accum_dtype(states.dtype)
