@@ -140,6 +140,45 @@ def test_of_an_activation_and_a_norm_only_the_input_is_kept():
         assert sorted(str(jax.typeof(k)) for k in kept if k.size > 1) == expected, name
 
 
+def test_one_row_is_computed_without_an_axis_for_it(tiny_config):
+    """XLA's CPU backend is slow where there is one; two rows have theirs, and the loss is that of each."""
+    from mpt_eqx import MPT
+    from mpt_eqx.train import next_token_loss
+
+    model = MPT(tiny_config(n_layers=1), key=jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (2, 7), 0, 61)
+    traces = [str(jax.make_jaxpr(jax.grad(next_token_loss))(model, tokens[:rows])) for rows in (1, 2)]
+    assert ["f32[1,4,7,7]" in traces[0], "f32[2,4,7,7]" in traces[1]] == [False, True]
+    found, each = gradient(model, tokens), [gradient(model, tokens[row : row + 1]) for row in range(2)]
+    close(found, jax.tree.map(lambda a, b: (a + b) / 2, *each))
+
+
+def test_what_compiling_a_step_has_freed_goes_back_before_it_runs(tiny_config, monkeypatch):
+    """Once for each shape of batch, and the step is neither traced nor compiled again for it."""
+    import optax
+
+    from mpt_eqx import MPT, train
+    from mpt_eqx.train import step as module
+
+    done = []
+    monkeypatch.setattr(module, "trim_memory", lambda: done.append("trimmed"))
+
+    def loss(model, tokens, **rest):
+        done.append("traced")
+        return train.next_token_loss(model, tokens, **rest)
+
+    optimizer = optax.sgd(0.1)
+    state = train.TrainState.create(MPT(tiny_config(n_layers=1), key=jax.random.key(0)), optimizer)
+    step = train.make_train_step(optimizer, loss=loss)
+    for length, expected in ((5, ["traced", "trimmed"]), (5, []), (6, ["traced", "trimmed"])):
+        done.clear()
+        state, _ = step(state, {"tokens": np.ones((2, length), np.int32)})
+        assert done == expected
+    done.clear()
+    eqx.filter_eval_shape(step, state, {"tokens": jnp.ones((2, 7), jnp.int32)})  # within a trace nothing is compiled
+    assert done == ["traced"]
+
+
 @pytest.mark.parametrize("bfloat16_dot", [True, False])
 def test_the_gradient_of_a_bfloat16_weight_is_a_product_of_bfloat16(monkeypatch, bfloat16_dot):
     """Where the processor has one, XLA gets it as it wants; exported programs and derivatives are right."""

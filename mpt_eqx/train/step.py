@@ -12,6 +12,7 @@ from jaxtyping import Array, DTypeLike, Float32, Int, Key
 from mpt_eqx.errors import MPTError
 from mpt_eqx.model import MPT
 from mpt_eqx.model.arguments import as_batch
+from mpt_eqx.ops.platform import trim_memory
 from mpt_eqx.ops.switches import library_function
 from mpt_eqx.surgery import remat as with_remat
 from mpt_eqx.surgery.rematerialization import check_how
@@ -104,10 +105,19 @@ def make_train_step(
         model = eqx.combine(eqx.apply_updates(trained, updates), frozen)
         return TrainState(model, opt_state, state.step + 1, state.key, state.trainable), metrics
 
+    compiled: set[tuple[Any, ...]] = set()
+
     @library_function
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = _checked(batch, accumulate)
-        return one(batch if state.model.layout is None else state.model.layout.spread(batch), state)
+        batch = batch if state.model.layout is None else state.model.layout.spread(batch)
+        shapes = tuple((name, x.shape) for name, x in batch.items())
+        if shapes not in compiled and not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((state, batch))):
+            # Some hundred MB that compiling has freed go back to the system before the step takes its own.
+            one.lower(batch, state).compile()  # type: ignore[attr-defined]
+            trim_memory()
+            compiled.add(shapes)
+        return one(batch, state)
 
     return step
 
