@@ -64,6 +64,7 @@ def tables() -> dict[str, str]:
         "serving": to_markdown(serving_rows()),
         "training": to_markdown(training_rows()),
         "remat": to_markdown(remat_rows()),
+        "memory": to_markdown(memory_rows()),
     }
 
 
@@ -90,6 +91,16 @@ def training_rows() -> list[list[str]]:
             figures = [[f"{speeds[key]:,.0f}", f"{peaks[key]:.2f}"] for key in ("mpt_eqx", other)]
             size, times = f"{found['rows']} × {found['length']:,}", f"{found['times as fast as'][other]:.2f}"
             rows.append([name, found["dtype"], size, *figures[0], *figures[1], times])
+    return rows
+
+
+def memory_rows() -> list[list[str]]:
+    """Returns the peaks of processes that load a model, read a prompt and decode."""
+    rows = [["weights", "", "first token", "64 tokens in one call", "the same, with the prompt's cache kept"]]
+    for dtype, found in json.loads((RESULTS / "generation_memory.json").read_text()).items():
+        for name, peaks in found.items():
+            figures = [f"{peaks[key]:.2f}" if key in peaks else "–" for key in ("first", "generate", "prefix")]
+            rows.append([dtype, name, *figures])
     return rows
 
 
