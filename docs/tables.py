@@ -64,7 +64,7 @@ def tables() -> dict[str, str]:
         "serving": to_markdown(serving_rows()),
         "training": to_markdown(training_rows()),
         "remat": to_markdown(remat_rows()),
-        "memory": to_markdown(memory_rows()),
+        "peaks": to_markdown(peak_rows()),
     }
 
 
@@ -94,7 +94,7 @@ def training_rows() -> list[list[str]]:
     return rows
 
 
-def memory_rows() -> list[list[str]]:
+def peak_rows() -> list[list[str]]:
     """Returns the peaks of processes that load a model, read a prompt and decode."""
     rows = [["weights", "", "first token", "64 tokens in one call", "the same, with the prompt's cache kept"]]
     for dtype, found in json.loads((RESULTS / "generation_memory.json").read_text()).items():

@@ -614,7 +614,7 @@ PLUMBING = {
     "lt",
     *("jit", "pjit", "custom_jvp_call", "custom_vmap_call", "closed_call", "while", "scan", "stop_gradient", "copy"),
     *("convert_element_type", "bitcast_convert_type", "broadcast_in_dim", "reshape", "squeeze", "slice", "transpose"),
-    *("optimization_barrier", "name"),
+    *("optimization_barrier", "name", "remat2"),
 }
 
 

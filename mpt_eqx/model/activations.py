@@ -8,7 +8,6 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -21,10 +20,9 @@ from mpt_eqx.ops.numerics import accum_dtype, scale
 def _rounded_once(function: Callable[..., Array]) -> Callable[..., Array]:
     """Makes a function of x compute in `accum_dtype` and return the type of x, which alone is kept for the gradient."""
 
-    @eqx.filter_checkpoint
     @functools.wraps(function)
     def rounded(x: Float[Array, "*shape"], **arguments: float) -> Float[Array, "*shape"]:
-        return function(x.astype(accum_dtype(x.dtype)), **arguments).astype(x.dtype)
+        return jax.checkpoint(lambda x: function(x.astype(accum_dtype(x.dtype)), **arguments).astype(x.dtype))(x)
 
     return rounded
 
