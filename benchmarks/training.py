@@ -212,13 +212,8 @@ def main() -> None:
             })  # fmt: skip
             print(results[-1], file=sys.stderr)
     model = f"pydoc-3m, LoRA of rank {args.lora} on Wqkv" if args.lora else sizes
-    found = {
-        "device": device(rivals),
-        "model": model,
-        "rounds": args.rounds,
-        "freed memory is kept": bool(memory),
-    }
-    print(json.dumps({**found, "results": results}, indent=1))
+    how = {"device": device(rivals), "model": model, "rounds": args.rounds, "freed memory is kept": bool(memory)}
+    print(json.dumps({**how, "results": results}, indent=1))
 
 
 if __name__ == "__main__":

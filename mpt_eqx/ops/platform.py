@@ -146,7 +146,7 @@ def over_rows(function: Callable[..., Any], *rows: Any) -> Any:
     XLA's CPU backend, as of jaxlib 0.10.2, takes 60 times as long for sums of products with an axis of one before
     them, which the gradients of norms and softmaxes are; that of jaxlib 0.12 does not.
     """
-    if {x.shape[0] == 1 for x in jax.tree.leaves(rows)} != {True}:
+    if any(x.shape[0] != 1 for x in jax.tree.leaves(rows)):
         return jax.vmap(function)(*rows)
     return jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], rows)))
 

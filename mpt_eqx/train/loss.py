@@ -90,8 +90,8 @@ def next_token_loss(
         return states[-1], [tap.found[place] for place in places]
 
     # Arguments that are None have no leaf to be mapped over.
-    over = over_rows if model.layout is None else lambda f, *rows: jax.vmap(f)(*rows)
-    states, probabilities = over(row, tokens, mask, sequence_ids, keys)
+    rows = (tokens, mask, sequence_ids, keys)
+    states, probabilities = over_rows(row, *rows) if model.layout is None else jax.vmap(row)(*rows)
     targets = (tokens if labels is None else labels)[:, 1:]
     counted = counted_tokens(tokens, mask=mask, labels=labels, sequence_ids=sequence_ids)
     sums = accum_dtype(states.dtype)
