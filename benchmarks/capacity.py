@@ -36,7 +36,7 @@ def measured(model: MPT, rows: int, capacity: int) -> dict[str, float]:
         started = time.perf_counter()
         state, _ = jax.block_until_ready(decode_chunk(fixed, state, STEPS, False))
         milliseconds.append((time.perf_counter() - started) / STEPS * 1e3)
-    memory = decode_chunk.lower(fixed, state, STEPS, False).compile().compiled.memory_analysis()
+    memory = decode_chunk.lower(fixed, state, STEPS, False).compile().memory_analysis()
     return {
         "milliseconds": round(statistics.median(milliseconds[1:]), 3),  # the first one compiles
         "temporary_MB": round(memory.temp_size_in_bytes / 1e6, 2),

@@ -203,7 +203,7 @@ def test_a_step_needs_the_cache_and_little_else(tiny_model, rows, dtype):
     temporary = []
     for capacity in (1024, 8192):
         state = empty_state(model, rows, capacity)
-        memory = decode_chunk.lower(fixed, state, 8, False).compile().compiled.memory_analysis()
+        memory = decode_chunk.lower(fixed, state, 8, False).compile().memory_analysis()
         cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache))
         assert memory.alias_size_in_bytes > 0.99 * cache_bytes
         temporary.append(memory.temp_size_in_bytes)

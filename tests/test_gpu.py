@@ -50,18 +50,19 @@ def test_products_on_gpus_are_those_of_the_weight(kind, positions):
     np.testing.assert_allclose(_on_gpu(weight, x), want, atol=2e-6 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("positions", [2, 17, 40])
+@pytest.mark.parametrize(("positions", "columns"), [(1, 2048), (1, 8192), (2, 2048), (17, 2048), (40, 2048)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_the_kernel_for_4_bits_is_the_formula(dtype, positions):
+def test_the_kernels_for_4_bits_are_the_formula(dtype, positions, columns):
     """In JAX's interpreter: sums differ by their order only, and rows that fill up a block change nothing."""
     from mpt_eqx.ops.int4_gpu import int4_matmul
     from mpt_eqx.ops.quantized import dequantize
 
-    weight = weight_of("int4", out=128, columns=2048)
-    x = jnp.asarray(np.random.default_rng(1).normal(size=(positions, 2048)), dtype)
+    weight = weight_of("int4", out=128, columns=columns)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(positions, columns)), dtype)
     found = int4_matmul(weight, x, interpret=True)
-    rounded = dequantize(weight.values, weight.scale).astype(dtype)
-    want = np.asarray(x, np.float64) @ np.asarray(rounded, np.float64).T
+    weights = dequantize(weight.values, weight.scale)
+    weights = weights if positions == 1 else weights.astype(dtype)
+    want = np.asarray(x, np.float64) @ np.asarray(weights, np.float64).T
     assert found.dtype == jnp.float32 and found.shape == want.shape
     np.testing.assert_allclose(found, want, atol=2e-6 * np.abs(want).max())
 
@@ -75,6 +76,54 @@ def test_fractions_of_bytes_are_their_halves():
     np.testing.assert_array_equal(upper, values >> 4)
 
 
+def run_ptx(code, operands):
+    """Executes the few instructions of PTX that the package writes; operands by their numbers, results as uint32."""
+    registers = {f"${number}": value for number, value in operands.items()}
+
+    def value(name, kind):
+        if name.startswith("0f"):
+            found = np.uint32(int(name[2:], 16))
+        else:
+            found = registers[name] if name in registers else np.uint32(int(name, 0))
+        return found.view(kind)
+
+    for line in filter(None, (part.strip(" \n{}") for part in code.split(";"))):
+        name, _, rest = line.partition(" ")
+        to, *given = rest.replace(" ", "").split(",")
+        kind = "float32" if name.endswith("f32") else "uint32"
+        if name == ".reg":
+            continue
+        x = [value(each, kind) for each in given]
+        if name == "lop3.b32":
+            assert given[3] == "0xEA"  # the table of (a & b) | c: 0xF0 & 0xCC | 0xAA
+        results = {
+            "mov.f32": lambda x=x: x[0], "mov.b32": lambda x=x: x[0], "add.f32": lambda x=x: x[0] + x[1],
+            "shl.b32": lambda x=x: x[0] << x[1], "shr.u32": lambda x=x: x[0] >> x[1],
+            "lop3.b32": lambda x=x: (x[0] & x[1]) | x[2],
+            "fma.rn.f32": lambda x=x: np.float32(np.float64(x[0]) * np.float64(x[1]) + np.float64(x[2])),
+        }  # fmt: skip
+        registers[to] = results[name]().view("uint32")
+    return registers
+
+
+def test_the_code_for_a_group_is_its_formula():
+    """Every byte at every place, executed here; the program for a GPU has that code."""
+    from mpt_eqx.ops.int4_gpu import group_sums, group_sums_ptx, int4_matmul
+
+    code, constraints = group_sums_ptx()
+    kinds, numbers = constraints.split(","), np.random.default_rng(0)
+    assert kinds == ["=r"] * 16 + ["r"] * 4 + ["f"] * 32
+    for first in range(256):
+        values = ((first + 17 * np.arange(16)) % 256).astype(np.uint8)
+        x = numbers.normal(size=(2, 16)).astype(np.float32)
+        registers = run_ptx(code, dict(enumerate([*values.view("<u4"), *x.reshape(-1)], 16)))
+        assert [registers[f"${other}"] for other in range(1, 16)] == [0] * 15
+        want = np.asarray(group_sums(jnp.asarray(values)[None, None], *jnp.asarray(x)[:, None]))[0, 0]
+        np.testing.assert_allclose(registers["$0"].view("float32"), want, atol=2e-3)
+    weight = weight_of("int4", out=64, columns=4096)
+    assert "int4_matvec" in for_cuda(int4_matmul, weight, jnp.ones((1, 4096), "bfloat16"))
+
+
 @pytest.fixture
 def as_hopper(monkeypatch):
     from mpt_eqx.ops import int4_gpu
@@ -83,7 +132,6 @@ def as_hopper(monkeypatch):
 
 
 UNSUITED = {
-    "one position": {"positions": 1},
     "many positions": {"positions": 65},
     "float32": {"dtype": "float32"},
     "8 bits": {"kind": "int8"},
@@ -92,16 +140,17 @@ UNSUITED = {
 }
 
 
-@pytest.mark.parametrize("why", [None, "older GPU", *UNSUITED])
+@pytest.mark.parametrize("why", [None, "one position", "older GPU", *UNSUITED])
 def test_which_products_the_kernel_for_4_bits_computes(as_hopper, monkeypatch, why):
     from mpt_eqx.ops import int4_gpu
 
     case = {"kind": "int4", "out": 128, "columns": 2048, "positions": 3, "dtype": "bfloat16"} | UNSUITED.get(why, {})
+    case |= {"positions": 1} if why == "one position" else {}
     if why == "older GPU":
         monkeypatch.setattr(int4_gpu, "nvidia_capability", lambda: (7, 5))
     weight = weight_of(case["kind"], case["out"], case["columns"])
     x = jnp.ones((case["positions"], case["columns"]), case["dtype"])
-    assert int4_gpu.supports_int4_kernel(weight, x) == (why is None)
+    assert int4_gpu.supports_int4_kernel(weight, x) == (why in (None, "one position"))
 
 
 def test_programs_for_a_gpu_here_have_the_kernel_and_exported_ones_do_not(as_hopper, monkeypatch):

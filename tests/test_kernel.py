@@ -713,7 +713,6 @@ def test_a_step_makes_no_copy_of_the_weights(kind, way):
         state = empty_state(model, rows, 512)
         fixed = (model, SamplingParams(max_new_tokens=64).of_rows(rows), jax.random.key(0), ())
         compiled = decode_chunk.lower(fixed, state, 8, False).compile()
-        compiled = getattr(compiled, "compiled", compiled)
         assert compiled.memory_analysis().temp_size_in_bytes <= 0.05 * size
         # Fusions aside, which read what they widen number by number, no array of a weight's shape is made.
         entry = re.sub(r"(?ms)^%?\S*(fused|wrapped)_computation.*?^}", "", compiled.as_text())

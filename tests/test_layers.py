@@ -114,6 +114,6 @@ def test_alike_blocks_are_traced_once(loops, kernel, monkeypatch):
 @pytest.mark.parametrize("loops", some([True, False], [True]))
 def test_a_cache_is_written_in_place(loops, kernel, monkeypatch):
     monkeypatch.setattr(state, "has_layer_loop", lambda _: loops)
-    compiled = lowered(made(n_layers=2), 4096).compile().compiled
+    compiled = lowered(made(n_layers=2), 4096).compile()
     cache = 2 * 2 * 4096 * 32 * 4
     assert compiled.memory_analysis().temp_size_in_bytes < cache / 4

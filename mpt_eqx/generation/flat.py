@@ -4,6 +4,9 @@ Taking a model apart takes the host a millisecond for thirty layers, and a call 
 a GPU that is as long as some of the steps that the program runs.
 """
 
+import functools
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -36,3 +39,28 @@ def flat(tree: Any) -> Flat:
     leaves, structure = jax.tree.flatten(tree)
     arrays = [leaf if is_array(leaf) else None for leaf in leaves]
     return Flat(arrays, tuple(None if is_array(leaf) else leaf for leaf in leaves), structure)
+
+
+def jit_in_turn(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles a function of arrays and anything else, all of whose arguments but the first are donated.
+
+    A call returns before its results are there, so that a GPU can be given the next one meanwhile. One of
+    `eqx.filter_jit` waits for them. The first argument may be what `flat` makes of it.
+    """
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    @functools.wraps(function)
+    def compiled(first: Flat, rest: Flat) -> Flat:
+        return flat(function(first.whole(), *rest.whole()))
+
+    def apart(first: Any, rest: tuple[Any, ...]) -> tuple[Flat, Flat]:
+        return first if isinstance(first, Flat) else flat(first), flat(rest)
+
+    @functools.wraps(function)
+    def call(first: Any, *rest: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+            return compiled(*apart(first, rest)).whole()
+
+    call.lower = lambda first, *rest: compiled.lower(*apart(first, rest))  # type: ignore[attr-defined]
+    return call

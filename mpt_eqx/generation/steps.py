@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from mpt_eqx.errors import GenerationError
 from mpt_eqx.generation.buckets import DECODE_CHUNK
-from mpt_eqx.generation.flat import Flat, flat
+from mpt_eqx.generation.flat import flat, jit_in_turn
 from mpt_eqx.generation.interrupts import held_interrupts
 from mpt_eqx.generation.layers import with_blocks_once
 from mpt_eqx.generation.sampling import LogitsProcessor, log_softmax, process_logits, sample
@@ -46,9 +46,9 @@ class StepOutput(eqx.Module):
     nothing_left: Int[Array, "*N B"]
 
 
-@eqx.filter_jit(donate="all-except-first")
+@jit_in_turn
 def decode_chunk(
-    fixed: tuple[MPT, SamplingParams, Key[Array, "*B"], tuple[LogitsProcessor, ...]] | Flat,
+    fixed: tuple[MPT, SamplingParams, Key[Array, "*B"], tuple[LogitsProcessor, ...]],
     state: DecodeState,
     steps: int,
     with_logits: bool,
@@ -58,13 +58,13 @@ def decode_chunk(
 
     Args:
         fixed: the model, the options of each row, the key, and the functions of `logits_processors`. They stand
-            together because all other arguments are donated. Or these as `flat` takes them apart.
+            together because all other arguments are donated.
         state: from `prefill_chunk` or an earlier call, with room for the tokens. Donated: do not use it again.
         steps: length of the scan.
         with_logits: whether to return the logits that each token was chosen from.
         asked: as in `sample`.
     """
-    model, params, key, processors = fixed.whole() if isinstance(fixed, Flat) else fixed
+    model, params, key, processors = fixed
     fixed = (with_blocks_once(model, state.cache.layers), params, key, processors)
 
     def one(state: DecodeState, _: None) -> tuple[DecodeState, StepOutput]:
