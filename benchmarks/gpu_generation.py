@@ -19,7 +19,7 @@ from typing import Any
 
 SIZES = {"d_model": 4096, "n_layers": 32, "n_heads": 32, "vocab_size": 50432, "max_seq_len": 2304}
 TINY = {"d_model": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 96, "max_seq_len": 256}
-STEPS = 64
+STEPS = 128
 
 
 def fastest(run: Callable[[], float], times: int = 3) -> float:
@@ -64,25 +64,29 @@ def ours(tiny: bool, seconds: float, note: Callable[[str, Any], None]) -> None:
     config = MPTConfig(**(TINY if tiny else SIZES), no_bias=True, attn_config=AttnConfig(alibi=True))
     half = jax.tree.map(lambda x: x.astype("bfloat16") if eqx.is_array(x) else x, MPT(config, key=jax.random.key(0)))
     prompt = [1 + number % 89 for number in range(2048)]
-    for dtype in ("bfloat16", "int8", "int4"):
-        model = half if dtype == "bfloat16" else quantize(half, dtype, embeddings=True)
-        read = model_facts(model)["step_bytes"]
-        for rows in (1, 8, 32):
-            if time.perf_counter() - started > seconds:
-                note(f"{dtype} decode {rows}", {"left out": "no time"})
+    models = {"bfloat16": half, **{scheme: quantize(half, scheme, embeddings=True) for scheme in ("int8", "int4")}}
+
+    def in_time(name: str) -> bool:
+        if late := time.perf_counter() - started > seconds:
+            note(name, {"left out": "no time"})
+        return not late
+
+    for rows in (1, 8, 32):
+        for dtype, model in models.items():
+            if not in_time(f"{dtype} decode {rows}"):
                 continue
             begun = time.perf_counter()
             run = decode_run(model, prompt[:128], rows, 16 if tiny else STEPS)
             run()
             compiled = time.perf_counter() - begun
             step = fastest(lambda run=run: run()[0]) / (16 if tiny else STEPS)
-            share = read / step / found["read_bytes_per_s"]
+            share = model_facts(model)["step_bytes"] / step / found["read_bytes_per_s"]
             note(f"{dtype} decode {rows}", {
                 "step_ms": step * 1e3, "tokens_per_s": rows / step, "share_of_bandwidth": share, "first_run_s": compiled
             })  # fmt: skip
-        for length in (32, 64) if tiny else (128, 512, 2048):
-            if time.perf_counter() - started > seconds:
-                note(f"{dtype} prefill {length}", {"left out": "no time"})
+    for length in (32, 64) if tiny else (128, 512, 2048):
+        for dtype, model in models.items():
+            if not in_time(f"{dtype} prefill {length}"):
                 continue
             run = prefill_run(model, prompt[:length])
             first = run()
@@ -92,9 +96,6 @@ def ours(tiny: bool, seconds: float, note: Callable[[str, Any], None]) -> None:
                 "tokens_per_s": length / taken, "share_of_peak": flops and flops / taken / found["matmul_flops"],
                 "first_run_s": first,
             })  # fmt: skip
-        del model
-    stats = jax.devices()[0].memory_stats() or {}
-    note("peak_bytes", stats.get("peak_bytes_in_use"))
 
 
 def theirs(tiny: bool, seconds: float, note: Callable[[str, Any], None]) -> None:

@@ -50,7 +50,9 @@ def test_products_on_gpus_are_those_of_the_weight(kind, positions):
     np.testing.assert_allclose(_on_gpu(weight, x), want, atol=2e-6 * np.abs(want).max())
 
 
-@pytest.mark.parametrize(("positions", "columns"), [(1, 2048), (1, 8192), (2, 2048), (17, 2048), (40, 2048)])
+@pytest.mark.parametrize(
+    ("positions", "columns"), [(1, 2048), (1, 4096), (1, 16384), (2, 2048), (17, 2048), (40, 2048)]
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_kernels_for_4_bits_are_the_formula(dtype, positions, columns):
     """In JAX's interpreter: sums differ by their order only, and rows that fill up a block change nothing."""

@@ -106,8 +106,13 @@ def fractions(values: UInt8[Array, "R C"]) -> list[Float32[Array, "R C"]]:
 
 def _one_position(weight: QuantizedWeight, x: Float[Array, "1 in"], *, interpret: bool) -> Float32[Array, "1 out"]:
     out, groups = weight.scale.shape
-    # Programs of four warps take 128 groups at a time, where there are so many, and else those of one warp 32.
-    rows, here, warps = (16, 128, 4) if groups % 128 == 0 else (8, 32, 1)
+    # About 500 programs, of four warps that take 128 groups at a time, or of one that takes 32.
+    rows, here, warps, parts = 8, 32, 1, 1
+    if groups >= 512 and groups % 128 == 0:
+        parts = 4
+    elif groups % 128 == 0:
+        rows, here, warps = 32 if out >= 16384 else 16 if out >= 8192 else 8, 128, 4
+    columns = groups // parts
 
     def kernel(x_ref, values_ref, scale_ref, y_ref):  # type: ignore[no-untyped-def]
         def add(number: Int32[Array, ""], y: Float32[Array, "R G"]) -> Float32[Array, "R G"]:
@@ -118,23 +123,23 @@ def _one_position(weight: QuantizedWeight, x: Float[Array, "1 in"], *, interpret
             sums = (group_sums if interpret else _group_sums_by_ptx)(values_ref[:, at, :], lower, upper)
             return y + (sums - too_much) * scale_ref[:, at].astype(jnp.float32)
 
-        y_ref[:] = jnp.sum(jax.lax.fori_loop(0, groups // here, add, jnp.zeros((rows, here), jnp.float32)), axis=1)
+        y_ref[0] = jnp.sum(jax.lax.fori_loop(0, columns // here, add, jnp.zeros((rows, here), jnp.float32)), axis=1)
 
     y = pl.pallas_call(
         kernel,
-        grid=(out // rows,),
+        grid=(out // rows, parts),
         in_specs=[
-            pl.BlockSpec((groups, 2, HALF), lambda row: (0, 0, 0)),
-            pl.BlockSpec((rows, groups, HALF), lambda row: (row, 0, 0)),
-            pl.BlockSpec((rows, groups), lambda row: (row, 0)),
+            pl.BlockSpec((columns, 2, HALF), lambda row, part: (part, 0, 0)),
+            pl.BlockSpec((rows, columns, HALF), lambda row, part: (row, part, 0)),
+            pl.BlockSpec((rows, columns), lambda row, part: (row, part)),
         ],
-        out_specs=pl.BlockSpec((rows,), lambda row: (row,)),
-        out_shape=jax.ShapeDtypeStruct((out,), jnp.float32),
+        out_specs=pl.BlockSpec((1, rows), lambda row, part: (part, row)),
+        out_shape=jax.ShapeDtypeStruct((parts, out), jnp.float32),
         compiler_params=None if interpret else triton.CompilerParams(num_warps=warps, num_stages=2),
         interpret=interpret,
         name="int4_matvec",
     )(x.reshape(groups, 2, HALF), weight.values.reshape(out, groups, HALF), weight.scale)
-    return y[None]
+    return y.sum(0)[None]
 
 
 def group_sums(
