@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import equinox as eqx
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -120,10 +121,11 @@ def test_the_code_for_a_group_is_its_formula():
         x = numbers.normal(size=(2, 16)).astype(np.float32)
         registers = run_ptx(code, dict(enumerate([*values.view("<u4"), *x.reshape(-1)], 16)))
         assert [registers[f"${other}"] for other in range(1, 16)] == [0] * 15
-        want = np.asarray(group_sums(jnp.asarray(values)[None, None], *jnp.asarray(x)[:, None]))[0, 0]
+        want = np.asarray(group_sums(jnp.asarray(values)[None, None], *jnp.asarray(x)[:, None, None]))[0, 0]
         np.testing.assert_allclose(registers["$0"].view("float32"), want, atol=2e-3)
     weight = weight_of("int4", out=64, columns=4096)
-    assert "int4_matvec" in for_cuda(int4_matmul, weight, jnp.ones((1, 4096), "bfloat16"))
+    program = str(jax.make_jaxpr(int4_matmul)(weight, jnp.ones((1, 4096), "bfloat16")))
+    assert "int4_matvec" in program and program.count("lop3.b32") == code.count("lop3.b32") == 32
 
 
 @pytest.fixture
@@ -142,7 +144,7 @@ UNSUITED = {
 }
 
 
-@pytest.mark.parametrize("why", [None, "one position", "older GPU", *UNSUITED])
+@pytest.mark.parametrize("why", [None, "one position", "older GPU", "no Triton", *UNSUITED])
 def test_which_products_the_kernel_for_4_bits_computes(as_hopper, monkeypatch, why):
     from mpt_eqx.ops import int4_gpu
 
@@ -150,6 +152,8 @@ def test_which_products_the_kernel_for_4_bits_computes(as_hopper, monkeypatch, w
     case |= {"positions": 1} if why == "one position" else {}
     if why == "older GPU":
         monkeypatch.setattr(int4_gpu, "nvidia_capability", lambda: (7, 5))
+    if why == "no Triton":
+        monkeypatch.setattr(int4_gpu, "triton", None)
     weight = weight_of(case["kind"], case["out"], case["columns"])
     x = jnp.ones((case["positions"], case["columns"]), case["dtype"])
     assert int4_gpu.supports_int4_kernel(weight, x) == (why in (None, "one position"))
@@ -268,6 +272,23 @@ def test_a_gpu_has_its_next_chunk_before_the_host_reads_one(tiny_model, monkeypa
     ended = generate(tiny_model, [5, 6, 7], max_new_tokens=40, eos_token_ids=[int(free.tokens[0, 10])])
     read = -(-int(ended.lengths[0]) // steps.DECODE_CHUNK)
     assert happened == ["begin", *["begin", "read"] * read]
+
+
+def test_steps_are_begun_without_waiting_for_them(tiny_model, monkeypatch):
+    """A call of `eqx.filter_jit` waits for its results, which leaves a GPU without work until the next one."""
+    from mpt_eqx.generation import SamplingParams
+    from mpt_eqx.generation.state import empty_state
+    from mpt_eqx.generation.steps import decode_chunk
+
+    waits, array = [], type(jnp.zeros(1))
+    wait = array.block_until_ready
+    monkeypatch.setattr(array, "block_until_ready", lambda x: waits.append(x.shape) or wait(x))
+    eqx.filter_jit(lambda x: x + 1)(jnp.zeros(1))
+    assert len(waits) == 1
+    fixed = (tiny_model, SamplingParams().of_rows(1), jax.random.key(0), ())
+    _, output = decode_chunk(fixed, empty_state(tiny_model, 1, 256), 2, False)
+    assert len(waits) == 1
+    assert np.asarray(output.tokens).shape == (2, 1)
 
 
 OPTIONS = {

@@ -9,12 +9,16 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Float32, Int32, UInt8
 
 from mpt_eqx.ops.platform import nvidia_capability
 from mpt_eqx.ops.quantized import GROUP, QuantizedWeight
 from mpt_eqx.ops.sizes import at_most
+
+try:  # JAX 0.12 says that a later one will be without it
+    from jax.experimental.pallas import triton
+except ImportError:
+    triton = None  # type: ignore[assignment]
 
 MAX_POSITIONS = 64
 """Positions up to which it is used; from here on XLA's product takes longer than its unpacking."""
@@ -33,11 +37,14 @@ HALF = GROUP // 2
 
 
 def supports_int4_kernel(weight: QuantizedWeight, x: Float[Array, "T in"]) -> bool:
-    """Tells whether there is a kernel for this product on a GPU of this machine: from Ampere on, in 16 bits."""
+    """Tells whether there is a kernel for this product on a GPU of this machine: from Ampere on, in 16 bits.
+
+    A JAX without Pallas' backend Triton has none.
+    """
     (rows, size), count = weight.values.shape, x.shape[0]
     fits = rows % ROWS == 0 and size % (PARTS * BYTES) == 0 and at_most(count, MAX_POSITIONS)
     typed = weight.values.dtype == jnp.uint8 and x.dtype in (jnp.bfloat16, jnp.float16)
-    return fits and typed and nvidia_capability() >= (8, 0)
+    return fits and typed and triton is not None and nvidia_capability() >= (8, 0)
 
 
 def int4_matmul(
@@ -120,6 +127,8 @@ def _one_position(weight: QuantizedWeight, x: Float[Array, "1 in"], *, interpret
             lower, upper = (x_ref[at, half, :].astype(jnp.float32) for half in (0, 1))
             # Each number n stands as n + 256 or n + 16 in the sums, and means n − 8.
             too_much = (256 + 8) * jnp.sum(lower, axis=1) + (16 + 8) * jnp.sum(upper, axis=1)
+            # Before the values are read: otherwise a thread takes twice the registers, and half as many run at a time.
+            lower, upper = (jnp.broadcast_to(x[None], (rows, here, HALF)) for x in (lower, upper))
             sums = (group_sums if interpret else _group_sums_by_ptx)(values_ref[:, at, :], lower, upper)
             return y + (sums - too_much) * scale_ref[:, at].astype(jnp.float32)
 
@@ -143,7 +152,7 @@ def _one_position(weight: QuantizedWeight, x: Float[Array, "1 in"], *, interpret
 
 
 def group_sums(
-    values: UInt8[Array, "R G 16"], lower: Float32[Array, "G 16"], upper: Float32[Array, "G 16"]
+    values: UInt8[Array, "R G 16"], lower: Float32[Array, "R G 16"], upper: Float32[Array, "R G 16"]
 ) -> Float32[Array, "R G"]:
     """Returns the sums of (256 + n)·lower and (16 + m)·upper for the lower and upper halves n and m of each byte."""
     products = ((values & 15).astype(jnp.float32) + 256) * lower + ((values >> 4).astype(jnp.float32) + 16) * upper
@@ -151,12 +160,12 @@ def group_sums(
 
 
 def _group_sums_by_ptx(
-    values: UInt8[Array, "R G 16"], lower: Float32[Array, "G 16"], upper: Float32[Array, "G 16"]
+    values: UInt8[Array, "R G 16"], lower: Float32[Array, "R G 16"], upper: Float32[Array, "R G 16"]
 ) -> Float32[Array, "R G"]:
     code, constraints = group_sums_ptx()
     [bits] = triton.elementwise_inline_asm(
         code,
-        args=[values, *(jnp.broadcast_to(x[None], values.shape) for x in (lower, upper))],
+        args=[values, lower, upper],
         constraints=constraints,
         pack=HALF,
         result_shape_dtypes=[jax.ShapeDtypeStruct(values.shape, jnp.int32)],
