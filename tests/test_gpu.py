@@ -130,9 +130,9 @@ def test_the_code_for_a_group_is_its_formula():
 
 @pytest.fixture
 def as_hopper(monkeypatch):
-    from mpt_eqx.ops import int4_gpu
+    from mpt_eqx.ops import matmul
 
-    monkeypatch.setattr(int4_gpu, "nvidia_capability", lambda: (9, 0))
+    monkeypatch.setattr(matmul, "nvidia_capability", lambda: (9, 0))
 
 
 UNSUITED = {
@@ -146,24 +146,26 @@ UNSUITED = {
 
 @pytest.mark.parametrize("why", [None, "one position", "older GPU", "no Triton", *UNSUITED])
 def test_which_products_the_kernel_for_4_bits_computes(as_hopper, monkeypatch, why):
-    from mpt_eqx.ops import int4_gpu
+    from mpt_eqx.ops import int4_gpu, matmul
 
     case = {"kind": "int4", "out": 128, "columns": 2048, "positions": 3, "dtype": "bfloat16"} | UNSUITED.get(why, {})
     case |= {"positions": 1} if why == "one position" else {}
     if why == "older GPU":
-        monkeypatch.setattr(int4_gpu, "nvidia_capability", lambda: (7, 5))
+        monkeypatch.setattr(matmul, "nvidia_capability", lambda: (7, 5))
     if why == "no Triton":
         monkeypatch.setattr(int4_gpu, "triton", None)
     weight = weight_of(case["kind"], case["out"], case["columns"])
     x = jnp.ones((case["positions"], case["columns"]), case["dtype"])
-    assert int4_gpu.supports_int4_kernel(weight, x) == (why in (None, "one position"))
+    found = matmul._gpu_kernel(weight, x)
+    assert found is (int4_gpu.int4_matmul if why in (None, "one position") else None)
 
 
 def test_programs_for_a_gpu_here_have_the_kernel_and_exported_ones_do_not(as_hopper, monkeypatch):
+    from mpt_eqx.ops import int4_gpu
     from mpt_eqx.ops import matmul as module
 
     called = []
-    monkeypatch.setattr(module, "int4_matmul", lambda weight, x: called.append(x.shape) or module._matmul(weight, x))
+    monkeypatch.setattr(int4_gpu, "int4_matmul", lambda weight, x: called.append(x.shape) or module._matmul(weight, x))
     weight, x = weight_of("int4", 128, 2048), jnp.ones((5, 1, 2048), "bfloat16")
     many = jax.vmap(module.matmul, in_axes=(None, 0))
     jax.export.export(jax.jit(many), platforms=("cuda",))(weight, x)

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Float32, Int32, UInt8
 
-from mpt_eqx.ops.platform import nvidia_capability
 from mpt_eqx.ops.quantized import GROUP, QuantizedWeight
 from mpt_eqx.ops.sizes import at_most
 
@@ -37,14 +36,11 @@ HALF = GROUP // 2
 
 
 def supports_int4_kernel(weight: QuantizedWeight, x: Float[Array, "T in"]) -> bool:
-    """Tells whether there is a kernel for this product on a GPU of this machine: from Ampere on, in 16 bits.
-
-    A JAX without Pallas' backend Triton has none.
-    """
+    """Tells whether there is a kernel for this product: in 16 bits, where JAX has Pallas' backend Triton."""
     (rows, size), count = weight.values.shape, x.shape[0]
     fits = rows % ROWS == 0 and size % (PARTS * BYTES) == 0 and at_most(count, MAX_POSITIONS)
     typed = weight.values.dtype == jnp.uint8 and x.dtype in (jnp.bfloat16, jnp.float16)
-    return fits and typed and triton is not None and nvidia_capability() >= (8, 0)
+    return fits and typed and triton is not None
 
 
 def int4_matmul(

@@ -12,9 +12,8 @@ from jaxtyping import Array, DTypeLike, Float, Float32, Int
 
 from mpt_eqx.errors import MPTError
 from mpt_eqx.ops import cpu
-from mpt_eqx.ops.int4_gpu import int4_matmul, supports_int4_kernel
 from mpt_eqx.ops.numerics import accum_dtype
-from mpt_eqx.ops.platform import MAX_DECODE_ROWS, by_platform, on_mesh
+from mpt_eqx.ops.platform import MAX_DECODE_ROWS, by_platform, nvidia_capability, on_mesh
 from mpt_eqx.ops.product import product
 from mpt_eqx.ops.quantized import GROUP, QuantizedWeight, dequantize
 from mpt_eqx.ops.sizes import at_most
@@ -155,6 +154,16 @@ def _on_gpu(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Float[Arra
     return y * weight.scale.astype(jnp.float32).T if isinstance(weight, QuantizedWeight) else y
 
 
+def _gpu_kernel(weight: Weight | LayerWeight, x: Float[Array, "T in"]) -> Callable[..., Array] | None:
+    """Returns the kernel for this product on the NVIDIA GPU of this machine, from Ampere on; None if there is none."""
+    if not isinstance(weight, QuantizedWeight) or nvidia_capability() < (8, 0):
+        return None
+    # Here, because Pallas takes long to import, and only such GPUs need it.
+    from mpt_eqx.ops.int4_gpu import int4_matmul, supports_int4_kernel
+
+    return int4_matmul if supports_int4_kernel(weight, x) else None
+
+
 def _by_halves(weight: QuantizedWeight, x: Float[Array, "T in"]) -> Float32[Array, "T out"]:
     values, scale = weight.values.reshape(*weight.scale.shape, GROUP // 2), weight.scale.astype(jnp.float32)[..., None]
     halves = [half.astype(jnp.float32) - 8 for half in (values & 15, values >> 4)]
@@ -187,7 +196,7 @@ def _rows(
         return by_platform(
             _product(weight, x), weight, x, default=_matmul, cpu=cpu, gpu=_on_gpu,
             kernel=kernel if _suits_kernel(weight, x.dtype) else None,
-            gpu_kernel=int4_matmul if isinstance(weight, QuantizedWeight) and supports_int4_kernel(weight, x) else None,
+            gpu_kernel=_gpu_kernel(weight, x),
         )  # fmt: skip
 
     @multiply.def_vmap
