@@ -277,20 +277,27 @@ def test_a_gpu_has_its_next_chunk_before_the_host_reads_one(tiny_model, monkeypa
 
 
 def test_steps_are_begun_without_waiting_for_them(tiny_model, monkeypatch):
-    """A call of `eqx.filter_jit` waits for its results, which leaves a GPU without work until the next one."""
+    """Of decoding and of training. `eqx.filter_jit` waits for results, which leaves a GPU without work until then."""
+    import optax
+
+    from mpt_eqx import train
     from mpt_eqx.generation import SamplingParams
     from mpt_eqx.generation.state import empty_state
     from mpt_eqx.generation.steps import decode_chunk
 
+    step = train.make_train_step(optax.sgd(0.1))
+    training = train.TrainState.create(jax.tree.map(jnp.copy, tiny_model), optax.sgd(0.1))
+    batch = {"tokens": jnp.ones((1, 8), jnp.int32)}
+    state, fixed = empty_state(tiny_model, 1, 256), (tiny_model, SamplingParams().of_rows(1), jax.random.key(0), ())
     waits, array = [], type(jnp.zeros(1))
     wait = array.block_until_ready
     monkeypatch.setattr(array, "block_until_ready", lambda x: waits.append(x.shape) or wait(x))
     eqx.filter_jit(lambda x: x + 1)(jnp.zeros(1))
     assert len(waits) == 1
-    fixed = (tiny_model, SamplingParams().of_rows(1), jax.random.key(0), ())
-    _, output = decode_chunk(fixed, empty_state(tiny_model, 1, 256), 2, False)
+    _, output = decode_chunk(fixed, state, 2, False)
+    training, metrics = step(training, batch)
     assert len(waits) == 1
-    assert np.asarray(output.tokens).shape == (2, 1)
+    assert np.asarray(output.tokens).shape == (2, 1) and float(metrics["loss"]) > 0
 
 
 OPTIONS = {

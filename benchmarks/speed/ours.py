@@ -15,8 +15,8 @@ import mpt_eqx
 from benchmarks.speed.implementation import SINGLE_STEPS, Implementation
 from mpt_eqx import MPT, AttnConfig, MPTConfig, MPTError, from_pretrained, save_pretrained
 from mpt_eqx.cli._measure import decode_run, load_model, model_facts, next_logits, prefill_run
-from mpt_eqx.generation.flat import flat
 from mpt_eqx.model import KVCache
+from mpt_eqx.model.flat import flat
 from mpt_eqx.surgery.quantization import quantization_of
 
 REFERENCE = MPTConfig(

@@ -69,7 +69,11 @@ def worker(environment: Mapping[str, str] = {}) -> Iterator[Worker]:
 
 
 def child_environment(changes: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment of a process that measures: nothing compiled earlier, and room for others on a GPU."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("JAX_COMPILATION_CACHE")}
+    """Returns the environment of a process that measures: nothing compiled earlier, and room for others on a GPU.
+
+    Python finds modules as bytecode, as after an installation.
+    """
+    other = ("JAX_COMPILATION_CACHE", "PYTHONDONTWRITEBYTECODE")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(other)}
     path = os.pathsep.join(filter(None, [str(ROOT), kept.get("PYTHONPATH")]))
     return {**kept, "PYTHONPATH": path, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **changes}

@@ -20,8 +20,8 @@ from mpt_eqx.checkpoint.names import named_leaves
 from mpt_eqx.config import MPTConfig
 from mpt_eqx.errors import MPTError
 from mpt_eqx.generation import generate, prefill
-from mpt_eqx.generation.flat import Flat, flat
 from mpt_eqx.model import MPT
+from mpt_eqx.model.flat import Flat, flat
 from mpt_eqx.ops import cpu
 from mpt_eqx.ops.platform import is_default
 from mpt_eqx.surgery.quantization import quantization_of, quantize

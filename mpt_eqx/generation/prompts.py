@@ -11,11 +11,11 @@ from tqdm import tqdm
 
 from mpt_eqx.checkpoint.progress import is_shown
 from mpt_eqx.generation.buckets import prefill_buckets
-from mpt_eqx.generation.flat import Flat, flat
 from mpt_eqx.generation.interrupts import held_interrupts
 from mpt_eqx.generation.layers import with_blocks_once
 from mpt_eqx.generation.state import DecodeState, OverRows, constrain, replicate, row_of, with_row, without_idle_edits
 from mpt_eqx.model import MPT, KVCache
+from mpt_eqx.model.flat import Flat, flat
 from mpt_eqx.model.taps import Edit, editing
 from mpt_eqx.ops.platform import prefills_by_row
 

@@ -15,13 +15,13 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from mpt_eqx.errors import GenerationError
 from mpt_eqx.generation.buckets import DECODE_CHUNK
-from mpt_eqx.generation.flat import flat, jit_in_turn
 from mpt_eqx.generation.interrupts import held_interrupts
 from mpt_eqx.generation.layers import with_blocks_once
 from mpt_eqx.generation.sampling import LogitsProcessor, log_softmax, process_logits, sample
 from mpt_eqx.generation.sampling_params import SamplingParams
 from mpt_eqx.generation.state import DecodeState, OverRows, constrain, constrain_replicated, ensure_capacity, replicate
 from mpt_eqx.model import MPT, KVCache
+from mpt_eqx.model.flat import async_jit, flat
 from mpt_eqx.model.taps import Edit, editing
 from mpt_eqx.ops.platform import is_default
 
@@ -46,7 +46,7 @@ class StepOutput(eqx.Module):
     nothing_left: Int[Array, "*N B"]
 
 
-@jit_in_turn
+@async_jit
 def decode_chunk(
     fixed: tuple[MPT, SamplingParams, Key[Array, "*B"], tuple[LogitsProcessor, ...]],
     state: DecodeState,

@@ -7,7 +7,6 @@ import jax
 import numpy as np
 
 from mpt_eqx.generation.buckets import DECODE_CHUNK, cache_bucket, decode_bucket, prefill_buckets, prefill_chunks
-from mpt_eqx.generation.flat import flat
 from mpt_eqx.generation.interrupts import held_interrupts
 from mpt_eqx.generation.prompts import prefill_prompts, progress_bar
 from mpt_eqx.generation.sampling_params import check_options
@@ -15,6 +14,7 @@ from mpt_eqx.generation.state import empty_state, ensure_capacity, replicate
 from mpt_eqx.generation.steps import decode_chunk, known_options
 from mpt_eqx.generation.validate import check_count, check_key, check_model, check_prompts
 from mpt_eqx.model import MPT
+from mpt_eqx.model.flat import flat
 from mpt_eqx.sharding.multihost import check_same_arguments
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, DTypeLike, Float32, Int, Key
 from mpt_eqx.errors import MPTError
 from mpt_eqx.model import MPT
 from mpt_eqx.model.arguments import as_batch
+from mpt_eqx.model.flat import async_jit
 from mpt_eqx.ops.platform import trim_memory
 from mpt_eqx.ops.switches import library_function
 from mpt_eqx.surgery import remat as with_remat
@@ -69,7 +70,7 @@ def make_train_step(
             model = jax.tree.map(lambda x: x.astype(compute_dtype) if eqx.is_inexact_array(x) else x, model)
         return loss(model, **batch, key=key)
 
-    @eqx.filter_jit(donate="all-except-first")
+    @async_jit
     def one(batch: Batch, state: TrainState) -> tuple[TrainState, Metrics]:
         trained, frozen = eqx.partition(state.model, state.trainable)
         keys = jax.random.split(jax.random.fold_in(state.key, state.step), accumulate)

@@ -41,11 +41,11 @@ def flat(tree: Any) -> Flat:
     return Flat(arrays, tuple(None if is_array(leaf) else leaf for leaf in leaves), structure)
 
 
-def jit_in_turn(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles a function of arrays and anything else, all of whose arguments but the first are donated.
+def async_jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function compiled as by `eqx.filter_jit(donate="all-except-first")`, whose calls do not wait.
 
-    A call returns before its results are there, so that a GPU can be given the next one meanwhile. One of
-    `eqx.filter_jit` waits for them. The first argument may be what `flat` makes of it.
+    Those of `eqx.filter_jit` wait for their results, so that a device has nothing to do until it gets the next call.
+    The first argument may be what `flat` makes of it. Arguments are given by place.
     """
 
     @functools.partial(jax.jit, donate_argnums=1)
