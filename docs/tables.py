@@ -65,7 +65,15 @@ def tables() -> dict[str, str]:
         "training": to_markdown(training_rows()),
         "remat": to_markdown(remat_rows()),
         "peaks": to_markdown(peak_rows()),
+        "amx": to_markdown(amx_rows()),
     }
+
+
+def amx_rows() -> list[list[str]]:
+    """Returns decoding and prompts in bfloat16 on a processor with tiles for it."""
+    decode, prefill = markdown_tables(RESULTS / "speed_amx.md")[:2]
+    rows = [[*read[1:5], *prompts[2:5]] for read, prompts in zip(decode, prefill, strict=True)]
+    return [["", "1 row", "4 rows", "16 rows", "128 tokens", "512", "2,048"], *rows[1:]]
 
 
 def serving_rows() -> list[list[str]]:
