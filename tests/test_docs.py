@@ -168,7 +168,7 @@ def public_names():
     for module in ("", "interp", "lora", "serve", "sharding", "surgery", "train", "text"):
         dotted = f"mpt_eqx.{module}".rstrip(".")
         body = ast.parse((PACKAGE / module / "__init__.py").read_text()).body
-        for node in [*body, *(inner for node in body if isinstance(node, ast.Try) for inner in node.body)]:
+        for node in [*body, *(inner for outer in body if isinstance(outer, ast.Try) for inner in outer.body)]:
             if isinstance(node, ast.ImportFrom):
                 yield from (f"{dotted}.{alias.name}" for alias in node.names if alias.asname == alias.name)
             elif isinstance(node, ast.Assign) and re.match(r"[A-Z]", node.targets[0].id):
