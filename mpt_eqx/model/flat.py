@@ -53,14 +53,14 @@ def async_jit(function: Callable[..., Any]) -> Callable[..., Any]:
     def compiled(first: Flat, rest: Flat) -> Flat:
         return flat(function(first.whole(), *rest.whole()))
 
-    def apart(first: Any, rest: tuple[Any, ...]) -> tuple[Flat, Flat]:
-        return first if isinstance(first, Flat) else flat(first), flat(rest)
+    def run(program: Callable[[Flat, Flat], Any], first: Any, rest: tuple[Any, ...]) -> Any:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+            return program(first if isinstance(first, Flat) else flat(first), flat(rest))
 
     @functools.wraps(function)
     def call(first: Any, *rest: Any) -> Any:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
-            return compiled(*apart(first, rest)).whole()
+        return run(compiled, first, rest).whole()
 
-    call.lower = lambda first, *rest: compiled.lower(*apart(first, rest))  # type: ignore[attr-defined]
+    call.lower = lambda first, *rest: run(compiled.lower, first, rest)  # type: ignore[attr-defined]
     return call

@@ -112,7 +112,7 @@ def _one_position(weight: QuantizedWeight, x: Float[Array, "1 in"], *, interpret
     # About 500 programs, of four warps that take 128 groups at a time, or of one that takes 32.
     rows, here, warps, parts = 8, 32, 1, 1
     if groups >= 512 and groups % 128 == 0:
-        parts = 4
+        parts = PARTS
     elif groups % 128 == 0:
         rows, here, warps = 32 if out >= 16384 else 16 if out >= 8192 else 8, 128, 4
     columns = groups // parts
