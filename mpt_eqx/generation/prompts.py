@@ -15,7 +15,7 @@ from mpt_eqx.generation.interrupts import held_interrupts
 from mpt_eqx.generation.layers import with_blocks_once
 from mpt_eqx.generation.state import DecodeState, OverRows, constrain, replicate, row_of, with_row, without_idle_edits
 from mpt_eqx.model import MPT, KVCache
-from mpt_eqx.model.flat import async_jit, flat
+from mpt_eqx.model.flat import Flat, flat
 from mpt_eqx.model.taps import Edit, editing
 from mpt_eqx.ops.platform import prefills_by_row
 
@@ -83,17 +83,19 @@ def prefill_rows(
     return state
 
 
-@async_jit
-def prefill_chunk(model: MPT, state: DecodeState, chunk: Int[Array, "B T"], ends: Int[Array, " B"]) -> DecodeState:
+@eqx.filter_jit(donate="all-except-first")
+def prefill_chunk(
+    model: MPT | Flat, state: DecodeState, chunk: Int[Array, "B T"], ends: Int[Array, " B"]
+) -> DecodeState:
     """Returns the state after T more tokens of each prompt.
 
     Args:
-        model: the model.
+        model: the model, or what `flat` makes of it.
         state: the tokens so far. Donated: do not use it again.
         chunk: the next tokens, with any valid id after the end of a prompt. Donated, like the next.
         ends: how many tokens each row has at the end of its prompt.
     """
-    return read_chunk(model, state, chunk, ends)[0]
+    return read_chunk(model.whole() if isinstance(model, Flat) else model, state, chunk, ends)[0]
 
 
 def read_chunk(
